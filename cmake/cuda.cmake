@@ -1,0 +1,1 @@
+# The CUDA module: see csrc/cuda.

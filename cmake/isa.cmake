@@ -1,0 +1,22 @@
+# The one place that maps an instruction set to compiler flags. Only the sources under csrc/cpu/kernels get them; everything else is compiled
+# for the plainest processor of the platform.
+set(CNN_EXT_ISAS baseline)
+set(CNN_EXT_FLAGS_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND CNN_EXT_ISAS avx2 avx512)
+  set(CNN_EXT_FLAGS_avx2 -mavx2 -mfma)
+  set(CNN_EXT_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+endif()
+
+# Compiles each source once per instruction set, with CNN_EXT_ISA naming it, and adds the objects to the target.
+function(cnn_ext_add_isa_objects target sources)
+  foreach(isa IN LISTS CNN_EXT_ISAS)
+    if(sources)
+      add_library(${target}_${isa} OBJECT ${sources})
+      target_link_libraries(${target}_${isa} PRIVATE cnn_ext_options)
+      target_compile_definitions(${target}_${isa} PRIVATE CNN_EXT_ISA=${isa})
+      target_compile_options(${target}_${isa} PRIVATE -O3 ${CNN_EXT_FLAGS_${isa}} -fno-predictive-commoning)
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
+    endif()
+  endforeach()
+endfunction()

@@ -1,0 +1,121 @@
+"""The only importer of the compiled modules: tensors in, kernels run, nothing checked.
+
+The floor above (``cnn_ext.ops``) has checked every argument and allocated every output; here tensors become addresses, and the device
+decides which module serves: ``_C`` (CPU) or ``_cuda`` (loaded at its first use).
+"""
+
+import ctypes
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from cnn_ext._source_hash import source_hash
+
+_REBUILD = "rebuild with `pip install -e .` (or install with `pip install .` and import from outside the source tree)"
+
+
+def _share_openmp_runtime() -> str:
+    """Makes the OpenMP runtime that torch has loaded visible to ``_C``, which names none of its own, and returns its path.
+
+    Two runtimes in one process would oversubscribe the cores and, after a fork, hang.
+    """
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
+    runtimes = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+    path = runtimes[0] if runtimes else "libgomp.so.1"
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return path
+
+
+def _load(name: str) -> ModuleType:
+    """Imports a compiled module and makes sure that it was built from the sources beside it, where there are any."""
+    try:
+        module = importlib.import_module(f"cnn_ext.{name}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"cnn_ext: the compiled module {name} is not in {Path(__file__).parent}: {_REBUILD}") from error
+    csrc = Path(__file__).resolve().parent.parent / "csrc"
+    if csrc.is_dir() and module.source_hash != source_hash(csrc):
+        raise ImportError(
+            f"cnn_ext: {module.__file__} was built from other sources (hash {module.source_hash}) than {csrc} "
+            f"(hash {source_hash(csrc)}): {_REBUILD}"
+        )
+    return module
+
+
+openmp_runtime = _share_openmp_runtime()
+cpu = _load("_C")
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    """The CUDA module; ImportError where the package was built without it."""
+    return _load("_cuda")
+
+
+Conv2dShape = cpu.Conv2dShape
+Pool2dShape = cpu.Pool2dShape
+Layout = cpu.Layout
+Conv2dDirection = cpu.Conv2dDirection
+Pool2dOp = cpu.Pool2dOp
+Pool2dDirection = cpu.Pool2dDirection
+
+DTYPES = {
+    torch.float32: cpu.DType.float32,
+    torch.float64: cpu.DType.float64,
+    torch.float16: cpu.DType.float16,
+    torch.bfloat16: cpu.DType.bfloat16,
+}
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
+    """Runs ``kernel`` of the module for the tensors' device: ``shape``, the addresses in the binding's order, then threads or stream."""
+    device = tensors[0].device
+    addresses = [_address(tensor) for tensor in tensors]
+    if device.type == "cpu":
+        getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            getattr(cuda(), kernel)(shape, *addresses, torch.cuda.current_stream(device).cuda_stream)
+
+
+def conv2d_forward(shape, input, weight, bias, output):
+    _run("conv2d_forward", shape, input, weight, bias, output)
+
+
+def conv2d_backward_input(shape, grad_output, weight, grad_input):
+    _run("conv2d_backward_input", shape, grad_output, weight, grad_input)
+
+
+def conv2d_backward_weight(shape, grad_output, input, grad_weight):
+    _run("conv2d_backward_weight", shape, grad_output, input, grad_weight)
+
+
+def conv2d_backward_bias(shape, grad_output, grad_bias):
+    _run("conv2d_backward_bias", shape, grad_output, grad_bias)
+
+
+def max_pool2d_forward(shape, input, output, offsets):
+    _run("max_pool2d_forward", shape, input, output, offsets)
+
+
+def max_pool2d_backward(shape, grad_output, offsets, grad_input):
+    _run("max_pool2d_backward", shape, grad_output, offsets, grad_input)
+
+
+def max_pool2d_gather(shape, input, offsets, output):
+    _run("max_pool2d_gather", shape, input, offsets, output)
+
+
+def avg_pool2d_forward(shape, input, output):
+    _run("avg_pool2d_forward", shape, input, output)
+
+
+def avg_pool2d_backward(shape, grad_output, grad_input):
+    _run("avg_pool2d_backward", shape, grad_output, grad_input)

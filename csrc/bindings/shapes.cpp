@@ -1,0 +1,106 @@
+// The shape structs for Python, constructed from keywords named as their fields.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/shapes.h"
+
+namespace py = pybind11;
+
+namespace cnn_ext {
+namespace {
+
+// Sets every field of a shape from the keyword of its name; a missing or a surplus keyword is an error.
+template <class Shape>
+class FromKeywords {
+ public:
+  explicit FromKeywords(const py::kwargs& keywords) : keywords_(keywords) {}
+
+  template <class T>
+  FromKeywords& set(const char* name, T Shape::*field) {
+    if (!keywords_.contains(name)) throw py::type_error(std::string("missing field ") + name);
+    shape_.*field = keywords_[name].template cast<T>();
+    ++used_;
+    return *this;
+  }
+
+  Shape finish() const {
+    if (used_ != keywords_.size()) throw py::type_error("unknown field among the keywords");
+    return shape_;
+  }
+
+ private:
+  const py::kwargs& keywords_;
+  size_t used_ = 0;
+  Shape shape_{};
+};
+
+// Visits every field of a shape with its name, in one place for construction and for reading.
+template <class Visitor>
+void visit_fields(Visitor& v, Conv2dShape*) {
+  using S = Conv2dShape;
+  v.set("batch", &S::batch).set("in_channels", &S::in_channels).set("in_h", &S::in_h).set("in_w", &S::in_w);
+  v.set("out_channels", &S::out_channels).set("out_h", &S::out_h).set("out_w", &S::out_w);
+  v.set("kernel_h", &S::kernel_h).set("kernel_w", &S::kernel_w).set("stride_h", &S::stride_h).set("stride_w", &S::stride_w);
+  v.set("pad_top", &S::pad_top).set("pad_left", &S::pad_left).set("dilation_h", &S::dilation_h).set("dilation_w", &S::dilation_w);
+  v.set("groups", &S::groups).set("dtype", &S::dtype).set("layout", &S::layout).set("weight_layout", &S::weight_layout);
+}
+
+template <class Visitor>
+void visit_fields(Visitor& v, Pool2dShape*) {
+  using S = Pool2dShape;
+  v.set("batch", &S::batch).set("channels", &S::channels).set("in_h", &S::in_h).set("in_w", &S::in_w);
+  v.set("out_h", &S::out_h).set("out_w", &S::out_w).set("kernel_h", &S::kernel_h).set("kernel_w", &S::kernel_w);
+  v.set("stride_h", &S::stride_h).set("stride_w", &S::stride_w).set("pad_top", &S::pad_top).set("pad_bottom", &S::pad_bottom);
+  v.set("pad_left", &S::pad_left).set("pad_right", &S::pad_right).set("dilation_h", &S::dilation_h).set("dilation_w", &S::dilation_w);
+  v.set("divisor_override", &S::divisor_override).set("count_include_pad", &S::count_include_pad);
+  v.set("dtype", &S::dtype).set("layout", &S::layout);
+}
+
+template <class Shape>
+struct ReadOnlyFields {
+  py::class_<Shape>& type;
+  template <class T>
+  ReadOnlyFields& set(const char* name, T Shape::*field) {
+    type.def_readonly(name, field);
+    return *this;
+  }
+};
+
+template <class Shape>
+void bind_shape(py::module_& m, const char* name) {
+  py::class_<Shape> type(m, name);
+  type.def(py::init([](const py::kwargs& keywords) {
+    FromKeywords<Shape> fields(keywords);
+    visit_fields(fields, static_cast<Shape*>(nullptr));
+    return fields.finish();
+  }));
+  ReadOnlyFields<Shape> fields{type};
+  visit_fields(fields, static_cast<Shape*>(nullptr));
+}
+
+}  // namespace
+
+void bind_shapes(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::float32)
+      .value("float64", DType::float64)
+      .value("float16", DType::float16)
+      .value("bfloat16", DType::bfloat16);
+  py::enum_<Layout>(m, "Layout").value("nchw", Layout::nchw).value("nhwc", Layout::nhwc);
+  py::enum_<Conv2dDirection>(m, "Conv2dDirection")
+      .value("forward", Conv2dDirection::forward)
+      .value("backward_input", Conv2dDirection::backward_input)
+      .value("backward_weight", Conv2dDirection::backward_weight)
+      .value("backward_bias", Conv2dDirection::backward_bias);
+  py::enum_<Pool2dOp>(m, "Pool2dOp").value("max", Pool2dOp::max).value("avg", Pool2dOp::avg);
+  py::enum_<Pool2dDirection>(m, "Pool2dDirection")
+      .value("forward", Pool2dDirection::forward)
+      .value("backward", Pool2dDirection::backward)
+      .value("gather", Pool2dDirection::gather);
+  bind_shape<Conv2dShape>(m, "Conv2dShape");
+  bind_shape<Pool2dShape>(m, "Pool2dShape");
+}
+
+}  // namespace cnn_ext

@@ -1,0 +1,85 @@
+// The two nouns that every floor of the house speaks: one problem, described by plain numbers.
+// Data only: this header is included by files compiled for different instruction sets, so it holds no function
+// whose compiled copy the linker could share between them.
+#pragma once
+
+#include <cstdint>
+
+namespace cnn_ext {
+
+enum class DType : int32_t { float32, float64, float16, bfloat16 };
+
+// How a 4-D tensor of sizes [N, C, H, W] lies in memory, densely: row-major (nchw) or with the channels innermost (nhwc,
+// which torch calls channels_last).
+enum class Layout : int32_t { nchw, nhwc };
+
+// What a convolution computes, in torch's terms:
+//   forward          output      [N, K, OH, OW] from input, weight, bias
+//   backward_input   grad_input  [N, C, H, W]   from grad_output, weight
+//   backward_weight  grad_weight [K, C/groups, R, S] from grad_output, input
+//   backward_bias    grad_bias   [K]            from grad_output
+enum class Conv2dDirection : int32_t { forward, backward_input, backward_weight, backward_bias };
+
+// Cross-correlation of input [batch, in_channels, in_h, in_w] with weight [out_channels, in_channels / groups, kernel_h,
+// kernel_w] into output [batch, out_channels, out_h, out_w]:
+//   output[n, k, oh, ow] = bias[k] + sum over c, r, s of
+//     weight[k, c, r, s] * input[n, c + group offset, oh * stride_h - pad_top + r * dilation_h, (same for w)]
+// with positions outside the input left out of the sum. The padding below and to the right shows in out_h and out_w only.
+struct Conv2dShape {
+  int64_t batch;
+  int64_t in_channels, in_h, in_w;
+  int64_t out_channels, out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  DType dtype;
+  Layout layout;         // of input, output and their gradients
+  Layout weight_layout;  // of weight and grad_weight
+};
+
+enum class Pool2dOp : int32_t { max, avg };
+
+//   forward   output     [N, C, OH, OW] from input; max pooling also writes one offset per output if asked
+//   backward  grad_input [N, C, H, W]   from grad_output (and the offsets)
+//   gather    output     [N, C, OH, OW] from input at given offsets (max only): the derivative of `backward`
+enum class Pool2dDirection : int32_t { forward, backward, gather };
+
+// The window of output (oh, ow) covers the rows oh * stride_h - pad_top + r * dilation_h, 0 <= r < kernel_h, that lie inside the
+// input; columns alike. An offset is r * kernel_w + s, in the unclipped window: uint8 while kernel_h * kernel_w <= 256, else int32.
+struct Pool2dShape {
+  int64_t batch, channels;
+  int64_t in_h, in_w;
+  int64_t out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_bottom, pad_left, pad_right;
+  int64_t dilation_h, dilation_w;
+  int64_t divisor_override;  // 0: none; average pooling only
+  int32_t count_include_pad;  // 0 or 1; average pooling only
+  DType dtype;
+  Layout layout;  // of input, output, offsets and their gradients
+};
+
+// The tensors of one call; a direction reads and writes those of its line above and leaves the others null.
+struct Conv2dBuffers {
+  const void* input;
+  const void* weight;
+  const void* bias;  // null: none
+  const void* grad_output;
+  void* output;
+  void* grad_input;
+  void* grad_weight;
+  void* grad_bias;
+};
+
+struct Pool2dBuffers {
+  const void* input;
+  const void* grad_output;
+  void* offsets;  // written by forward (null: not asked for), read by backward and gather
+  void* output;
+  void* grad_input;
+};
+
+}  // namespace cnn_ext

@@ -1,0 +1,42 @@
+// What the bindings and the test program see of the CPU kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/shapes.h"
+#include "cpu/kernel.h"
+
+namespace cnn_ext::cpu {
+
+// Runs the first row of the table that this machine supports and that accepts the shape (or the forced row), on up to `threads` threads.
+// Throws std::invalid_argument where a forced row refuses the shape or no row accepts it.
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
+void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, int threads);
+
+// What such a call would do.
+struct Choice {
+  std::string kernel;
+  Isa isa;
+  int threads;
+  Plan plan;
+};
+Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads);
+Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads);
+
+// The table, in order of preference.
+struct KernelRow {
+  std::string name;
+  std::string op;         // conv2d, max_pool2d, avg_pool2d
+  std::string direction;  // forward, backward_input, ...
+  Isa isa;
+  bool supported;  // by this machine, and allowed by CNN_EXT_ISA
+};
+std::vector<KernelRow> kernel_rows();
+
+// While a row is forced, calls of its op and direction use it alone. Process-wide. Returns the name of the row that was forced there before
+// ("" for none); an empty name with the slot's old row restores. Throws std::invalid_argument for a name that is no row or not supported.
+std::string force_kernel(const std::string& name);
+void restore_forced_kernel(const std::string& name, const std::string& previous);
+
+}  // namespace cnn_ext::cpu

@@ -1,0 +1,64 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace cnn_ext::cpu {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+
+bool processor_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512:
+      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+Isa detect() {
+  Isa best = Isa::baseline;
+  for (Isa isa : kAllIsas) {
+    if (processor_has(isa)) best = isa;
+  }
+  const char* wanted = std::getenv("CNN_EXT_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  std::string names;
+  for (Isa isa : kAllIsas) {
+    if (!processor_has(isa)) continue;
+    if (wanted == std::string(isa_name(isa))) return isa;
+    names += names.empty() ? isa_name(isa) : std::string(", ") + isa_name(isa);
+  }
+  throw std::invalid_argument("CNN_EXT_ISA is \"" + std::string(wanted) + "\"; this machine has: " + names);
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::baseline:
+      return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "?";
+}
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+}  // namespace cnn_ext::cpu

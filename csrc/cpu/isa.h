@@ -1,0 +1,16 @@
+// Which instruction sets this machine has, and which of them may be used.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernel.h"
+
+namespace cnn_ext::cpu {
+
+const char* isa_name(Isa isa);
+
+// The best instruction set that may be used: what the processor has, capped by the environment variable CNN_EXT_ISA (baseline, avx2 or avx512).
+// Throws std::invalid_argument for another name there, or for one that the processor lacks.
+Isa best_isa();
+
+}  // namespace cnn_ext::cpu

@@ -1,0 +1,69 @@
+#include "cpu/kernel_table.h"
+
+namespace cnn_ext::cpu {
+
+// The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of them.)
+#define CNN_EXT_CONV2D_ROWS(ROW)
+
+#define CNN_EXT_POOL2D_ROWS(ROW)
+
+#if defined(__x86_64__)
+#define CNN_EXT_FOR_EACH_ISA(DO) DO(avx512) DO(avx2) DO(baseline)
+#else
+#define CNN_EXT_FOR_EACH_ISA(DO) DO(baseline)
+#endif
+
+#define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
+#define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
+#define CNN_EXT_DECLARE(isa)                    \
+  namespace isa {                               \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)   \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)   \
+  }
+CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
+
+// The oracle: the definition as a loop nest, the last row of each op and direction.
+namespace naive {
+extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward_weight, conv2d_backward_bias;
+extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
+}  // namespace naive
+
+#define CNN_EXT_ADD(row) rows.push_back(&row);
+#define CNN_EXT_ADD_CONV2D(isa)              \
+  {                                          \
+    using namespace isa;                     \
+    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD)         \
+  }
+#define CNN_EXT_ADD_POOL2D(isa)              \
+  {                                          \
+    using namespace isa;                     \
+    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD)         \
+  }
+
+const std::vector<const Conv2dKernel*>& conv2d_kernels() {
+  static const std::vector<const Conv2dKernel*> table = [] {
+    std::vector<const Conv2dKernel*> rows;
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
+    for (const Conv2dKernel* row : {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight,
+                                    &naive::conv2d_backward_bias}) {
+      rows.push_back(row);
+    }
+    return rows;
+  }();
+  return table;
+}
+
+const std::vector<const Pool2dKernel*>& pool2d_kernels() {
+  static const std::vector<const Pool2dKernel*> table = [] {
+    std::vector<const Pool2dKernel*> rows;
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_POOL2D)
+    for (const Pool2dKernel* row : {&naive::max_pool2d_forward, &naive::max_pool2d_backward, &naive::max_pool2d_gather,
+                                    &naive::avg_pool2d_forward, &naive::avg_pool2d_backward}) {
+      rows.push_back(row);
+    }
+    return rows;
+  }();
+  return table;
+}
+
+}  // namespace cnn_ext::cpu

@@ -1,0 +1,14 @@
+// THE table: every kernel there is, in order of preference. It alone drives the choice at run time, the tests, the benchmarks and
+// cnn_ext.kernels(). A new kernel is one new file under kernels/ and one line in kernel_table.cpp.
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernel.h"
+
+namespace cnn_ext::cpu {
+
+const std::vector<const Conv2dKernel*>& conv2d_kernels();
+const std::vector<const Pool2dKernel*>& pool2d_kernels();
+
+}  // namespace cnn_ext::cpu

@@ -1,0 +1,170 @@
+// The definition of the convolution and of its gradients, as loop nests: slow, for any shape, and the truth that every other row is tested
+// against. Sums are kept in double, also for float32. Only taps inside the input are multiplied.
+//
+// Letters: n image, g group, k output channel and c input channel within the group, r and s tap, oh and ow output, ih and iw input position.
+#include <algorithm>
+
+#include "cpu/kernel.h"
+#include "cpu/parallel.h"
+
+namespace cnn_ext::cpu::naive {
+namespace {
+
+// Element strides of a dense 4-D tensor.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+Strides strides_of(Layout layout, int64_t c, int64_t h, int64_t w) {
+  return layout == Layout::nchw ? Strides{c * h * w, h * w, w, 1} : Strides{c * h * w, 1, w * c, c};
+}
+
+struct Geometry {
+  explicit Geometry(const Conv2dShape& s)
+      : group_in(s.in_channels / s.groups),
+        group_out(s.out_channels / s.groups),
+        in(strides_of(s.layout, s.in_channels, s.in_h, s.in_w)),
+        out(strides_of(s.layout, s.out_channels, s.out_h, s.out_w)),
+        weight(strides_of(s.weight_layout, group_in, s.kernel_h, s.kernel_w)) {}
+  int64_t group_in, group_out;
+  Strides in, out, weight;
+};
+
+int64_t at(const Strides& t, int64_t n, int64_t c, int64_t h, int64_t w) { return n * t.n + c * t.c + h * t.h + w * t.w; }
+
+template <class T>
+void forward(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
+  const Geometry geo(s);
+  const T* input = static_cast<const T*>(b.input);
+  const T* weight = static_cast<const T*>(b.weight);
+  const T* bias = static_cast<const T*>(b.bias);
+  T* output = static_cast<T*>(b.output);
+  parallel_for(threads, s.batch * s.out_channels, [&](int, int64_t task) {
+    const int64_t n = task / s.out_channels, channel = task % s.out_channels;
+    const int64_t first_in = channel / geo.group_out * geo.group_in;
+    for (int64_t oh = 0; oh < s.out_h; ++oh) {
+      for (int64_t ow = 0; ow < s.out_w; ++ow) {
+        double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
+        for (int64_t c = 0; c < geo.group_in; ++c) {
+          for (int64_t r = 0; r < s.kernel_h; ++r) {
+            const int64_t ih = oh * s.stride_h - s.pad_top + r * s.dilation_h;
+            if (ih < 0 || ih >= s.in_h) continue;
+            for (int64_t t = 0; t < s.kernel_w; ++t) {
+              const int64_t iw = ow * s.stride_w - s.pad_left + t * s.dilation_w;
+              if (iw < 0 || iw >= s.in_w) continue;
+              sum += static_cast<double>(input[at(geo.in, n, first_in + c, ih, iw)]) *
+                     static_cast<double>(weight[at(geo.weight, channel, c, r, t)]);
+            }
+          }
+        }
+        output[at(geo.out, n, channel, oh, ow)] = static_cast<T>(sum);
+      }
+    }
+  });
+}
+
+// The output position that reads input position i through the tap at `offset` (tap index times dilation), or -1.
+int64_t output_position(int64_t i, int64_t pad, int64_t offset, int64_t stride, int64_t out_size) {
+  const int64_t scaled = i + pad - offset;
+  if (scaled < 0 || scaled % stride != 0 || scaled / stride >= out_size) return -1;
+  return scaled / stride;
+}
+
+template <class T>
+void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
+  const Geometry geo(s);
+  const T* grad_output = static_cast<const T*>(b.grad_output);
+  const T* weight = static_cast<const T*>(b.weight);
+  T* grad_input = static_cast<T*>(b.grad_input);
+  parallel_for(threads, s.batch * s.in_channels, [&](int, int64_t task) {
+    const int64_t n = task / s.in_channels, channel = task % s.in_channels;
+    const int64_t c = channel % geo.group_in, first_out = channel / geo.group_in * geo.group_out;
+    for (int64_t ih = 0; ih < s.in_h; ++ih) {
+      for (int64_t iw = 0; iw < s.in_w; ++iw) {
+        double sum = 0.0;
+        for (int64_t k = 0; k < geo.group_out; ++k) {
+          for (int64_t r = 0; r < s.kernel_h; ++r) {
+            const int64_t oh = output_position(ih, s.pad_top, r * s.dilation_h, s.stride_h, s.out_h);
+            if (oh < 0) continue;
+            for (int64_t t = 0; t < s.kernel_w; ++t) {
+              const int64_t ow = output_position(iw, s.pad_left, t * s.dilation_w, s.stride_w, s.out_w);
+              if (ow < 0) continue;
+              sum += static_cast<double>(grad_output[at(geo.out, n, first_out + k, oh, ow)]) *
+                     static_cast<double>(weight[at(geo.weight, first_out + k, c, r, t)]);
+            }
+          }
+        }
+        grad_input[at(geo.in, n, channel, ih, iw)] = static_cast<T>(sum);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward_weight(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
+  const Geometry geo(s);
+  const T* grad_output = static_cast<const T*>(b.grad_output);
+  const T* input = static_cast<const T*>(b.input);
+  T* grad_weight = static_cast<T*>(b.grad_weight);
+  parallel_for(threads, s.out_channels * geo.group_in, [&](int, int64_t task) {
+    const int64_t k = task / geo.group_in, c = task % geo.group_in;
+    const int64_t first_in = k / geo.group_out * geo.group_in;
+    for (int64_t r = 0; r < s.kernel_h; ++r) {
+      for (int64_t t = 0; t < s.kernel_w; ++t) {
+        double sum = 0.0;
+        for (int64_t n = 0; n < s.batch; ++n) {
+          for (int64_t oh = 0; oh < s.out_h; ++oh) {
+            const int64_t ih = oh * s.stride_h - s.pad_top + r * s.dilation_h;
+            if (ih < 0 || ih >= s.in_h) continue;
+            for (int64_t ow = 0; ow < s.out_w; ++ow) {
+              const int64_t iw = ow * s.stride_w - s.pad_left + t * s.dilation_w;
+              if (iw < 0 || iw >= s.in_w) continue;
+              sum += static_cast<double>(grad_output[at(geo.out, n, k, oh, ow)]) *
+                     static_cast<double>(input[at(geo.in, n, first_in + c, ih, iw)]);
+            }
+          }
+        }
+        grad_weight[at(geo.weight, k, c, r, t)] = static_cast<T>(sum);
+      }
+    }
+  });
+}
+
+template <class T>
+void backward_bias(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
+  const Geometry geo(s);
+  const T* grad_output = static_cast<const T*>(b.grad_output);
+  T* grad_bias = static_cast<T*>(b.grad_bias);
+  parallel_for(threads, s.out_channels, [&](int, int64_t k) {
+    double sum = 0.0;
+    for (int64_t n = 0; n < s.batch; ++n) {
+      for (int64_t oh = 0; oh < s.out_h; ++oh) {
+        for (int64_t ow = 0; ow < s.out_w; ++ow) sum += static_cast<double>(grad_output[at(geo.out, n, k, oh, ow)]);
+      }
+    }
+    grad_bias[k] = static_cast<T>(sum);
+  });
+}
+
+bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
+
+Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch * s.out_channels, 0}; }
+
+template <void (*run_float)(const Conv2dShape&, const Conv2dBuffers&, int), void (*run_double)(const Conv2dShape&, const Conv2dBuffers&, int)>
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void*, int threads) {
+  (s.dtype == DType::float32 ? run_float : run_double)(s, b, threads);
+  return Outcome::done;
+}
+
+}  // namespace
+
+extern const Conv2dKernel conv2d_forward = {"conv2d_forward_naive_baseline", Isa::baseline, Conv2dDirection::forward, accepts, plan,
+                                            run<forward<float>, forward<double>>};
+extern const Conv2dKernel conv2d_backward_input = {"conv2d_backward_input_naive_baseline", Isa::baseline, Conv2dDirection::backward_input,
+                                                   accepts, plan, run<backward_input<float>, backward_input<double>>};
+extern const Conv2dKernel conv2d_backward_weight = {"conv2d_backward_weight_naive_baseline", Isa::baseline, Conv2dDirection::backward_weight,
+                                                    accepts, plan, run<backward_weight<float>, backward_weight<double>>};
+extern const Conv2dKernel conv2d_backward_bias = {"conv2d_backward_bias_naive_baseline", Isa::baseline, Conv2dDirection::backward_bias,
+                                                  accepts, plan, run<backward_bias<float>, backward_bias<double>>};
+
+}  // namespace cnn_ext::cpu::naive

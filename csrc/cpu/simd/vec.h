@@ -1,0 +1,139 @@
+// One vector type per scalar type, as wide as the instruction set that this source is compiled for: 16 bytes (baseline), 32 (avx2) or
+// 64 (avx512). GCC's vector extensions supply the operators + - * < and ?:, so this file only adds what they lack. Everything has internal
+// linkage, for the same source is compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Registers that a kernel may plan with.
+#if defined(__AVX512F__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct VecTraits {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename VecTraits<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecTraits<T>::unaligned*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecTraits<T>::unaligned*>(p) = v;
+}
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // GCC's idiom for a splat; exact, -0.0 and NaN included
+}
+
+// The element at p in every lane, by an instruction that the compiler can neither split nor merge with a neighbour's: left to itself, GCC
+// keeps overlapping scalars of a convolution's taps in rotating registers and spills the accumulators instead.
+template <class T>
+inline Vec<T> broadcast_from(const T* p);
+
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> broadcast_from(const float* p) {
+  Vec<float> v;
+  asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
+  return v;
+}
+template <>
+inline Vec<double> broadcast_from(const double* p) {
+  Vec<double> v;
+  asm("vbroadcastsd %1, %0" : "=v"(v) : "m"(*p));
+  return v;
+}
+#elif defined(__AVX2__)
+template <>
+inline Vec<float> broadcast_from(const float* p) {
+  Vec<float> v;
+  asm("vbroadcastss %1, %0" : "=x"(v) : "m"(*p));
+  return v;
+}
+template <>
+inline Vec<double> broadcast_from(const double* p) {
+  Vec<double> v;
+  asm("vbroadcastsd %1, %0" : "=x"(v) : "m"(*p));
+  return v;
+}
+#else
+template <>
+inline Vec<float> broadcast_from(const float* p) {
+  return broadcast(*p);
+}
+template <>
+inline Vec<double> broadcast_from(const double* p) {
+  return broadcast(*p);
+}
+#endif
+
+// a * b + c, rounded once where the instruction set has FMA. Written out, so that no kernel's rounding depends on what the compiler contracts
+// (every source is compiled with -ffp-contract=off).
+#if defined(__AVX512F__)
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(__AVX2__)
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+#endif
+
+// The first `count` elements at p, 0 <= count <= lanes, zeros in the other lanes; memory past them is not touched.
+#if defined(__AVX512F__)
+inline Vec<float> load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p); }
+inline Vec<double> load_first(const double* p, int count) { return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), p); }
+inline void store_first(float* p, Vec<float> v, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), v); }
+inline void store_first(double* p, Vec<double> v, int count) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), v); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes_32(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_lanes_64(int count) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline Vec<float> load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes_32(count)); }
+inline Vec<double> load_first(const double* p, int count) { return _mm256_maskload_pd(p, first_lanes_64(count)); }
+inline void store_first(float* p, Vec<float> v, int count) { _mm256_maskstore_ps(p, first_lanes_32(count), v); }
+inline void store_first(double* p, Vec<double> v, int count) { _mm256_maskstore_pd(p, first_lanes_64(count), v); }
+#else
+template <class T>
+inline Vec<T> load_first(const T* p, int count) {
+  Vec<T> v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+inline void store_first(T* p, Vec<T> v, int count) {
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+#endif
+
+}  // namespace

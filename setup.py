@@ -1,0 +1,58 @@
+"""Builds the compiled modules with CMake; everything else about the package stands in pyproject.toml."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+source_hash = runpy.run_path(str(ROOT / "cnn_ext" / "_source_hash.py"))["source_hash"]
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in a fresh directory (a cached one would point into a vanished isolated environment) and keeps what it installs."""
+
+    def build_extension(self, ext: Extension) -> None:
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        destination.mkdir(parents=True, exist_ok=True)
+        for stale in [*destination.glob("_C.*.so"), *destination.glob("_cuda.*.so")]:
+            stale.unlink()
+        build_dir = Path(tempfile.mkdtemp(prefix="cnn_ext-build-"))
+        try:
+            self._cmake("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *self._definitions())
+            self._cmake("--build", str(build_dir), *self._jobs())
+            self._cmake("--install", str(build_dir), "--prefix", str(destination))
+            shutil.copy(build_dir / "compile_commands.json", ROOT / "compile_commands.json")
+        finally:
+            shutil.rmtree(build_dir)
+
+    @staticmethod
+    def _cmake(*arguments: str) -> None:
+        subprocess.run(["cmake", *arguments], check=True)
+
+    @staticmethod
+    def _definitions() -> list[str]:
+        forwarded = [f"-D{name}={os.environ[name]}" for name in ("CNN_EXT_CUDA", "CNN_EXT_CUDA_ARCHS") if name in os.environ]
+        pybind11_dir = subprocess.run(
+            [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        return [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11_dir}",
+            f"-DCNN_EXT_SOURCE_HASH={source_hash(ROOT / 'csrc')}",
+            *forwarded,
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+
+    @staticmethod
+    def _jobs() -> list[str]:
+        return ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+
+
+setup(ext_modules=[Extension("cnn_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
