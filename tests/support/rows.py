@@ -1,0 +1,229 @@
+"""The rows of the kernel table, for the tests: which there are, whether one accepts a case, and how to run exactly that
+one.
+
+Everything here speaks NCHW tensors to the tests and lays them out as a row needs them. Outputs are poisoned before a
+call, so an element that a kernel forgets to write shows. ``shift`` moves the start of every tensor by that many
+elements: one element misaligns it for vectors.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from cnn_ext import _native
+from tests.support.cases import Conv2dCase, Pool2dCase
+
+DTYPES = (torch.float32, torch.float64)
+POOL2D_LAYOUTS = ("nchw", "nhwc")
+# Of the activations and of the weight: a model may be channels_last in one of them only.
+CONV2D_LAYOUTS = (("nchw", "nchw"), ("nhwc", "nhwc"), ("nhwc", "nchw"), ("nchw", "nhwc"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A supported row of a device's table."""
+
+    name: str
+    op: str
+    direction: str
+    isa: str
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_naive(self) -> bool:
+        return "_naive" in self.name
+
+    @property
+    def module(self) -> ModuleType:
+        return _native.cpu if self.device == "cpu" else _native.cuda()
+
+
+def rows(*, op: str | None = None, direction: str | None = None) -> list[Row]:
+    """Every row that this machine can run: of the CPU's table and, where there is a GPU, of CUDA's."""
+    modules = {"cpu": _native.cpu}
+    if torch.cuda.is_available():
+        modules["cuda"] = _native.cuda()
+    found = [
+        Row(row["name"], row["op"], row["direction"], row.get("isa", ""), device)
+        for device, module in modules.items()
+        for row in module.kernels()
+        if row["supported"]
+    ]
+    return [row for row in found if op in (None, row.op) and direction in (None, row.direction)]
+
+
+@contextlib.contextmanager
+def forced(row: Row) -> Iterator[None]:
+    """Inside, calls of the row's op and direction use it alone."""
+    previous = row.module.force_kernel(row.name)
+    try:
+        yield
+    finally:
+        row.module.restore_forced_kernel(row.name, previous)
+
+
+def dense(tensor: torch.Tensor, layout: str = "nchw", shift: int = 0, device: str = "cpu") -> torch.Tensor:
+    """A copy of ``tensor`` that lies densely in ``layout``; a tensor without four dimensions ignores the layout."""
+    copy = empty(tuple(tensor.shape), tensor.dtype, layout, shift, device)
+    copy.copy_(tensor)
+    return copy
+
+
+def empty(
+    size: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw", shift: int = 0, device: str = "cpu"
+) -> torch.Tensor:
+    """A poisoned tensor of ``size`` that lies densely in ``layout``."""
+    channels_last = len(size) == 4 and layout == "nhwc"
+    physical = (size[0], size[2], size[3], size[1]) if channels_last else size
+    count = 1
+    for extent in size:
+        count *= extent
+    poison = torch.nan if dtype.is_floating_point else 255
+    tensor = torch.full((count + shift,), poison, dtype=dtype, device=device)[shift:].reshape(physical)
+    return tensor.permute(0, 3, 1, 2) if channels_last else tensor
+
+
+def conv2d_shape(case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layout: str) -> _native.Conv2dShape:
+    """The struct that the kernels are given for ``case``."""
+    fields = (
+        "batch in_channels in_h in_w out_channels out_h out_w kernel_h kernel_w stride_h stride_w pad_top pad_left "
+        "dilation_h dilation_w groups"
+    )
+    return _native.Conv2dShape(
+        **{field: getattr(case, field) for field in fields.split()},
+        dtype=_native.DTYPES[dtype],
+        layout=getattr(_native.Layout, layout),
+        weight_layout=getattr(_native.Layout, weight_layout),
+    )
+
+
+def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.Pool2dShape:
+    """The struct that the kernels are given for ``case``."""
+    fields = (
+        "batch channels in_h in_w out_h out_w kernel_h kernel_w stride_h stride_w pad_top pad_bottom pad_left "
+        "pad_right dilation_h dilation_w divisor_override count_include_pad"
+    )
+    return _native.Pool2dShape(
+        **{field: getattr(case, field) for field in fields.split()},
+        dtype=_native.DTYPES[dtype],
+        layout=getattr(_native.Layout, layout),
+    )
+
+
+def shape_of(case: Conv2dCase | Pool2dCase, dtype: torch.dtype, layouts) -> _native.Conv2dShape | _native.Pool2dShape:
+    """The shape of either kind of case; ``layouts`` is an item of CONV2D_LAYOUTS or of POOL2D_LAYOUTS."""
+    if isinstance(case, Conv2dCase):
+        return conv2d_shape(case, dtype, *layouts)
+    return pool2d_shape(case, dtype, layouts)
+
+
+def choice(row: Row, shape: _native.Conv2dShape | _native.Pool2dShape, threads: int = 1) -> dict:
+    """What a call of the row's op and direction with ``shape`` would run."""
+    if row.op == "conv2d":
+        return row.module.choose_conv2d(getattr(_native.Conv2dDirection, row.direction), shape, threads)
+    op, direction = getattr(_native.Pool2dOp, row.op.split("_")[0]), getattr(_native.Pool2dDirection, row.direction)
+    return row.module.choose_pool2d(op, direction, shape, threads)
+
+
+def accepts(row: Row, shape: _native.Conv2dShape | _native.Pool2dShape) -> bool:
+    """Whether ``row`` takes ``shape``."""
+    with forced(row):
+        try:
+            choice(row, shape)
+        except ValueError:
+            return False
+    return True
+
+
+def run_conv2d(
+    row: Row,
+    case: Conv2dCase,
+    layouts: tuple[str, str] = ("nchw", "nchw"),
+    *,
+    input: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+    shift: int = 0,
+) -> torch.Tensor:
+    """What ``row`` makes of those operands that its direction reads (the others are ignored)."""
+    layout, weight_layout = layouts
+    dtype = next(t.dtype for t in (input, weight, grad_output) if t is not None)
+    shape = conv2d_shape(case, dtype, layout, weight_layout)
+
+    def place(tensor: torch.Tensor | None, layout: str) -> torch.Tensor | None:
+        return None if tensor is None else dense(tensor, layout, shift, row.device)
+
+    def result(size: tuple[int, ...], layout: str) -> torch.Tensor:
+        return empty(size, dtype, layout, shift, row.device)
+
+    with forced(row):
+        if row.direction == "forward":
+            out = result(case.output_size, layout)
+            _native.conv2d_forward(shape, place(input, layout), place(weight, weight_layout), place(bias, "nchw"), out)
+        elif row.direction == "backward_input":
+            out = result(case.input_size, layout)
+            _native.conv2d_backward_input(shape, place(grad_output, layout), place(weight, weight_layout), out)
+        elif row.direction == "backward_weight":
+            out = result(case.weight_size, weight_layout)
+            _native.conv2d_backward_weight(shape, place(grad_output, layout), place(input, layout), out)
+        else:
+            out = result((case.out_channels,), "nchw")
+            _native.conv2d_backward_bias(shape, place(grad_output, layout), out)
+    return out.cpu()
+
+
+def run_pool2d(
+    row: Row,
+    case: Pool2dCase,
+    layout: str = "nchw",
+    *,
+    input: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    with_offsets: bool = True,
+    shift: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """What ``row`` makes of the operands that its direction reads: one tensor, or max pooling's output and offsets."""
+    dtype = next(t.dtype for t in (input, grad_output) if t is not None)
+    shape = pool2d_shape(case, dtype, layout)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return dense(tensor, layout, shift, row.device)
+
+    def result(size: tuple[int, ...], dtype: torch.dtype = dtype) -> torch.Tensor:
+        return empty(size, dtype, layout, shift, row.device)
+
+    with forced(row):
+        if row.direction == "backward":
+            out = (result(case.input_size),)
+            if row.op == "max_pool2d":
+                _native.max_pool2d_backward(shape, place(grad_output), place(offsets), *out)
+            else:
+                _native.avg_pool2d_backward(shape, place(grad_output), *out)
+        elif row.direction == "gather":
+            out = (result(case.output_size),)
+            _native.max_pool2d_gather(shape, place(input), place(offsets), *out)
+        elif row.op == "avg_pool2d":
+            out = (result(case.output_size),)
+            _native.avg_pool2d_forward(shape, place(input), *out)
+        else:
+            out = (result(case.output_size), *([result(case.output_size, case.offsets_dtype)] if with_offsets else []))
+            _native.max_pool2d_forward(shape, place(input), out[0], out[1] if with_offsets else None)
+    return tuple(t.cpu() for t in out)
+
+
+def naive(row: Row) -> Row:
+    """The oracle of a row: the last one of its op and direction."""
+    return rows(op=row.op, direction=row.direction)[-1] if row.device == "cpu" else naive(cpu_twin(row))
+
+
+def cpu_twin(row: Row) -> Row:
+    """The first CPU row of the same op and direction."""
+    return next(r for r in rows(op=row.op, direction=row.direction) if r.device == "cpu")

@@ -1,0 +1,53 @@
+"""THE tolerance: how far a kernel may be from the truth.
+
+An output is a sum of terms. Each of the ``roundings`` that a term meets on its way (its product, the additions, a
+division) is off by at most u = eps / 2 of what it rounds, which is at most the sum of the terms' magnitudes. In the
+worst case all of them add up, roundings * u * sum|terms|; being independent of one another they grow as the square
+root (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019):
+
+    |computed - exact| <= 2 * sqrt(roundings) * u * sum|terms| = eps * sqrt(roundings) * sum|terms|
+
+The factor 2 makes that the worst case itself up to four roundings. The truth is computed in float64 and has this
+error too, with float64's eps. Where nothing is rounded (a copy, a maximum, an empty sum) the tolerance is zero.
+Products below the smallest normal number lose absolute, not relative precision: one such number is granted to each
+sum that has a rounding.
+"""
+
+import math
+
+import torch
+
+from tests.support.reference import Truth
+
+
+def tolerance(truth: Truth, dtype: torch.dtype) -> torch.Tensor:
+    """The largest allowed distance from ``truth.value`` of a result computed in ``dtype``, elementwise."""
+    eps = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
+    rounded = (truth.magnitude > 0) & (truth.roundings > 0)
+    return eps * math.sqrt(truth.roundings) * truth.magnitude + torch.finfo(dtype).tiny * rounded
+
+
+def violation(result: torch.Tensor, truth: Truth) -> str | None:
+    """None where ``result`` is within the tolerance everywhere, else a line that names the worst element."""
+    if result.shape != truth.value.shape:
+        return f"shape {tuple(result.shape)}, wanted {tuple(truth.value.shape)}"
+    if result.numel() == 0:
+        return None
+    error = (result.double() - truth.value).abs()
+    excess = torch.where(
+        result.double() == truth.value, -torch.inf, (error - tolerance(truth, result.dtype)).nan_to_num(torch.inf)
+    )
+    worst = int(excess.argmax())
+    if excess.flatten()[worst] <= 0:
+        return None
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), result.shape))
+    return (
+        f"{int((excess > 0).sum())} of {result.numel()} elements off, worst at {at}: {result[at].item()!r}, "
+        f"wanted {truth.value[at].item()!r} within {tolerance(truth, result.dtype)[at].item():.2g}"
+    )
+
+
+def assert_close(result: torch.Tensor, truth: Truth, what: str = "result") -> None:
+    """Raises AssertionError where ``result`` is further from ``truth`` than the tolerance."""
+    problem = violation(result, truth)
+    assert problem is None, f"{what}: {problem}"
