@@ -1,6 +1,7 @@
 """The commands of ``cnn-ext``."""
 
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,8 @@ def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, 
     machine.set_threads(threads)
     artefacts.prepare(out)
     recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
-    training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, place, out, arguments)
+    command = shlex.join(["cnn-ext", *sys.argv[1:]])
+    training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, place, out, command, arguments)
     try:
         training.execute(click.echo)
     except KeyboardInterrupt:

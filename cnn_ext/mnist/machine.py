@@ -4,9 +4,9 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import sys
 from pathlib import Path
 
+import numpy
 import torch
 
 from cnn_ext.mnist.errors import InputError
@@ -71,16 +71,16 @@ def keep_freed_memory() -> None:
 
 def versions() -> dict[str, str]:
     return {
-        "cnn_ext": importlib.metadata.version("cnn_ext") if _installed("cnn_ext") else "not installed",
+        "cnn_ext": _version("cnn_ext"),
         "torch": torch.__version__,
-        "python": sys.version.split()[0],
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
         "platform": platform.platform(),
     }
 
 
-def _installed(package: str) -> bool:
+def _version(package: str) -> str:
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return "not installed"

@@ -1,6 +1,7 @@
 """A training run from data to artefacts."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,8 @@ class Run:
     backend: str
     device: torch.device
     out: Path
-    arguments: dict  # of the command line, recorded in history.json
+    command: str  # this and the arguments are recorded in history.json
+    arguments: dict
 
     def execute(self, echo: Callable[[str], None]) -> None:
         """Trains, prints the lecture's lines, and leaves the artefacts after every epoch."""
@@ -81,7 +83,9 @@ class Run:
             "device": str(self.device),
             "device_name": machine.device_name(self.device),
             "threads": torch.get_num_threads(),
+            "command": self.command,
             "arguments": self.arguments,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": machine.versions(),
             **dataclasses.asdict(history),
             "test_loss": test_loss,
