@@ -1,0 +1,109 @@
+// One problem for both directions. A gather convolution adds up, for every point of a grid of destination positions, source positions times
+// weights: nothing is scattered, so nobody writes where another one does.
+//
+//   forward          one problem: source = input, destination = output
+//   backward_input   stride_h * stride_w problems, one for each phase (row mod stride_h, column mod stride_w) of grad_input: the taps that
+//                    reach a phase are every stride-th one (fewer if the dilation shares a factor with the stride), and along them
+//                    grad_output is read backwards. A phase that no tap reaches has none, and its sums are empty.
+#pragma once
+
+#include "core/shapes.h"
+
+namespace {
+
+using cnn_ext::Conv2dDirection;
+using cnn_ext::Conv2dShape;
+using cnn_ext::Layout;
+
+// One axis. Grid point i is the destination position dest_first + i * dest_step and reads, for every tap t, the source position
+// source_first + i * source_step + t * tap_step, times kernel position kernel_first + t * kernel_step.
+struct Axis {
+  int64_t count;  // grid points
+  int64_t dest_first, dest_step;
+  int64_t source_size, source_first, source_step;
+  int64_t taps, tap_step;
+  int64_t kernel_first, kernel_step;
+};
+
+// Element strides of a 4-D tensor.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+struct Gather {
+  int64_t batch, groups;
+  int64_t channels, outputs;  // of one group: those that are summed over, those that are computed
+  Axis h, w;
+  Strides source, dest;
+  int64_t weight_group, weight_output, weight_channel, weight_h, weight_w;  // element strides of the weight
+
+  int64_t taps() const { return h.taps * w.taps; }
+  int64_t terms() const { return channels * taps(); }  // of one sum
+  bool is_empty() const { return batch * groups * outputs * h.count * w.count == 0; }
+};
+
+inline Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
+  return layout == Layout::nchw ? Strides{c * h * w, h * w, w, 1} : Strides{c * h * w, 1, w * c, c};
+}
+
+inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1};
+}
+
+// Input position i is reached from output position o by kernel position r if o * stride = i + pad - r * dilation.
+inline Axis backward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t phase) {
+  int64_t period = 1;  // kernel positions that reach one phase are this far apart
+  while (period * dilation % stride != 0) ++period;
+  int64_t first = 0;
+  while (first < period && (phase + pad - first * dilation) % stride != 0) ++first;
+  const bool reached = first < period && first < kernel;
+  Axis axis{};
+  axis.count = phase < in_size ? (in_size - phase + stride - 1) / stride : 0;
+  axis.dest_first = phase, axis.dest_step = stride;
+  axis.source_size = out_size, axis.source_first = (phase + pad - first * dilation) / stride, axis.source_step = 1;
+  axis.taps = reached ? (kernel - 1 - first) / period + 1 : 0, axis.tap_step = -(period * dilation / stride);
+  axis.kernel_first = first, axis.kernel_step = period;
+  return axis;
+}
+
+// A convolution of 1 x 1 that reads every position once: the plane may as well be one long row.
+inline bool is_pointwise(const Axis& a) {
+  return a.taps == 1 && a.count == a.source_size && a.source_first == 0 && a.source_step == 1 && a.dest_step == 1;
+}
+
+inline void flatten_if_pointwise(Gather& g) {
+  if (!is_pointwise(g.h) || !is_pointwise(g.w)) return;
+  const int64_t size = g.h.count * g.w.count;
+  g.w.count = g.w.source_size = size;
+  g.h.count = g.h.source_size = 1;
+}
+
+inline int64_t gather_count(Conv2dDirection direction, const Conv2dShape& s) {
+  return direction == Conv2dDirection::forward ? 1 : s.stride_h * s.stride_w;
+}
+
+// Problem `index` of gather_count() problems, which together write every element of the destination once.
+inline Gather make_gather(Conv2dDirection direction, const Conv2dShape& s, int64_t index) {
+  const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
+  const Strides in = dense_strides(s.layout, s.in_channels, s.in_h, s.in_w);
+  const Strides out = dense_strides(s.layout, s.out_channels, s.out_h, s.out_w);
+  const Strides weight = dense_strides(s.weight_layout, group_in, s.kernel_h, s.kernel_w);
+  Gather g{};
+  g.batch = s.batch, g.groups = s.groups;
+  g.weight_group = group_out * weight.n, g.weight_h = weight.h, g.weight_w = weight.w;
+  if (direction == Conv2dDirection::forward) {
+    g.channels = group_in, g.outputs = group_out, g.source = in, g.dest = out;
+    g.weight_output = weight.n, g.weight_channel = weight.c;
+    g.h = forward_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h);
+    g.w = forward_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w);
+  } else {
+    g.channels = group_out, g.outputs = group_in, g.source = out, g.dest = in;
+    g.weight_output = weight.c, g.weight_channel = weight.n;
+    g.h = backward_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h, index / s.stride_w);
+    g.w = backward_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w, index % s.stride_w);
+  }
+  flatten_if_pointwise(g);
+  return g;
+}
+
+}  // namespace

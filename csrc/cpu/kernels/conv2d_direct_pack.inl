@@ -1,0 +1,90 @@
+// Packing: the weights of one unit (the output channels of one register tile) as [channel][tap][unit width], so that a kernel reads them from
+// beginning to end. Weights that are not finite are noticed on the way: a staged zero times one of them would be NaN.
+#pragma once
+
+#include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/simd/transpose.h"
+
+namespace {
+
+template <class T>
+class Packer {
+ public:
+  // Packs `outputs` output channels beginning at src, and zeros up to `width`, of `channels` channels.
+  void pack(const Gather& g, const T* src, int64_t outputs, int64_t width, int64_t channels, T* dst) {
+    for (int64_t lane = 0; lane < width; lane += kLanes<T>) {
+      lanes_ = static_cast<int>(width - lane < kLanes<T> ? width - lane : kLanes<T>);
+      valid_ = static_cast<int>(outputs - lane < lanes_ ? outputs - lane : lanes_);
+      width_ = width;
+      pack_lanes(g, src + lane * g.weight_output, channels, dst + lane);
+    }
+  }
+
+  bool found_finite() const {
+    bool finite = true;
+    for (int i = 0; i < kLanes<T>; ++i) finite &= residue_[i] == 0;
+    return finite;
+  }
+
+ private:
+  void pack_lanes(const Gather& g, const T* src, int64_t channels, T* dst) {
+    const int64_t taps = g.taps();
+    if (g.weight_output != 1 && has_dense_taps(g)) {
+      if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, width_, dst);
+      for (int64_t c = 0; c < channels; ++c) {
+        pack_run(src + c * g.weight_channel, g.weight_output, taps, width_, dst + c * taps * width_);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < g.h.taps; ++r) {
+      for (int64_t s = 0; s < g.w.taps; ++s, dst += width_) {
+        const T* tap = src + (g.h.kernel_first + r * g.h.kernel_step) * g.weight_h + (g.w.kernel_first + s * g.w.kernel_step) * g.weight_w;
+        if (g.weight_output == 1) {
+          for (int64_t c = 0; c < channels; ++c) write(load_first(tap + c * g.weight_channel, valid_), dst + c * taps * width_);
+        } else if (g.weight_channel == 1) {
+          pack_run(tap, g.weight_output, channels, taps * width_, dst);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) write(gather(tap + c * g.weight_channel, g.weight_output), dst + c * taps * width_);
+        }
+      }
+    }
+  }
+
+  // The taps of a channel are consecutive elements, in the order of the steps.
+  static bool has_dense_taps(const Gather& g) {
+    return g.weight_w == 1 && g.weight_h == g.w.taps && g.h.kernel_first + g.w.kernel_first == 0 && g.h.kernel_step * g.w.kernel_step == 1;
+  }
+
+  // `count` consecutive elements of every output channel, each of them one step further on in dst.
+  void pack_run(const T* src, int64_t output_stride, int64_t count, int64_t dst_step, T* dst) {
+    constexpr int kV = kLanes<T>;
+    for (int64_t i = 0; i < count; i += kV) {
+      const int items = static_cast<int>(count - i < kV ? count - i : kV);
+      Vec<T> square[kV];
+#pragma GCC unroll 16
+      for (int o = 0; o < kV; ++o) square[o] = o < valid_ ? load_first(src + o * output_stride + i, items) : Vec<T>{};
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int o = 0; o < kV; ++o) {
+        if (o < items) write(square[o], dst + (i + o) * dst_step);
+      }
+    }
+  }
+
+  Vec<T> gather(const T* src, int64_t stride) const {
+    Vec<T> v{};
+    for (int o = 0; o < valid_; ++o) v[o] = src[o * stride];
+    return v;
+  }
+
+  void write(Vec<T> v, T* dst) {
+    residue_ += v - v;  // 0 for a finite number, NaN for others
+    store_first(dst, v, lanes_);
+  }
+
+  Vec<T> residue_{};
+  int lanes_ = 0, valid_ = 0;  // lanes written; of those, lanes of existing output channels
+  int64_t width_ = 0;
+};
+
+}  // namespace

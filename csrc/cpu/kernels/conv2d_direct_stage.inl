@@ -1,0 +1,174 @@
+// Staging: the part of the source that a block of grid points reads is copied into scratch as [channel][row][column phase][column], with
+// zeros where it reaches over the edge. There every tap of a channel is a fixed offset, and the next grid point of a row is the next
+// element: padding, stride, dilation and layout end here.
+#pragma once
+
+#include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/simd/transpose.h"
+
+namespace {
+
+// The source positions that `count` grid points in a row of an axis read, from the lowest one on.
+struct Window {
+  int64_t span;        // source positions
+  int64_t tap_origin;  // where tap 0 of the first grid point lies among them
+};
+
+inline Window window_of(const Axis& a, int64_t count) {
+  const int64_t reach = (a.taps - 1) * (a.tap_step < 0 ? -a.tap_step : a.tap_step);
+  return {(count - 1) * a.source_step + reach + 1, a.tap_step < 0 ? reach : 0};
+}
+
+// Whether any of `count` grid points reads position `at` of their window.
+inline bool is_read(const Axis& a, int64_t count, int64_t at) {
+  const int64_t origin = window_of(a, count).tap_origin;
+  for (int64_t t = 0; t < a.taps; ++t) {
+    const int64_t scaled = at - origin - t * a.tap_step;
+    if (scaled >= 0 && scaled % a.source_step == 0 && scaled / a.source_step < count) return true;
+  }
+  return false;
+}
+
+inline bool is_phase_read(const Axis& a, int64_t phase) {
+  const int64_t origin = window_of(a, 1).tap_origin;
+  for (int64_t t = 0; t < a.taps; ++t) {
+    if ((origin + t * a.tap_step) % a.source_step == phase) return true;
+  }
+  return false;
+}
+
+// The scratch for blocks of at most rows x cols grid points. Vectors are stored whole, in ascending order: what they write too much is
+// overwritten by the next row, and behind the last one there is room.
+struct StagedLayout {
+  int64_t rows, cols;  // source rows; columns of one phase
+  int64_t row_pitch, channel_pitch;
+};
+
+template <class T>
+inline StagedLayout staged_layout(const Gather& g, int64_t rows, int64_t cols) {
+  StagedLayout l{};
+  l.rows = window_of(g.h, rows).span;
+  l.cols = (window_of(g.w, cols).span + g.w.source_step - 1) / g.w.source_step;
+  l.row_pitch = l.cols * g.w.source_step;
+  l.channel_pitch = l.rows * l.row_pitch + kLanes<T>;
+  return l;
+}
+
+// From the place of a grid point in the staged block to what its steps (channel, tap row, tap column) read.
+inline void fill_offsets(const Gather& g, const StagedLayout& l, int64_t channels, int32_t* offsets) {
+  const int64_t origin_h = window_of(g.h, 1).tap_origin, origin_w = window_of(g.w, 1).tap_origin;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t r = 0; r < g.h.taps; ++r) {
+      for (int64_t s = 0; s < g.w.taps; ++s) {
+        const int64_t row = origin_h + r * g.h.tap_step, col = origin_w + s * g.w.tap_step, step = g.w.source_step;
+        *offsets++ = static_cast<int32_t>(c * l.channel_pitch + row * l.row_pitch + col % step * l.cols + col / step);
+      }
+    }
+  }
+}
+
+template <class T>
+inline void fill_zero(T* dst, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(dst + i, Vec<T>{});
+}
+
+// dst[i] = src[i * step]
+template <class T>
+inline void copy_strided(T* dst, const T* src, int64_t count, int64_t step) {
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(dst + i, load(src + i));
+    if (i < count) store(dst + i, load_first(src + i, static_cast<int>(count - i)));
+  } else {
+    for (int64_t i = 0; i < count; ++i) dst[i] = src[i * step];
+  }
+}
+
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// Columns [begin, end) of a phase lie inside the source: source column first + j * step for staged column j.
+struct Inside {
+  int64_t begin, end;
+};
+
+inline Inside inside(int64_t first, int64_t step, int64_t count, int64_t size) {
+  const int64_t begin = clamp(first >= 0 ? 0 : (-first + step - 1) / step, 0, count);
+  return {begin, clamp(first >= size ? 0 : (size - first + step - 1) / step, begin, count)};
+}
+
+// Which part of the source a block reads.
+struct StageTask {
+  int64_t channels;
+  int64_t rows;                  // grid rows
+  int64_t first_row, first_col;  // source position of the window's corner; may be negative
+};
+
+// Rows that are dense in memory: one channel after the other.
+template <class T>
+inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+  const int64_t step = g.w.source_step;
+  const int64_t rows = window_of(g.h, task.rows).span;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!is_read(g.h, task.rows, r)) continue;
+    const int64_t y = task.first_row + r;
+    for (int64_t phase = 0; phase < step; ++phase) {
+      if (step > 1 && !is_phase_read(g.w, phase)) continue;
+      const int64_t first = task.first_col + phase;
+      const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
+      const T* row = src + y * g.source.h + first;
+      T* dst = staged + r * l.row_pitch + phase * l.cols;
+      for (int64_t c = 0; c < task.channels; ++c, row += g.source.c, dst += l.channel_pitch) {
+        fill_zero(dst, cols.begin);
+        copy_strided(dst + cols.begin, row + cols.begin * step, cols.end - cols.begin, step);
+        fill_zero(dst + cols.end, l.cols - cols.end);
+      }
+    }
+  }
+}
+
+// Channels innermost: squares of lanes x lanes are transposed on the way.
+template <class T>
+inline void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+  constexpr int kV = kLanes<T>;
+  const int64_t step = g.w.source_step;
+  const int64_t rows = window_of(g.h, task.rows).span;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!is_read(g.h, task.rows, r)) continue;
+    const int64_t y = task.first_row + r;
+    for (int64_t phase = 0; phase < step; ++phase) {
+      if (step > 1 && !is_phase_read(g.w, phase)) continue;
+      const int64_t first = task.first_col + phase;
+      const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
+      const T* row = src + y * g.source.h + first * g.source.w;
+      T* dst = staged + r * l.row_pitch + phase * l.cols;
+      for (int64_t c = 0; c < task.channels; c += kV) {
+        const int lanes = static_cast<int>(clamp(task.channels - c, 0, kV));
+        for (int64_t j = 0; j < l.cols; j += kV) {
+          Vec<T> square[kV];
+#pragma GCC unroll 16
+          for (int i = 0; i < kV; ++i) {
+            const bool here = j + i >= cols.begin && j + i < cols.end;
+            square[i] = here ? load_first(row + (j + i) * step * g.source.w + c, lanes) : Vec<T>{};
+          }
+          transpose<T>(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < kV; ++i) {
+            if (i < lanes) store(dst + (c + i) * l.channel_pitch + j, square[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+inline void stage(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+  if (task.channels == 0 || g.taps() == 0) return;
+  if (g.source.w == 1) {
+    stage_planes(g, l, task, src, staged);
+  } else {
+    stage_channels_last(g, l, task, src, staged);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,38 @@
+// Transposes a square of vectors in registers: row i, lane j becomes row j, lane i.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace {
+
+template <int... J>
+struct Lanes {};
+
+// Lanes<0, 1, ..., count - 1>
+template <int kCount, int... J>
+struct CountedLanes : CountedLanes<kCount - 1, kCount - 1, J...> {};
+template <int... J>
+struct CountedLanes<0, J...> {
+  using type = Lanes<J...>;
+};
+
+// Of the 2 x 2 blocks of kStep x kStep elements in rows a and b (kStep rows apart), exchanges the two off the diagonal.
+template <class T, int kStep, int... J>
+inline void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
+  constexpr int kSecond = kLanes<T>;  // where b's lanes begin in the numbering of the shuffle
+  const Vec<T> upper = __builtin_shufflevector(a, b, ((J & kStep) != 0 ? kSecond + J - kStep : J)...);
+  const Vec<T> lower = __builtin_shufflevector(a, b, ((J & kStep) != 0 ? kSecond + J : J + kStep)...);
+  a = upper;
+  b = lower;
+}
+
+template <class T, int kStep = kLanes<T> / 2>
+inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & kStep) == 0) exchange_blocks<T, kStep>(rows[i], rows[i + kStep], typename CountedLanes<kLanes<T>>::type{});
+  }
+  if constexpr (kStep > 1) transpose<T, kStep / 2>(rows);
+}
+
+}  // namespace
