@@ -1,0 +1,100 @@
+"""What users write (an int, a pair, a word) as what the operators take: pairs (height, width) and paddings (top,
+bottom, left, right).
+"""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from cnn_ext.ops.shapes import INT64_MAX, same_padding, window_extent
+
+CONV_WORDS = ("valid", "same", "same_lower", "full")
+POOL_WORDS = CONV_WORDS[:-1]
+
+
+def check_tensor(op: str, name: str, value) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def check_bool(op: str, name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}(): argument '{name}' must be bool, not {type(value).__name__}")
+
+
+def integer(op: str, name: str, value) -> int:
+    """An integer, symbolic or NumPy's too, that an int64 holds; not a bool and not a float."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+            raise TypeError(f"{op}(): argument '{name}' must be an int or a tuple of ints, not {type(value).__name__}")
+        value = operator.index(value)
+    if isinstance(value, int) and not -INT64_MAX - 1 <= value <= INT64_MAX:
+        raise ValueError(f"Overflow when unpacking long long: {op}() got {name}={value}, wanted an int64")
+    return value
+
+
+def pair(op: str, name: str, value, wrong_length: str) -> tuple[int, int]:
+    """An int or one or two ints as two ints. ``wrong_length`` is torch's complaint about any other number of them."""
+    if isinstance(value, (tuple, list)):
+        if len(value) not in (1, 2):
+            raise RuntimeError(f"{wrong_length}, but got {name}={list(value)}")
+        first, second = integer(op, name, value[0]), integer(op, name, value[-1])
+        return first, second
+    value = integer(op, name, value)
+    return value, value
+
+
+def conv_pair(op: str, name: str, value) -> tuple[int, int]:
+    return pair(
+        op,
+        name,
+        value,
+        f"expected {name} to be a single integer value or a list of 2 values to match the convolution dimensions",
+    )
+
+
+def pool_pair(op: str, name: str, value) -> tuple[int, int]:
+    omitted = "be omitted, a single int, or a tuple of two ints" if name == "stride" else ""
+    return pair(op, name, value, f"{op}: {name} must either {omitted or 'be a single int, or a tuple of two ints'}")
+
+
+def is_per_side(padding) -> bool:
+    """Whether a padding has the form ((top, bottom), (left, right))."""
+    return (
+        isinstance(padding, (tuple, list)) and len(padding) == 2 and all(isinstance(p, (tuple, list)) for p in padding)
+    )
+
+
+def _word_padding(word: str, size, kernel_size, stride, dilation) -> tuple[int, int, int, int]:
+    sides: list[int] = []
+    for axis in (0, 1):
+        if word == "valid":
+            sides += (0, 0)
+        elif word == "full":
+            sides += [window_extent(kernel_size[axis], dilation[axis]) - 1] * 2
+        else:
+            sides += same_padding(
+                size[axis], kernel_size[axis], stride[axis], dilation[axis], odd_before=word == "same_lower"
+            )
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+def resolve_padding(
+    op: str, padding, size: Sequence[int], kernel_size, stride, dilation, *, words: Sequence[str], as_pair
+) -> tuple[int, int, int, int]:
+    """Padding as (top, bottom, left, right) from an int, a pair, ((top, bottom), (left, right)) or a word.
+
+    ``size`` is the input's (height, width), for 'same'; ``as_pair`` reads an int or a pair.
+    """
+    if isinstance(padding, str):
+        if padding not in words:
+            raise RuntimeError(f"Invalid padding string: '{padding}', {op}() expected one of {', '.join(words)}")
+        if min(*stride, *dilation) < 1:
+            return 0, 0, 0, 0  # the operator refuses these strides and dilations itself
+        return _word_padding(padding, size, kernel_size, stride, dilation)
+    if is_per_side(padding):
+        (top, bottom), (left, right) = (as_pair(op, "padding", side) for side in padding)
+        return top, bottom, left, right
+    vertical, horizontal = as_pair(op, "padding", padding)
+    return vertical, vertical, horizontal, horizontal

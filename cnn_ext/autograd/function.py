@@ -1,0 +1,37 @@
+"""How the package's autograd.Functions are called.
+
+Each is written once, in the style that torch.func needs (``forward`` without a context, then ``setup_context``). Plain
+eager mode runs a twin in the older style, ``forward(ctx, ...)``, which torch calls in half the time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import Function
+
+
+def _eager_twin(function: type[Function]) -> type[Function]:
+    def forward(ctx, *args):
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(function.backward),
+        "__doc__": function.__doc__,
+    }
+    return type(f"{function.__name__}Eager", (Function,), members)
+
+
+def differentiable(function: type[Function]) -> Callable:
+    """The callable of a Function written with ``setup_context``: in plain eager mode it runs the twin."""
+    function.generate_vmap_rule = True
+    eager = _eager_twin(function)
+
+    def apply(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return eager.apply(*args)
+
+    return apply

@@ -1,0 +1,132 @@
+"""Max and average pooling with gradients of every order.
+
+Max pooling keeps the offsets of the maxima and nothing else: its backward scatters by them, the backward of that
+gathers by them, and so on. Average pooling is linear and keeps nothing. ``window`` is (kernel_size, stride, padding,
+dilation, ceil_mode); ``divisor`` is (count_include_pad, divisor_override).
+"""
+
+import torch
+from torch.autograd import Function
+
+from cnn_ext import ops
+from cnn_ext.autograd.function import differentiable
+from cnn_ext.ops.shapes import is_channels_last, spec
+
+
+def _like(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """``grad`` in the layout of the forward call."""
+    return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad
+
+
+class _MaxForward(Function):
+    """output, offsets = maxima of the windows and their places"""
+
+    @staticmethod
+    def forward(input, window, with_offsets):
+        return ops.max_pool2d_forward(input, *window, with_offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.window, _ = inputs
+        offsets = output[1]
+        ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(offsets)
+        ctx.input_size = input.shape
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return None, None, None
+        (offsets,) = ctx.saved_tensors
+        return _max_pool2d_backward(grad_output, offsets, ctx.input_size, ctx.window), None, None
+
+
+class _MaxBackward(Function):
+    """grad_input = grad_output scattered to the places of the maxima"""
+
+    @staticmethod
+    def forward(grad_output, offsets, input_size, window):
+        return ops.max_pool2d_backward(grad_output, offsets, input_size, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, offsets, _, ctx.window = inputs
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (offsets,) = ctx.saved_tensors
+        return _max_pool2d_gather(grad, offsets, ctx.window), None, None, None
+
+
+class _MaxGather(Function):
+    """output = input at the places of the maxima"""
+
+    @staticmethod
+    def forward(input, offsets, window):
+        return ops.max_pool2d_gather(input, offsets, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, offsets, ctx.window = inputs
+        ctx.save_for_backward(offsets)
+        ctx.input_size = input.shape
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (offsets,) = ctx.saved_tensors
+        return _max_pool2d_backward(grad_output, offsets, ctx.input_size, ctx.window), None, None
+
+
+class _AvgForward(Function):
+    """output = means of the windows"""
+
+    @staticmethod
+    def forward(input, window, divisor):
+        return ops.avg_pool2d_forward(input, *window, *divisor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.window, ctx.divisor = inputs
+        ctx.input_size = input.shape
+        ctx.channels_last = is_channels_last(spec(input))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_output = _like(grad_output, ctx.channels_last)
+        return _avg_pool2d_backward(grad_output, ctx.input_size, ctx.window, ctx.divisor), None, None
+
+
+class _AvgBackward(Function):
+    """grad_input = grad_output shared out over the windows"""
+
+    @staticmethod
+    def forward(grad_output, input_size, window, divisor):
+        return ops.avg_pool2d_backward(grad_output, input_size, *window, *divisor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.window, ctx.divisor = inputs
+        ctx.channels_last = is_channels_last(spec(output))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return avg_pool2d(_like(grad, ctx.channels_last), ctx.window, ctx.divisor), None, None, None
+
+
+_max_pool2d = differentiable(_MaxForward)
+_max_pool2d_backward = differentiable(_MaxBackward)
+_max_pool2d_gather = differentiable(_MaxGather)
+avg_pool2d = differentiable(_AvgForward)
+_avg_pool2d_backward = differentiable(_AvgBackward)
+
+
+def _needs_offsets(input: torch.Tensor) -> bool:
+    """Whether a backward may come; under torch.func the tensor at hand does not tell."""
+    return torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and input.requires_grad)
+
+
+def max_pool2d(input: torch.Tensor, window, with_offsets: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima, and their offsets where asked for or needed by a backward (else an empty tensor)."""
+    return _max_pool2d(input, window, with_offsets or _needs_offsets(input))

@@ -1,0 +1,62 @@
+"""The convolution layer: torch's, except for who computes."""
+
+import torch
+
+from cnn_ext import functional
+from cnn_ext._arguments import CONV_WORDS, is_per_side
+
+_EXTENDED_WORDS = tuple(word for word in CONV_WORDS if word not in ("valid", "same"))
+
+
+class Conv2d(torch.nn.Conv2d):
+    """:class:`torch.nn.Conv2d` computed by this package: same constructor, initialisation, ``repr`` and ``state_dict``.
+
+    ``padding`` takes every form of :func:`cnn_ext.functional.conv2d` too; forms that torch does not know need
+    ``padding_mode='zeros'``.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+    ):
+        extended = _is_extended(padding, stride)
+        if extended and padding_mode != "zeros":
+            raise ValueError(f"padding={padding!r} needs padding_mode='zeros', but got padding_mode={padding_mode!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if extended else padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if extended:
+            self.padding = padding
+
+    def _conv_forward(self, input, weight, bias):
+        if self.padding_mode == "zeros":
+            return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _is_extended(padding, stride) -> bool:
+    """Whether torch's constructor would refuse or misread this padding."""
+    if isinstance(padding, str):
+        return padding in _EXTENDED_WORDS or (padding == "same" and stride not in (1, (1, 1), [1, 1]))
+    return is_per_side(padding)

@@ -1,0 +1,242 @@
+"""The raw operators of the convolution: forward and the three gradients, without autograd.
+
+Each checks its arguments, allocates its result in the layout of the call (channels_last as soon as one of its tensors
+is) and runs a kernel. What follows from sizes, strides and arguments alone is computed once and kept in bounded caches,
+for the call has to be cheap.
+"""
+
+import functools
+
+import torch
+
+from cnn_ext import _native
+from cnn_ext.ops import shapes
+from cnn_ext.ops.library import register
+from cnn_ext.ops.shapes import TensorSpec, spec
+
+_GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+
+
+def _layout(memory_format: torch.memory_format):
+    return _native.Layout.nhwc if memory_format == torch.channels_last else _native.Layout.nchw
+
+
+def native_shape(input_size, weight_size, output_size, geometry, dtype, memory_format, weight_format):
+    """The kernels' description of a checked convolution.
+
+    The stride of an axis with one output and the dilation of an axis with one tap say nothing; as 1 they cannot
+    overflow either.
+    """
+    stride, padding, dilation, groups = geometry
+    return _native.Conv2dShape(
+        batch=input_size[0],
+        in_channels=input_size[1],
+        in_h=input_size[2],
+        in_w=input_size[3],
+        out_channels=output_size[1],
+        out_h=output_size[2],
+        out_w=output_size[3],
+        kernel_h=weight_size[2],
+        kernel_w=weight_size[3],
+        stride_h=stride[0] if output_size[2] > 1 else 1,
+        stride_w=stride[1] if output_size[3] > 1 else 1,
+        pad_top=padding[0],
+        pad_left=padding[2],
+        dilation_h=dilation[0] if weight_size[2] > 1 else 1,
+        dilation_w=dilation[1] if weight_size[3] > 1 else 1,
+        groups=groups,
+        dtype=_native.DTYPES[dtype],
+        layout=_layout(memory_format),
+        weight_layout=_layout(weight_format),
+    )
+
+
+def _geometry(stride, padding, dilation, groups):
+    """The dispatcher's lists as a key."""
+    return tuple(stride), tuple(padding), tuple(dilation), groups
+
+
+# forward: output [N, K, OH, OW] --------------------------------------------------------------------------------------
+
+
+def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry):
+    output_size = shapes.conv2d_output_size(input.size, weight.size, *geometry)
+    shapes.check_conv2d_tensors(input, weight, bias)
+    shapes.check_fits("output", output_size, input.dtype.itemsize)
+    return output_size, shapes.memory_format(input, weight)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry):
+    """The checked call: kernel shape, output size, layout."""
+    output_size, memory_format = _plan_forward(input, weight, bias, geometry)
+    weight_format = shapes.memory_format(weight)
+    shape = native_shape(input.size, weight.size, output_size, geometry, input.dtype, memory_format, weight_format)
+    return shape, output_size, memory_format, weight_format
+
+
+def _forward(input, weight, bias, stride, padding, dilation, groups):
+    shape, output_size, memory_format, weight_format = prepare_forward(
+        spec(input), spec(weight), None if bias is None else spec(bias), _geometry(stride, padding, dilation, groups)
+    )
+    output = torch.empty(output_size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    if output.numel() == 0:
+        return output
+    if input.shape[1] == 0:  # no channels, no terms: the bias is all there is
+        return output.zero_() if bias is None else output.copy_(bias.view(1, -1, 1, 1))
+    input = input.contiguous(memory_format=memory_format)
+    weight = weight.contiguous(memory_format=weight_format)
+    _native.conv2d_forward(shape, input, weight, None if bias is None else bias.contiguous(), output)
+    return output
+
+
+def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
+    output_size, memory_format = _plan_forward(
+        spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
+    )
+    return torch.empty(output_size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+# backward_input: grad_input [N, C, H, W] -----------------------------------------------------------------------------
+
+
+def _plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size, geometry):
+    shapes.check_size("grad_output", grad_output.size, shapes.conv2d_output_size(input_size, weight.size, *geometry))
+    shapes.check_same_type(grad_output, weight, ("grad_output", "weight"))
+    shapes.check_served("conv2d", grad_output)
+    return shapes.memory_format(grad_output, weight)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size, geometry):
+    memory_format = _plan_backward_input(grad_output, weight, input_size, geometry)
+    weight_format = shapes.memory_format(weight)
+    shape = native_shape(
+        input_size, weight.size, grad_output.size, geometry, weight.dtype, memory_format, weight_format
+    )
+    return shape, memory_format, weight_format
+
+
+def _backward_input(grad_output, weight, input_size, stride, padding, dilation, groups):
+    geometry = _geometry(stride, padding, dilation, groups)
+    shape, memory_format, weight_format = prepare_backward_input(
+        spec(grad_output), spec(weight), tuple(input_size), geometry
+    )
+    grad_input = torch.empty(
+        input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format
+    )
+    if grad_input.numel() == 0:
+        return grad_input
+    grad_output = grad_output.contiguous(memory_format=memory_format)
+    weight = weight.contiguous(memory_format=weight_format)
+    _native.conv2d_backward_input(shape, grad_output, weight, grad_input)
+    return grad_input
+
+
+def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups):
+    geometry = (stride, padding, dilation, groups)
+    memory_format = _plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
+    return torch.empty(input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
+
+
+# backward_weight: grad_weight [K, C / groups, R, S] ------------------------------------------------------------------
+
+
+def _plan_backward_weight(grad_output: TensorSpec, input: TensorSpec, weight_size, geometry):
+    shapes.check_size("grad_output", grad_output.size, shapes.conv2d_output_size(input.size, weight_size, *geometry))
+    shapes.check_same_type(grad_output, input, ("grad_output", "input"))
+    shapes.check_served("conv2d", grad_output)
+    return shapes.memory_format(grad_output, input)
+
+
+def _weight_format(channels_last_weight: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last_weight else torch.contiguous_format
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_backward_weight(grad_output: TensorSpec, input: TensorSpec, weight_size, geometry, channels_last_weight):
+    memory_format = _plan_backward_weight(grad_output, input, weight_size, geometry)
+    weight_format = _weight_format(channels_last_weight)
+    shape = native_shape(input.size, weight_size, grad_output.size, geometry, input.dtype, memory_format, weight_format)
+    return shape, memory_format, weight_format
+
+
+def _backward_weight(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
+    geometry = _geometry(stride, padding, dilation, groups)
+    shape, memory_format, weight_format = prepare_backward_weight(
+        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight
+    )
+    grad_weight = torch.empty(weight_size, dtype=input.dtype, device=input.device, memory_format=weight_format)
+    if grad_weight.numel() == 0:
+        return grad_weight
+    if grad_output.numel() == 0:  # an empty batch adds up nothing
+        return grad_weight.zero_()
+    grad_output = grad_output.contiguous(memory_format=memory_format)
+    _native.conv2d_backward_weight(shape, grad_output, input.contiguous(memory_format=memory_format), grad_weight)
+    return grad_weight
+
+
+def _backward_weight_fake(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
+    _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
+    weight_format = _weight_format(channels_last_weight)
+    return torch.empty(weight_size, dtype=input.dtype, device=input.device, memory_format=weight_format)
+
+
+# backward_bias: grad_bias [K] ----------------------------------------------------------------------------------------
+
+
+def _plan_backward_bias(grad_output: TensorSpec):
+    if len(grad_output.size) != 4:
+        raise RuntimeError(f"Expected 4D grad_output, but got grad_output of size: {list(grad_output.size)}")
+    shapes.check_served("conv2d", grad_output)
+    return shapes.memory_format(grad_output)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare_backward_bias(grad_output: TensorSpec):
+    """The bias gradient sees the output alone: a 1x1 convolution of one channel has it."""
+    memory_format = _plan_backward_bias(grad_output)
+    batch, out_channels, out_h, out_w = grad_output.size
+    geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    return memory_format, native_shape(
+        (batch, 1, out_h, out_w),
+        (out_channels, 1, 1, 1),
+        grad_output.size,
+        geometry,
+        grad_output.dtype,
+        memory_format,
+        torch.contiguous_format,
+    )
+
+
+def _backward_bias(grad_output):
+    memory_format, shape = prepare_backward_bias(spec(grad_output))
+    grad_bias = torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)
+    if grad_output.numel() == 0:
+        return grad_bias.zero_()
+    _native.conv2d_backward_bias(shape, grad_output.contiguous(memory_format=memory_format), grad_bias)
+    return grad_bias
+
+
+def _backward_bias_fake(grad_output):
+    _plan_backward_bias(spec(grad_output))
+    return torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)
+
+
+conv2d_forward = register(
+    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", _forward, _forward_fake
+)
+conv2d_backward_input = register(
+    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {_GEOMETRY}) -> Tensor",
+    _backward_input,
+    _backward_input_fake,
+)
+conv2d_backward_weight = register(
+    f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {_GEOMETRY}, "
+    "bool channels_last_weight) -> Tensor",
+    _backward_weight,
+    _backward_weight_fake,
+)
+conv2d_backward_bias = register(
+    "conv2d_backward_bias(Tensor grad_output) -> Tensor", _backward_bias, _backward_bias_fake
+)
