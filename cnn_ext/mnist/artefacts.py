@@ -1,6 +1,10 @@
 """What a run leaves in its folder: history.json, curves.png, predictions.png and the checkpoint, after every epoch."""
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from cnn_ext.mnist.errors import InputError, reason
@@ -23,13 +27,30 @@ def write(out: Path, contents: dict[str, bytes]) -> None:
     try:
         for name, content in contents.items():
             temporaries[name].write_bytes(content)
-        for name, temporary in temporaries.items():
-            os.replace(temporary, out / name)
+        with _interrupt_afterwards():
+            for name, temporary in temporaries.items():
+                os.replace(temporary, out / name)
     except OSError as error:
         raise InputError(f"{out}: cannot be written to: {reason(error)}") from error
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Holds Ctrl-C back until all files are of the same epoch. Signals reach the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _temporary(path: Path) -> Path:

@@ -22,7 +22,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     import click
 
     from cnn_ext.mnist.commands import cli
-    from cnn_ext.mnist.errors import InputError
+    from cnn_ext.mnist.errors import InputError, StoppedError
 
     try:
         return cli.main(arguments, prog_name="cnn-ext", standalone_mode=False) or 0
@@ -31,6 +31,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except StoppedError as error:
+        return _fail(str(error), INTERRUPTED)
     except click.Abort:
         return _fail("stopped by Ctrl-C", INTERRUPTED)
 

@@ -10,10 +10,10 @@ import click
 
 from cnn_ext.mnist import artefacts, checkpoint, data, images, machine, run
 from cnn_ext.mnist import model as model_module
-from cnn_ext.mnist.errors import InputError
+from cnn_ext.mnist.errors import InputError, StoppedError
 from cnn_ext.mnist.train import Recipe, evaluate
 
-DEFAULT_OUT = Path("runs/latest")
+DEFAULT_OUT = Path("runs/mnist")
 A_PATH = click.Path(path_type=Path)
 
 
@@ -75,8 +75,8 @@ def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, 
     try:
         training.execute(click.echo)
     except KeyboardInterrupt:
-        click.echo(f"cnn-ext: stopped by Ctrl-C; {out} holds everything of the last complete epoch, if any", err=True)
-        sys.exit(130)
+        saved = f"{out} holds epoch {training.saved}" if training.saved else f"nothing was saved in {out}"
+        raise StoppedError(f"stopped by Ctrl-C; {saved}") from None
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""Fetches MNIST's four compressed files from public mirrors, with patience for 20 s of silence in all."""
+"""Fetches MNIST's four compressed files from public mirrors; gives up after 20 s without a byte from any of them."""
 
 import hashlib
 import os
@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import requests
+
 from cnn_ext.mnist.errors import InputError, reason
 from cnn_ext.mnist.files import FILES, MnistFile
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-CONNECT_TIMEOUT = 5.0  # seconds, for each mirror
-PATIENCE = 20.0  # seconds of silence, added up over all files and mirrors
+CONNECT_TIMEOUT = 5.0  # seconds, for each address of a mirror
+READ_TIMEOUT = 8.0  # seconds; with the one above it leaves time for the second mirror
+PATIENCE = 20.0  # seconds without a byte, over all mirrors
 
 
 class DownloadError(Exception):
@@ -21,27 +24,25 @@ class DownloadError(Exception):
 
 
 class _Patience:
-    """The seconds left to wait for bytes that do not come."""
+    """A deadline that moves on whenever bytes come."""
 
-    def __init__(self, seconds: float):
-        self.left = seconds
+    def __init__(self):
+        self.renew()
+
+    def renew(self) -> None:
+        self.deadline = time.monotonic() + PATIENCE
 
     def get(self, chunks: queue.Queue):
-        started = time.monotonic()
         try:
-            return chunks.get(timeout=max(self.left, 0.001))
+            return chunks.get(timeout=max(self.deadline - time.monotonic(), 0))
         except queue.Empty:
-            raise DownloadError("no answer") from None
-        finally:
-            self.left -= time.monotonic() - started
+            raise DownloadError("no answer in time") from None
 
 
 def _stream(url: str, chunks: queue.Queue) -> None:
     """Puts the bytes behind ``url`` into the queue piece by piece, then None; or the error."""
-    import requests
-
     try:
-        with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, PATIENCE)) as response:
+        with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
             response.raise_for_status()
             for chunk in response.iter_content(1 << 16):
                 chunks.put(chunk)
@@ -56,8 +57,14 @@ def _chunks(url: str, patience: _Patience) -> Iterator[bytes]:
     threading.Thread(target=_stream, args=(url, chunks), daemon=True).start()
     while (chunk := patience.get(chunks)) is not None:
         if isinstance(chunk, Exception):
-            raise DownloadError(reason(chunk)[:200])
+            raise DownloadError(_in_short(chunk))
+        patience.renew()
         yield chunk
+
+
+def _in_short(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    return type(error).__name__ if response is None else f"HTTP status {response.status_code}"
 
 
 def _fetch_file(file: MnistFile, folder: Path, patience: _Patience) -> None:
@@ -88,7 +95,7 @@ def _place(content: bytes, path: Path) -> None:
 
 def fetch(root: Path) -> None:
     """Puts those of the four files that are missing into torchvision's layout under ``root``, or DownloadError."""
-    patience = _Patience(PATIENCE)
+    patience = _Patience()
     folder = root / "MNIST" / "raw"
     for file in FILES.values():
         if not (folder / f"{file.name}.gz").is_file():

@@ -1,8 +1,12 @@
-"""What a user can put right: one line, exit status 2."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class InputError(Exception):
-    """Bad input. The message is one line that names the file or option and says what is wrong with it."""
+    """Bad input. The message is one line that names the file or option and what is wrong with it; exit status 2."""
+
+
+class StoppedError(Exception):
+    """Ctrl-C during training. The message is one line that says what was saved; exit status 130."""
 
 
 def reason(error: Exception) -> str:

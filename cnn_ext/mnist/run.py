@@ -40,6 +40,7 @@ class Run:
     out: Path
     command: str  # this and the arguments are recorded in history.json
     arguments: dict
+    saved: int = 0  # the last epoch whose artefacts are in place
 
     def execute(self, echo: Callable[[str], None]) -> None:
         """Trains, prints the lecture's lines, and leaves the artefacts after every epoch."""
@@ -73,6 +74,7 @@ class Run:
             checkpoint.FILE_NAME: checkpoint.to_bytes(model, self.dataset.name, epoch),
         }
         artefacts.write(self.out, contents)
+        self.saved = epoch
 
     def _history(self, history: History, test_loss: float | None = None, test_accuracy: float | None = None) -> bytes:
         record = {
