@@ -2,8 +2,6 @@
 every run.
 """
 
-from importlib import metadata
-
 try:
     import torch  # noqa: F401  (first: the compiled module shares the OpenMP runtime that torch brings)
 except ModuleNotFoundError as error:
@@ -12,11 +10,25 @@ except ModuleNotFoundError as error:
     raise ImportError("cnn_ext needs PyTorch >= 2.6: pip install torch") from None
 
 from cnn_ext import functional
+from cnn_ext.inspection import build_info, explain, force_kernel, kernels, version
 from cnn_ext.nn import AvgPool2d, Conv2d, MaxPool2d, convert, revert
+from cnn_ext.signal import convolve, correlate, output_size
 
-try:
-    __version__ = metadata.version("cnn_ext")
-except metadata.PackageNotFoundError:
-    __version__ = "0+unknown"
+__version__ = version()
 
-__all__ = ["AvgPool2d", "Conv2d", "MaxPool2d", "__version__", "convert", "functional", "revert"]
+__all__ = [
+    "AvgPool2d",
+    "Conv2d",
+    "MaxPool2d",
+    "__version__",
+    "build_info",
+    "convert",
+    "convolve",
+    "correlate",
+    "explain",
+    "force_kernel",
+    "functional",
+    "kernels",
+    "output_size",
+    "revert",
+]

@@ -98,3 +98,41 @@ def resolve_padding(
         return top, bottom, left, right
     vertical, horizontal = as_pair(op, "padding", padding)
     return vertical, vertical, horizontal, horizontal
+
+
+def conv2d_geometry(op: str, input, weight, bias, stride, padding, dilation, groups):
+    """The arguments of a convolution as the operators take them: (stride, padding, dilation, groups)."""
+    check_tensor(op, "input", input)
+    check_tensor(op, "weight", weight)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"Expected 3D (unbatched) or 4D (batched) input to {op}, but got input of size: {list(input.shape)}"
+        )
+    if weight.dim() != 4:
+        raise RuntimeError(f"Expected 4D weight to {op}, but got weight of size: {list(weight.shape)}")
+    stride = conv_pair(op, "stride", stride)
+    dilation = conv_pair(op, "dilation", dilation)
+    padding = resolve_padding(
+        op, padding, input.shape[-2:], weight.shape[-2:], stride, dilation, words=CONV_WORDS, as_pair=conv_pair
+    )
+    return stride, padding, dilation, integer(op, "groups", groups)
+
+
+def pool2d_window(op: str, input, kernel_size, stride, padding, dilation, ceil_mode):
+    """The arguments that both poolings share, as the operators take them."""
+    check_tensor(op, "input", input)
+    check_bool(op, "ceil_mode", ceil_mode)
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"non-empty 3D or 4D (batch mode) tensor expected for input, but got input of size: {list(input.shape)}"
+        )
+    kernel_size = pool_pair(op, "kernel_size", kernel_size)
+    omitted = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
+    stride = kernel_size if omitted else pool_pair(op, "stride", stride)
+    dilation = pool_pair(op, "dilation", dilation)
+    padding = resolve_padding(
+        op, padding, input.shape[-2:], kernel_size, stride, dilation, words=POOL_WORDS, as_pair=pool_pair
+    )
+    return kernel_size, stride, padding, dilation, ceil_mode

@@ -9,16 +9,7 @@ takes ``dilation``.
 import torch
 
 from cnn_ext import autograd
-from cnn_ext._arguments import (
-    CONV_WORDS,
-    POOL_WORDS,
-    check_bool,
-    check_tensor,
-    conv_pair,
-    integer,
-    pool_pair,
-    resolve_padding,
-)
+from cnn_ext._arguments import check_bool, conv2d_geometry, integer, pool2d_window
 
 __all__ = ["avg_pool2d", "conv2d", "max_pool2d"]
 
@@ -44,44 +35,10 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         TypeError, ValueError: an argument of the wrong type; an integer beyond int64.
         NotImplementedError: a dtype or device that no kernel serves.
     """
-    check_tensor("conv2d", "input", input)
-    check_tensor("conv2d", "weight", weight)
-    if bias is not None:
-        check_tensor("conv2d", "bias", bias)
-    rank = input.dim()
-    if rank not in (3, 4):
-        raise RuntimeError(
-            f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(input.shape)}"
-        )
-    if weight.dim() != 4:
-        raise RuntimeError(f"Expected 4D weight to conv2d, but got weight of size: {list(weight.shape)}")
-    stride = conv_pair("conv2d", "stride", stride)
-    dilation = conv_pair("conv2d", "dilation", dilation)
-    padding = resolve_padding(
-        "conv2d", padding, input.shape[-2:], weight.shape[-2:], stride, dilation, words=CONV_WORDS, as_pair=conv_pair
-    )
-    geometry = (stride, padding, dilation, integer("conv2d", "groups", groups))
-    if rank == 3:
+    geometry = conv2d_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() == 3:
         return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return autograd.conv2d(input, weight, bias, geometry)
-
-
-def _pool_window(op, input, kernel_size, stride, padding, dilation, ceil_mode):
-    """The arguments that both poolings share, as the operators take them."""
-    check_tensor(op, "input", input)
-    check_bool(op, "ceil_mode", ceil_mode)
-    if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"non-empty 3D or 4D (batch mode) tensor expected for input, but got input of size: {list(input.shape)}"
-        )
-    kernel_size = pool_pair(op, "kernel_size", kernel_size)
-    omitted = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
-    stride = kernel_size if omitted else pool_pair(op, "stride", stride)
-    dilation = pool_pair(op, "dilation", dilation)
-    padding = resolve_padding(
-        op, padding, input.shape[-2:], kernel_size, stride, dilation, words=POOL_WORDS, as_pair=pool_pair
-    )
-    return kernel_size, stride, padding, dilation, ceil_mode
 
 
 def _axis_indices(offsets: torch.Tensor, taps: torch.Tensor, axis: int, window, extent: int) -> torch.Tensor:
@@ -122,7 +79,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages.
     """
     check_bool("max_pool2d", "return_indices", return_indices)
-    window = _pool_window("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = pool2d_window("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     output, offsets = autograd.max_pool2d(batched, window, return_indices)
     if batched is not input:
@@ -163,7 +120,7 @@ def avg_pool2d(
         RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages.
     """
     check_bool("avg_pool2d", "count_include_pad", count_include_pad)
-    window = _pool_window("avg_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
+    window = pool2d_window("avg_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
     if divisor_override is not None:
         divisor_override = integer("avg_pool2d", "divisor_override", divisor_override)
     divisor = (count_include_pad, divisor_override)
