@@ -1,0 +1,84 @@
+// The case files that pytest reads too (tests/cases/*.csv), and the shapes of their lines.
+#pragma once
+
+#include <cstdint>
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/shapes.h"
+
+namespace cnn_ext::tests {
+
+// One line of a case file: the columns by name.
+struct Case {
+  std::string name;
+  std::map<std::string, int64_t> fields;
+  int64_t operator[](const std::string& field) const { return fields.at(field); }
+};
+
+inline std::vector<std::string> split(const std::string& line) {
+  std::vector<std::string> items;
+  std::stringstream stream(line);
+  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+  return items;
+}
+
+inline std::vector<Case> read_cases(const char* path) {
+  std::ifstream file(path);
+  std::string line;
+  if (!std::getline(file, line)) throw std::runtime_error(std::string(path) + " cannot be read");
+  const std::vector<std::string> header = split(line);
+  std::vector<Case> cases;
+  while (std::getline(file, line)) {
+    const std::vector<std::string> items = split(line);
+    if (items.size() != header.size()) throw std::runtime_error(std::string(path) + ": malformed line: " + line);
+    cases.push_back({items[0], {}});
+    for (size_t i = 1; i < items.size(); ++i) cases.back().fields[header[i]] = std::stoll(items[i]);
+  }
+  return cases;
+}
+
+inline int64_t extent(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t stride, int64_t dilation, bool ceil_mode) {
+  const int64_t out = (size + before + after - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  return ceil_mode && (out - 1) * stride >= size + before ? out - 1 : out;
+}
+
+inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layout weight_layout) {
+  const int64_t out_h = extent(c["in_h"], c["pad_top"], c["pad_bottom"], c["kernel_h"], c["stride_h"], c["dilation_h"], false);
+  const int64_t out_w = extent(c["in_w"], c["pad_left"], c["pad_right"], c["kernel_w"], c["stride_w"], c["dilation_w"], false);
+  return {c["batch"],      c["in_channels"], c["in_h"],     c["in_w"],     c["out_channels"], out_h,         out_w,
+          c["kernel_h"],   c["kernel_w"],    c["stride_h"], c["stride_w"], c["pad_top"],      c["pad_left"], c["dilation_h"],
+          c["dilation_w"], c["groups"],      dtype,         layout,        weight_layout};
+}
+
+inline Pool2dShape pool2d_shape(const Case& c, DType dtype, Layout layout) {
+  const bool ceil_mode = c["ceil_mode"] != 0;
+  const int64_t out_h = extent(c["in_h"], c["pad_top"], c["pad_bottom"], c["kernel_h"], c["stride_h"], c["dilation_h"], ceil_mode);
+  const int64_t out_w = extent(c["in_w"], c["pad_left"], c["pad_right"], c["kernel_w"], c["stride_w"], c["dilation_w"], ceil_mode);
+  return {c["batch"],
+          c["channels"],
+          c["in_h"],
+          c["in_w"],
+          out_h,
+          out_w,
+          c["kernel_h"],
+          c["kernel_w"],
+          c["stride_h"],
+          c["stride_w"],
+          c["pad_top"],
+          c["pad_bottom"],
+          c["pad_left"],
+          c["pad_right"],
+          c["dilation_h"],
+          c["dilation_w"],
+          c["divisor_override"],
+          static_cast<int32_t>(c["count_include_pad"]),
+          dtype,
+          layout};
+}
+
+}  // namespace cnn_ext::tests

@@ -1,0 +1,250 @@
+// kernel_check: every row of the kernel table against the naive row, without Python and without torch, over the same cases that pytest
+// reads.
+//
+//   kernel_check tests/cases/conv2d.csv tests/cases/pool2d.csv [ROW]
+//
+// Each row that accepts a case runs twice: on one thread with every tensor and the workspace starting flush behind a guard page, and on
+// three threads with all of them ending flush before one, which also misaligns them. (A bias comes with equal layouts only.) A touch
+// outside is a fault that names row and case; both runs must give the same bits, and these must be within the tolerance of
+// tests/support/tolerances.py. With sanitizers:
+//
+//   cmake -S . -B build/asan -G Ninja -DCNN_EXT_PYTHON=OFF -DCNN_EXT_KERNEL_CHECK=ON -DCNN_EXT_CUDA=off -DCMAKE_BUILD_TYPE=Debug
+//         -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+//   cmake --build build/asan && ASAN_OPTIONS=handle_segv=0 build/asan/kernel_check tests/cases/conv2d.csv tests/cases/pool2d.csv
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/kernel_table.h"
+#include "tests/cases.h"
+#include "tests/guarded.h"
+
+namespace {
+
+using namespace cnn_ext;
+using namespace cnn_ext::cpu;
+using namespace cnn_ext::tests;
+
+// How a row is run; the operands are the same in all runs of a case, but for their signs.
+struct Run {
+  int threads = 1;
+  Flush flush = Flush::start;
+  bool absolute = false;
+};
+
+template <class T>
+struct Result {
+  std::vector<T> values;
+  std::vector<uint8_t> offsets;  // raw bytes
+};
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <class T>
+Result<T> call(const Conv2dKernel& row, const Conv2dShape& s, const Run& run, const std::vector<uint8_t>&) {
+  Tensors tensors(run.flush);
+  const int64_t input = s.batch * s.in_channels * s.in_h * s.in_w, output = s.batch * s.out_channels * s.out_h * s.out_w;
+  const int64_t weight = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  const bool forward = row.direction == Conv2dDirection::forward;
+  const auto values = [&](int64_t count, uint64_t seed) { return tensors.values<T>(count, seed, run.absolute); };
+  Conv2dBuffers b{};
+  if (forward || row.direction == Conv2dDirection::backward_weight) b.input = values(input, 1);
+  if (forward || row.direction == Conv2dDirection::backward_input) b.weight = values(weight, 2);
+  if (forward && s.layout == s.weight_layout) b.bias = values(s.out_channels, 3);
+  if (!forward) b.grad_output = values(output, 4);
+  const int64_t count[] = {output, input, weight, s.out_channels};
+  void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
+  const int direction = static_cast<int>(row.direction);
+  T* result = static_cast<T*>(tensors.bytes(count[direction] * static_cast<int64_t>(sizeof(T))));
+  *written[direction] = result;
+  const Guarded workspace(aligned(row.plan(s, run.threads).workspace_bytes), run.flush);
+  if (row.run(s, b, workspace.data(), run.threads) != Outcome::done) throw std::runtime_error("finds finite operands not finite");
+  return {std::vector<T>(result, result + count[direction]), {}};
+}
+
+template <class T>
+Result<T> call(const Pool2dKernel& row, const Pool2dShape& s, const Run& run, const std::vector<uint8_t>& offsets) {
+  Tensors tensors(run.flush);
+  const int64_t input = s.batch * s.channels * s.in_h * s.in_w, output = s.batch * s.channels * s.out_h * s.out_w;
+  const int64_t offset_bytes = row.op == Pool2dOp::avg ? 0 : output * (s.kernel_h * s.kernel_w <= 256 ? 1 : 4);
+  const bool backward = row.direction == Pool2dDirection::backward, forward = row.direction == Pool2dDirection::forward;
+  Pool2dBuffers b{};
+  (backward ? b.grad_output : b.input) = tensors.values<T>(backward ? output : input, backward ? 4 : 1, run.absolute);
+  if (row.op == Pool2dOp::max) b.offsets = tensors.bytes(offset_bytes, forward ? nullptr : offsets.data());
+  const int64_t count = backward ? input : output;
+  T* result = static_cast<T*>(tensors.bytes(count * static_cast<int64_t>(sizeof(T))));
+  (backward ? b.grad_input : b.output) = result;
+  const Guarded workspace(aligned(row.plan(s, run.threads).workspace_bytes), run.flush);
+  row.run(s, b, workspace.data(), run.threads);
+  const uint8_t* written = static_cast<const uint8_t*>(b.offsets);
+  return {std::vector<T>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
+}
+
+// How many roundings a term of the sum meets: see tests/support/tolerances.py. 0: the result is exact.
+int64_t roundings(const Conv2dKernel& row, const Conv2dShape& s) {
+  switch (row.direction) {
+    case Conv2dDirection::forward:
+      return s.in_channels / s.groups * s.kernel_h * s.kernel_w + 1;
+    case Conv2dDirection::backward_input:
+      return s.out_channels / s.groups * s.kernel_h * s.kernel_w;
+    default:
+      return s.batch * s.out_h * s.out_w;
+  }
+}
+
+int64_t roundings(const Pool2dKernel& row, const Pool2dShape& s) {
+  if (row.op == Pool2dOp::avg) return s.kernel_h * s.kernel_w + 1;
+  if (row.direction != Pool2dDirection::backward) return 0;
+  return ((s.kernel_h + s.stride_h - 1) / s.stride_h) * ((s.kernel_w + s.stride_w - 1) / s.stride_w) - 1;
+}
+
+bool same_slot(const Conv2dKernel& a, const Conv2dKernel& b) { return a.direction == b.direction; }
+bool same_slot(const Pool2dKernel& a, const Pool2dKernel& b) { return a.op == b.op && a.direction == b.direction; }
+
+// The naive row of a slot is its last.
+template <class Kernel>
+const Kernel& naive_row(const std::vector<const Kernel*>& table, const Kernel& row) {
+  return **std::find_if(table.rbegin(), table.rend(), [&](const Kernel* other) { return same_slot(*other, row); });
+}
+
+// The offsets that a direction reads.
+template <class T>
+std::vector<uint8_t> offsets_for(const Conv2dKernel&, const Conv2dShape&) {
+  return {};
+}
+
+template <class T>
+std::vector<uint8_t> offsets_for(const Pool2dKernel& reader, const Pool2dShape& s) {
+  if (reader.op != Pool2dOp::max || reader.direction == Pool2dDirection::forward) return {};
+  const auto is_max_forward = [](const Pool2dKernel* row) {
+    return row->op == Pool2dOp::max && row->direction == Pool2dDirection::forward;
+  };
+  const auto row = std::find_if(pool2d_kernels().rbegin(), pool2d_kernels().rend(), is_max_forward);
+  return call<T>(**row, s, Run{}, {}).offsets;
+}
+
+// What a slot's rows are compared with.
+template <class T>
+struct Oracle {
+  std::vector<uint8_t> offsets;  // read by the rows
+  Result<T> truth;
+  Result<T> magnitude;  // the sum of the terms' absolute values
+};
+
+template <class T, class Kernel, class Shape>
+Oracle<T> oracle(const Kernel& naive, const Shape& shape) {
+  const std::vector<uint8_t> offsets = offsets_for<T>(naive, shape);
+  return {offsets, call<T>(naive, shape, Run{}, offsets), call<T>(naive, shape, {1, Flush::start, true}, offsets)};
+}
+
+// What is wrong with the results of a row, or an empty string.
+template <class T, class Kernel, class Shape>
+std::string problem_of(const Kernel& row, const Shape& shape, const Oracle<T>& oracle) {
+  const Result<T> result = call<T>(row, shape, {1, Flush::start, false}, oracle.offsets);
+  const Result<T> again = call<T>(row, shape, {3, Flush::end, false}, oracle.offsets);
+  const size_t bytes = result.values.size() * sizeof(T);
+  if ((bytes != 0 && std::memcmp(result.values.data(), again.values.data(), bytes) != 0) || result.offsets != again.offsets) {
+    return "other bits on three threads, or at other addresses";
+  }
+  if (result.offsets != oracle.truth.offsets) return "other offsets";
+  const double eps_sqrt_roundings = std::numeric_limits<T>::epsilon() * std::sqrt(static_cast<double>(roundings(row, shape)));
+  for (size_t i = 0; i < result.values.size(); ++i) {
+    const double got = static_cast<double>(result.values[i]), wanted = static_cast<double>(oracle.truth.values[i]);
+    // Twice the tolerance, for the naive row has an error, too.
+    double tolerance = 2 * eps_sqrt_roundings * std::fabs(static_cast<double>(oracle.magnitude.values[i]));
+    if (tolerance > 0) tolerance += std::numeric_limits<T>::min();
+    if (got != wanted && !(std::fabs(got - wanted) <= tolerance)) {
+      return "element " + std::to_string(i) + " is " + std::to_string(got) + ", wanted " + std::to_string(wanted);
+    }
+  }
+  return "";
+}
+
+char running[256];  // what a fault is reported with
+int passed = 0, failed = 0;
+
+void report_fault(int) {
+  static_cast<void>(!write(STDOUT_FILENO, running, std::strlen(running)));
+  static const char text[] = ": touches memory outside its buffers\n";
+  static_cast<void>(!write(STDOUT_FILENO, text, sizeof(text) - 1));
+  _exit(3);
+}
+
+template <class T, class Kernel, class Shape>
+void check_row(const Kernel& row, const std::string& what, const Shape& shape, const Oracle<T>& oracle) {
+  std::snprintf(running, sizeof(running), "FAILED %s, %s", row.name, what.c_str());
+  std::string problem;
+  try {
+    problem = problem_of(row, shape, oracle);
+  } catch (const std::runtime_error& error) {
+    problem = error.what();
+  }
+  ++(problem.empty() ? passed : failed);
+  if (!problem.empty()) std::printf("%s: %s\n", running, problem.c_str());
+}
+
+// Every row of the table that this machine supports, that has the wanted name ("": any) and that accepts the shape.
+template <class T, class Kernel, class Shape>
+void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const std::string& only) {
+  for (const Kernel* naive : table) {
+    if (naive != &naive_row(table, *naive)) continue;
+    std::vector<const Kernel*> rows;
+    std::copy_if(table.begin(), table.end(), std::back_inserter(rows), [&](const Kernel* row) {
+      return same_slot(*row, *naive) && (only.empty() || only == row->name) && row->isa <= best_isa() && row->accepts(shape);
+    });
+    if (rows.empty()) continue;
+    const Oracle<T> truth = oracle<T>(*naive, shape);
+    for (const Kernel* row : rows) check_row(*row, what, shape, truth);
+  }
+}
+
+bool has_row(const std::string& name) {
+  const auto is_named = [&](const auto* row) { return name == row->name; };
+  return std::any_of(conv2d_kernels().begin(), conv2d_kernels().end(), is_named) ||
+         std::any_of(pool2d_kernels().begin(), pool2d_kernels().end(), is_named);
+}
+
+template <class T>
+void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_file, const char* pool2d_file, const std::string& only) {
+  const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
+  for (const auto& [layout, layout_name] : layouts) {
+    const std::string variant = dtype_name + " " + layout_name;
+    for (const Case& c : read_cases(pool2d_file)) {
+      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool2d_shape(c, dtype, layout), only);
+    }
+    for (const auto& [weight_layout, weight_layout_name] : layouts) {
+      for (const Case& c : read_cases(conv2d_file)) {
+        const std::string what = "case " + c.name + ", " + variant + ", weight " + weight_layout_name;
+        check_rows<T>(conv2d_kernels(), what, conv2d_shape(c, dtype, layout, weight_layout), only);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  const std::string only = argc > 3 ? argv[3] : "";
+  if (argc < 3 || argc > 4 || (!only.empty() && !has_row(only))) {
+    std::fprintf(stderr, only.empty() ? "usage: kernel_check CONV2D_CSV POOL2D_CSV [ROW]\n" : "no kernel is called \"%s\"\n", only.c_str());
+    return 2;
+  }
+  std::signal(SIGSEGV, report_fault);
+  std::signal(SIGBUS, report_fault);
+  check_dtype<float>(DType::float32, "float32", argv[1], argv[2], only);
+  check_dtype<double>(DType::float64, "float64", argv[1], argv[2], only);
+  std::printf("%d passed, %d failed (a row, a case, a dtype and a layout each)\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "kernel_check: %s\n", error.what());
+  return 2;
+}
