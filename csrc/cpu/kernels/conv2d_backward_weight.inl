@@ -1,0 +1,261 @@
+// grad_weight by jobs: the loop nest that the rows of backward_weight share. `Tiles` says which window of the input a block of outputs
+// needs and how the taps are grouped into register tiles.
+//
+// A job goes through its pixels block by block. It packs grad_output as [block of output channels][pixel][channel] and the input as [block
+// of input channels][pixel][channel], and adds patches of about kPatchPixels pixels to its sums [output block][input block][tap][input
+// channel][output channel], for all pairs of channel blocks and all taps while the patch is in the level-1 cache.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/conv2d_backward_weight_pack.inl"
+#include "cpu/kernels/conv2d_backward_weight_split.inl"
+#include "cpu/kernels/conv2d_backward_weight_write.inl"
+#include "cpu/parallel.h"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+// A block of output pixels.
+struct Block {
+  Range images, rows;
+};
+
+template <class T, class Tiles>
+class BackwardWeight {
+ public:
+  explicit BackwardWeight(const Conv2dShape& shape) : s_(shape), work_(work_of(shape)), split_(cheapest_split(work_)) {
+    max_out_ = divide_up(work_.out_blocks, split_.out_ranges) * work_.out_block;
+    max_in_ = smaller(work_.group_in, divide_up(work_.in_blocks, split_.in_ranges) * divide_up(work_.group_in, work_.in_blocks));
+    const int64_t row = Tiles::window_columns(s_) * max_in_ * element();
+    blocking_ = blocking_for(work_, split_.pixel_ranges, s_.out_w * max_out_ * element() + s_.stride_h * row,
+                             larger(0, (s_.kernel_h - 1) * s_.dilation_h + 1 - s_.stride_h) * row);
+    split_.pixel_ranges = larger(1, smaller(split_.pixel_ranges, blocking_.blocks));
+    window_rows_ = Tiles::window(s_, {0, blocking_.rows}).rows;
+    for (int64_t row0 = 0; row0 < s_.out_h; row0 += blocking_.rows) {
+      window_rows_ = larger(window_rows_, Tiles::window(s_, {row0, smaller(s_.out_h, row0 + blocking_.rows)}).rows);
+    }
+  }
+
+  Plan plan(int threads) const {
+    return {work_.out_block, kPatchPixels, jobs(), static_cast<size_t>((threads * worker_elements() + shared_elements()) * element())};
+  }
+
+  Outcome run(const Conv2dBuffers& buffers, void* workspace, int threads) const {
+    if (work_.group_in == 0) return Outcome::done;
+    T* shared = static_cast<T*>(workspace);
+    T* scratch = shared + shared_elements();
+    int finite = 1;
+    parallel_for(threads, jobs(), [&](int worker, int64_t job) {
+      T* own = scratch + worker * worker_elements();
+      T* sums = split_.pixel_ranges > 1 ? shared + job * sums_elements() : own + packed_elements();
+      if (!run_job(buffers, job, own, sums)) __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
+      if (split_.pixel_ranges == 1) write_ranges(buffers, job, sums, 0, work_.out_blocks);
+    });
+    if (split_.pixel_ranges > 1) {
+      const int64_t ranges = jobs() / split_.pixel_ranges;
+      parallel_for(threads, ranges * work_.out_blocks, [&](int, int64_t i) {
+        const int64_t job = i / work_.out_blocks, block = i % work_.out_blocks;
+        write_ranges(buffers, job, shared + job * sums_elements(), block, block + 1);
+      });
+    }
+    return finite ? Outcome::done : Outcome::not_finite;
+  }
+
+ private:
+  // The channels of a job: blocks [begin, end) of a group's output and input channels.
+  struct Channels {
+    int64_t group;
+    Range out_blocks, in_blocks;
+  };
+
+  static constexpr int64_t element() { return sizeof(T); }
+  static constexpr int64_t line(int64_t elements) { return divide_up(elements, kLanes<T>) * kLanes<T>; }
+
+  static Work work_of(const Conv2dShape& s) {
+    const int64_t group_out = s.out_channels / s.groups, group_in = s.in_channels / s.groups;
+    const int64_t out_block = group_out <= kLanes<T> ? kLanes<T> : kTileVectors * kLanes<T>;
+    return {s.groups,
+            s.batch,
+            s.out_h,
+            s.out_w,
+            group_out,
+            group_in,
+            s.kernel_h * s.kernel_w,
+            out_block,
+            divide_up(group_out, out_block),
+            larger(1, divide_up(group_in, Tiles::channels())),
+            s.in_h * s.in_w,
+            element()};
+  }
+
+  int64_t jobs() const { return work_.groups * split_.out_ranges * split_.in_ranges * split_.pixel_ranges; }
+  int64_t grad_output_elements() const { return line(blocking_.images * blocking_.rows * s_.out_w * max_out_); }
+  int64_t input_elements() const { return line(blocking_.images * window_rows_ * Tiles::window_columns(s_) * max_in_); }
+  int64_t packed_elements() const { return grad_output_elements() + input_elements(); }
+  int64_t sums_elements() const { return line(max_out_ * max_in_ * work_.taps); }
+  int64_t worker_elements() const { return packed_elements() + (split_.pixel_ranges > 1 ? 0 : sums_elements()); }
+  int64_t shared_elements() const { return split_.pixel_ranges > 1 ? jobs() * sums_elements() : 0; }
+
+  // Job = ((pixel range * groups + group) * out_ranges + output range) * in_ranges + input range.
+  Channels channels_of(int64_t job) const {
+    const int64_t in = job % split_.in_ranges, out = job / split_.in_ranges % split_.out_ranges;
+    return {job / (split_.in_ranges * split_.out_ranges) % work_.groups, part_of(work_.out_blocks, split_.out_ranges, out),
+            part_of(work_.in_blocks, split_.in_ranges, in)};
+  }
+  Range pixel_blocks_of(int64_t job) const {
+    return part_of(blocking_.blocks, split_.pixel_ranges, job / (split_.in_ranges * split_.out_ranges * work_.groups));
+  }
+  Block block_at(int64_t i) const {
+    const int64_t image = i / blocking_.row_blocks * blocking_.images, row = i % blocking_.row_blocks * blocking_.rows;
+    return {{image, smaller(s_.batch, image + blocking_.images)}, {row, smaller(s_.out_h, row + blocking_.rows)}};
+  }
+
+  // The first input channel of a block, within the group.
+  int64_t first_in(int64_t block) const { return part_of(work_.group_in, work_.in_blocks, block).begin; }
+  int vectors_of(int64_t out_block) const { return work_.group_out - out_block * work_.out_block > kLanes<T> ? kTileVectors : 1; }
+
+  bool run_job(const Conv2dBuffers& buffers, int64_t job, T* scratch, T* sums) const {
+    const Channels channels = channels_of(job);
+    T* grad_output = scratch;
+    T* input = scratch + grad_output_elements();
+    fill_zeros(sums, sums_elements());
+    bool finite = true;
+    const Range blocks = pixel_blocks_of(job);
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+      const Block block = block_at(i);
+      pack_grad_output(static_cast<const T*>(buffers.grad_output), channels, block, grad_output);
+      if (Tiles::multiplies_padding(s_)) finite = finite && all_finite(channels, block, grad_output);
+      const Window window = Tiles::window(s_, block.rows);
+      pack_input(static_cast<const T*>(buffers.input), channels, block, window, input);
+      add_block(channels, block, window, grad_output, input, sums);
+    }
+    return finite;
+  }
+
+  void pack_grad_output(const T* grad_output, const Channels& channels, const Block& block, T* packed) const {
+    const int64_t plane = s_.out_h * s_.out_w, pixels = block.rows.size() * s_.out_w;
+    for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) {
+      const int64_t first = b * work_.out_block, count = smaller(work_.out_block, work_.group_out - first);
+      const int64_t step = vectors_of(b) * kLanes<T>;
+      for (int64_t n = block.images.begin; n < block.images.end; ++n) {
+        pack_run<true>(s_.layout, grad_output + n * s_.out_channels * plane, s_.out_channels, plane,
+                       channels.group * work_.group_out + first, count, block.rows.begin * s_.out_w, pixels, packed, step);
+        packed += pixels * step;
+      }
+    }
+  }
+
+  // Zero times a finite number is zero, times any other it is not.
+  bool all_finite(const Channels& channels, const Block& block, const T* packed) const {
+    int64_t vectors = 0;
+    for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) vectors += vectors_of(b);
+    vectors *= block.images.size() * block.rows.size() * s_.out_w;
+    Vec<T> zeros{};
+    for (int64_t i = 0; i < vectors; ++i) zeros = fma(load(packed + i * kLanes<T>), Vec<T>{}, zeros);
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      if (!(zeros[lane] == 0)) return false;
+    }
+    return true;
+  }
+
+  void pack_input(const T* input, const Channels& channels, const Block& block, const Window& window, T* packed) const {
+    const int64_t image = s_.in_channels * s_.in_h * s_.in_w;
+    for (int64_t b = channels.in_blocks.begin; b < channels.in_blocks.end; ++b) {
+      const int64_t first = first_in(b), count = first_in(b + 1) - first;
+      for (int64_t n = block.images.begin; n < block.images.end; ++n) {
+        pack_window(s_, input + n * image, channels.group * work_.group_in + first, count, window, packed);
+        packed += window.rows * window.columns * count;
+      }
+    }
+  }
+
+  // Cuts a block into patches and adds each to the sums of all channel blocks. Patches are parts of equal size, give or take one.
+  void add_block(const Channels& channels, const Block& block, const Window& window, const T* grad_output, const T* input, T* sums) const {
+    const int64_t column_parts = divide_up(s_.out_w, 2 * kPatchPixels), width = divide_up(s_.out_w, column_parts);
+    const int64_t height = smaller(block.rows.size(), larger(1, kPatchPixels / width)), row_parts = divide_up(block.rows.size(), height);
+    const int64_t depth = row_parts * column_parts > 1 ? 1 : larger(1, kPatchPixels / (width * height));
+    for (int64_t n = block.images.begin; n < block.images.end; n += depth) {
+      const Range images{n, smaller(block.images.end, n + depth)};
+      for (int64_t i = 0; i < row_parts; ++i) {
+        const Range rows = part_of(block.rows.size(), row_parts, i);
+        for (int64_t j = 0; j < column_parts; ++j) {
+          const Range columns = part_of(s_.out_w, column_parts, j);
+          add_patches(channels, block, window, images, {block.rows.begin + rows.begin, block.rows.begin + rows.end}, columns, grad_output,
+                      input, sums);
+        }
+      }
+    }
+  }
+
+  void add_patches(const Channels& channels, const Block& block, const Window& window, Range images, Range rows, Range columns,
+                   const T* grad_output, const T* input, T* sums) const {
+    const int64_t pixels = block.images.size() * block.rows.size() * s_.out_w;
+    const int64_t input_pixels = block.images.size() * window.rows * window.columns;
+    const int64_t first_channel = first_in(channels.in_blocks.begin), in_channels = first_in(channels.in_blocks.end) - first_channel;
+    for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) {
+      const int64_t out_offset = (b - channels.out_blocks.begin) * work_.out_block;
+      const int vectors = vectors_of(b);
+      for (int64_t c = channels.in_blocks.begin; c < channels.in_blocks.end; ++c) {
+        const int64_t offset = first_in(c) - first_channel, count = first_in(c + 1) - first_in(c);
+        Tiles::template add<T>(s_, window, block.rows.begin, images.begin - block.images.begin, images.size(), rows, columns, vectors,
+                               static_cast<int>(count), grad_output + pixels * out_offset, block.rows.size() * s_.out_w,
+                               input + input_pixels * offset,
+                               sums + (out_offset * in_channels + vectors * kLanes<T> * offset) * work_.taps);
+      }
+    }
+  }
+
+  // Output blocks [begin, end) of the job's channels, where it has them.
+  void write_ranges(const Conv2dBuffers& buffers, int64_t job, const T* sums, int64_t begin, int64_t end) const {
+    const Channels channels = channels_of(job);
+    const int64_t first_channel = first_in(channels.in_blocks.begin), in_channels = first_in(channels.in_blocks.end) - first_channel;
+    const Range out = common(channels.out_blocks, {begin, end});
+    for (int64_t b = out.begin; b < out.end; ++b) {
+      const int64_t out_offset = (b - channels.out_blocks.begin) * work_.out_block;
+      for (int64_t c = channels.in_blocks.begin; c < channels.in_blocks.end; ++c) {
+        const int64_t entry = vectors_of(b) * kLanes<T>;
+        write_block(buffers, channels.group, b, c, sums + (out_offset * in_channels + entry * (first_in(c) - first_channel)) * work_.taps);
+      }
+    }
+  }
+
+  void write_block(const Conv2dBuffers& buffers, int64_t group, int64_t out_block, int64_t in_block, const T* sums) const {
+    const int64_t lanes = kLanes<T>, first = out_block * work_.out_block, channels = smaller(work_.out_block, work_.group_out - first);
+    const int64_t in_first = first_in(in_block), out_channel = work_.group_in * work_.taps;
+    T* grad_weight = static_cast<T*>(buffers.grad_weight) + (group * work_.group_out + first) * out_channel +
+                     in_first * (s_.weight_layout == Layout::nchw ? work_.taps : 1);
+    for (int64_t k = 0; k < channels; k += lanes) {
+      const SumsBlock<T> block{sums + k,
+                               vectors_of(out_block) * lanes,
+                               split_.pixel_ranges,
+                               jobs() / split_.pixel_ranges * sums_elements(),
+                               work_.taps,
+                               first_in(in_block + 1) - in_first,
+                               grad_weight + k * out_channel,
+                               out_channel,
+                               static_cast<int>(smaller(lanes, channels - k))};
+      write_sums(block, s_.weight_layout, work_.group_in);
+    }
+  }
+
+  Conv2dShape s_;
+  Work work_;
+  Split split_;
+  Blocking blocking_;
+  int64_t max_out_, max_in_;  // channels of a job at most
+  int64_t window_rows_;       // input rows of a block at most
+};
+
+template <class Tiles>
+Plan plan_of(const Conv2dShape& s, int threads) {
+  return s.dtype == DType::float32 ? BackwardWeight<float, Tiles>(s).plan(threads) : BackwardWeight<double, Tiles>(s).plan(threads);
+}
+
+template <class Tiles>
+Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+  return s.dtype == DType::float32 ? BackwardWeight<float, Tiles>(s).run(buffers, workspace, threads)
+                                   : BackwardWeight<double, Tiles>(s).run(buffers, workspace, threads);
+}
+
+}  // namespace
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,0 +1,98 @@
+// Copies of activations in the form that the tiles of backward_weight read: pixel after pixel, each with the channels of one block side by
+// side. An NCHW tensor is transposed in registers on the way, a channels_last one is copied.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/simd/transpose.h"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+// The first `channels` <= lanes channels of `pixels` neighbours, from planes `plane` elements apart, to destination[pixel * step +
+// channel]. Of each pixel `written` <= lanes elements are written, those above `channels` as zeros.
+template <class T>
+inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pixels, T* destination, int64_t step, int written) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t first = 0; first < pixels; first += lanes) {
+    const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
+    Vec<T> rows[lanes];
+    if (count == lanes) {
+      for (int i = 0; i < lanes; ++i) rows[i] = i < channels ? load(source + i * plane + first) : Vec<T>{};
+    } else {
+      for (int i = 0; i < lanes; ++i) rows[i] = i < channels ? load_first(source + i * plane + first, count) : Vec<T>{};
+    }
+    transpose<T>(rows);
+    T* to = destination + first * step;
+    if (count == lanes && written == lanes) {
+      for (int i = 0; i < lanes; ++i) store(to + i * step, rows[i]);
+    } else {
+      for (int i = 0; i < lanes; ++i) {
+        if (i < count) store_first(to + i * step, rows[i], written);
+      }
+    }
+  }
+}
+
+// The same from pixels that lie `pixel` elements apart with their channels side by side.
+template <class T>
+inline void pack_pixels(const T* source, int64_t pixel, int channels, int64_t pixels, T* destination, int64_t step, int written) {
+  if (channels == kLanes<T>) {
+    for (int64_t i = 0; i < pixels; ++i) store(destination + i * step, load(source + i * pixel));
+  } else {
+    for (int64_t i = 0; i < pixels; ++i) store_first(destination + i * step, load_first(source + i * pixel, channels), written);
+  }
+}
+
+// Channels [channel, channel + channels) of a run of neighbouring pixels of one image of `planes` channels of `plane` pixels, the first at
+// `pixel`. With kZeroFill the last vector of each pixel is filled up with zeros, else nothing is written past the last channel.
+template <bool kZeroFill, class T>
+inline void pack_run(Layout layout, const T* image, int64_t planes, int64_t plane, int64_t channel, int64_t channels, int64_t pixel,
+                     int64_t pixels, T* destination, int64_t step) {
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    const int count = channels - c < kLanes<T> ? static_cast<int>(channels - c) : kLanes<T>;
+    const int written = kZeroFill ? kLanes<T> : count;
+    if (layout == Layout::nchw) {
+      pack_planes(image + (channel + c) * plane + pixel, plane, count, pixels, destination + c, step, written);
+    } else {
+      pack_pixels(image + pixel * planes + channel + c, planes, count, pixels, destination + c, step, written);
+    }
+  }
+}
+
+template <class T>
+inline void fill_zeros(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = T{0};
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of a plane, also outside it.
+struct Window {
+  int64_t row, rows, column, columns;
+};
+
+// One image's window of channels [channel, channel + channels), zeros outside the image, to destination[row][column][channel].
+template <class T>
+inline void pack_window(const Conv2dShape& s, const T* image, int64_t channel, int64_t channels, const Window& window, T* destination) {
+  const int64_t plane = s.in_h * s.in_w, row_elements = window.columns * channels;
+  if (window.column == 0 && window.columns == s.in_w) {  // whole rows, none outside: one run
+    pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, window.row * s.in_w, window.rows * s.in_w, destination,
+                    channels);
+    return;
+  }
+  const int64_t left = window.column < 0 ? -window.column : 0;
+  const int64_t end = window.column + window.columns < s.in_w ? window.columns : s.in_w - window.column;
+  for (int64_t i = 0; i < window.rows; ++i) {
+    T* to = destination + i * row_elements;
+    const int64_t row = window.row + i;
+    if (row < 0 || row >= s.in_h || end <= left) {
+      fill_zeros(to, row_elements);
+      continue;
+    }
+    fill_zeros(to, left * channels);
+    pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, row * s.in_w + window.column + left, end - left,
+                    to + left * channels, channels);
+    fill_zeros(to + end * channels, (window.columns - end) * channels);
+  }
+}
+
+}  // namespace
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA

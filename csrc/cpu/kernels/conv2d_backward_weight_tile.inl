@@ -1,0 +1,81 @@
+// The register tile of backward_weight: 2 vectors of output channels (1 for the last few) times up to kTileEntries entries of grad_weight,
+// each the sum of grad_output times one input element per pixel. Of the 32 (16) registers 28 (12) are sums, 2 hold grad_output and 1 an
+// input element in all lanes, which serves two multiplications: 14 + 2 loads for 28 of them, so the multipliers and not the loads are the
+// limit.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+constexpr int kTileVectors = 2;
+constexpr int kTileEntries = (kVectorRegisters - 4) / kTileVectors;
+constexpr int kTileRows = 3;  // tap rows that one tile may span
+
+// The pixels that one tile sums over; distances in elements. A pixel of grad_output is followed by the next one of its row.
+struct Patch {
+  int64_t images, rows, columns;
+  int64_t grad_output_image, grad_output_row;
+  int64_t input_image, input_row, input_column;
+  int64_t input_tap_row;  // from an entry to that of the next tap row
+};
+
+// sums[entry][vector of output channels] += sum over the patch; entries = kRows tap rows of kColumns neighbouring elements each. The patch
+// is summed in registers first, so that a long sum is made of short ones.
+template <class T, int kVectors, int kRows, int kColumns>
+void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums, int64_t sums_row) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sum[kRows][kColumns][kVectors] = {};
+  for (int64_t image = 0; image < patch.images; ++image) {
+    for (int64_t row = 0; row < patch.rows; ++row) {
+      const T* g = grad_output + image * patch.grad_output_image + row * patch.grad_output_row;
+      const T* x = input + image * patch.input_image + row * patch.input_row;
+      for (int64_t column = 0; column < patch.columns; ++column) {
+        Vec<T> channels[kVectors];
+        for (int v = 0; v < kVectors; ++v) channels[v] = load(g + v * lanes);
+        for (int r = 0; r < kRows; ++r) {
+          for (int e = 0; e < kColumns; ++e) {
+            const Vec<T> element = broadcast_from(x + r * patch.input_tap_row + e);
+            for (int v = 0; v < kVectors; ++v) sum[r][e][v] = fma(element, channels[v], sum[r][e][v]);
+          }
+        }
+        g += kVectors * lanes;
+        x += patch.input_column;
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int e = 0; e < kColumns; ++e) {
+      for (int v = 0; v < kVectors; ++v) {
+        T* to = sums + r * sums_row + (e * kVectors + v) * lanes;
+        store(to, load(to) + sum[r][e][v]);
+      }
+    }
+  }
+}
+
+template <class T>
+using AddPatch = void (*)(const Patch&, const T* grad_output, const T* input, T* sums, int64_t sums_row);
+
+// The tile of these vectors, tap rows and entries per row; rows * columns <= kTileEntries.
+template <class T, int kVectors, int kRows, int kColumns = kTileEntries / kRows>
+inline AddPatch<T> tile_of(int rows, int columns) {
+  if constexpr (kColumns == 0) {
+    return nullptr;
+  } else {
+    if (rows != kRows) {
+      if constexpr (kRows > 1) return tile_of<T, kVectors, kRows - 1>(rows, columns);
+    }
+    if (columns == kColumns) return add_patch<T, kVectors, kRows, kColumns>;
+    return tile_of<T, kVectors, kRows, kColumns - 1>(rows, columns);
+  }
+}
+
+template <class T>
+inline AddPatch<T> tile_of(int vectors, int rows, int columns) {
+  return vectors == 1 ? tile_of<T, 1, kTileRows>(rows, columns) : tile_of<T, kTileVectors, kTileRows>(rows, columns);
+}
+
+}  // namespace
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
