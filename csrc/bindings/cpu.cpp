@@ -5,6 +5,7 @@
 
 #include "cpu/api.h"
 #include "cpu/isa.h"
+#include "cpu/peak.h"
 
 namespace py = pybind11;
 
@@ -128,6 +129,7 @@ void bind_cpu(py::module_& m) {
   m.def("force_kernel", &cpu::force_kernel);
   m.def("restore_forced_kernel", &cpu::restore_forced_kernel);
   m.def("best_isa", [] { return cpu::isa_name(cpu::best_isa()); });
+  m.def("fma_gflops", &cpu::fma_gflops, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace cnn_ext

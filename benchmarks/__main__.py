@@ -1,0 +1,59 @@
+"""``python -m benchmarks conv2d | pooling | mnist | all | report``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import report, runner
+from benchmarks.conv2d import DIRECTIONS
+from benchmarks.harness import BenchmarkError, Effort
+from benchmarks.machine import ALLOCATORS
+from benchmarks.options import LAYOUTS, require_device
+
+BENCHMARKS = ("conv2d", "pooling", "mnist")
+RESULTS = Path(__file__).parent / "results"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="cnn_ext against torch; see benchmarks/README.md")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in (*BENCHMARKS, "all"):
+        measure = commands.add_parser(name, help=f"measure {name}")
+        measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        measure.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON files and pictures (%(default)s)")
+        measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
+        measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")
+        measure.add_argument("--direction", choices=DIRECTIONS, action="append", help="of conv2d; default: all")
+        measure.add_argument("--allocator", choices=(*ALLOCATORS, "both"), default="nofault")
+        measure.add_argument("--runs", type=int, default=1, help="the middle one is quoted (%(default)s)")
+        measure.add_argument("--repeats", type=int, default=Effort.repeats, help="rounds of a comparison (%(default)s)")
+        measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of a comparison (%(default)s)")
+        measure.add_argument("--data-dir", help="where MNIST/raw is; default: $CNN_EXT_DATA, ./data, ../shared/data")
+        measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    writer = commands.add_parser("report", help="write the recorded results into README.md")
+    writer.add_argument("--results", type=Path, default=RESULTS)
+    writer.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.command == "report":
+            report.write(options.results, options.readme)
+            return 0
+        require_device(options.device)
+        if options.worker:
+            runner.work(options)
+            return 0
+        for benchmark in BENCHMARKS if options.command == "all" else [options.command]:
+            runner.measure(benchmark, arguments[1:], options)
+    except BenchmarkError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

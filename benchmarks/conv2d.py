@@ -1,0 +1,158 @@
+"""Convolution: every direction and layout of shapes/conv2d.csv against torch's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import cnn_ext
+from benchmarks.cases import Conv2dCase, conv2d_cases
+from benchmarks.harness import Call, Comparison, check_close, compare
+from benchmarks.options import LAYOUTS, Bench
+
+DIRECTIONS = ("forward", "backward_input", "backward_weight")
+
+# A result is checked on the first samples of the batch, as many as torch in float64 computes in about a second.
+CHECKED_FLOPS = 2e9
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The operands of one convolution, all in one layout, as a model in that memory format has them."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    grad_output: torch.Tensor
+    channels_last: bool = False
+
+    def in_layout(self, layout: str) -> "Tensors":
+        moved = (tensor.contiguous(memory_format=LAYOUTS[layout]) for tensor in self._all())
+        return Tensors(*moved, channels_last=layout == "channels_last")
+
+    def first_samples(self, samples: int) -> "Tensors":
+        return Tensors(self.input[:samples], self.weight, self.grad_output[:samples], self.channels_last)
+
+    def double(self) -> "Tensors":
+        return Tensors(*(tensor.double() for tensor in self._all()), channels_last=self.channels_last)
+
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.input, self.weight, self.grad_output
+
+
+def random_tensors(case: Conv2dCase, device: str) -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    sizes = (case.input_size, case.weight_size, case.output_size)
+    return Tensors(*(torch.randn(size, generator=generator).to(device) for size in sizes))
+
+
+def ours(direction: str, case: Conv2dCase, t: Tensors) -> Call:
+    """The call at the level that users pay: with checks, dispatch and allocation."""
+    stride, padding, dilation = [case.stride] * 2, [case.padding] * 4, [case.dilation] * 2
+    if direction == "forward":
+        return lambda: cnn_ext.functional.conv2d(
+            t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups
+        )
+    if direction == "backward_input":
+        return lambda: torch.ops.cnn_ext.conv2d_backward_input(
+            t.grad_output, t.weight, list(t.input.shape), stride, padding, dilation, case.groups
+        )
+    return lambda: torch.ops.cnn_ext.conv2d_backward_weight(
+        t.grad_output, t.input, list(t.weight.shape), stride, padding, dilation, case.groups, t.channels_last
+    )
+
+
+def torchs(direction: str, case: Conv2dCase, t: Tensors) -> Call:
+    """The same of torch: what its autograd calls, with only the wanted gradient asked for."""
+    if direction == "forward":
+        return lambda: F.conv2d(t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups)
+    mask = [direction == "backward_input", direction == "backward_weight", False]
+    stride, padding, dilation = [case.stride] * 2, [case.padding] * 2, [case.dilation] * 2
+
+    def backward() -> torch.Tensor:
+        gradients = torch.ops.aten.convolution_backward(
+            t.grad_output, t.input, t.weight, None, stride, padding, dilation, False, [0, 0], case.groups, mask
+        )
+        return gradients[mask.index(True)]
+
+    return backward
+
+
+def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
+    rows: list[dict] = []
+    cases = conv2d_cases(bench.only)
+    for number, case in enumerate(cases, 1):
+        tensors = random_tensors(case, bench.device)
+        for direction in directions:
+            bench.progress(f"conv2d {number}/{len(cases)} {case.name} {direction}")
+            rows += _rows_of(case, direction, tensors, bench)
+    return rows
+
+
+def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -> list[dict]:
+    """One comparison: ours in each layout asked for, torch in both, for its better one is the best peer."""
+    in_layout = {layout: tensors.in_layout(layout) for layout in LAYOUTS}
+    errors = _check(case, direction, {layout: in_layout[layout] for layout in bench.layouts}, bench)
+    contenders = {("torch", layout): torchs(direction, case, t) for layout, t in in_layout.items()}
+    contenders |= {("cnn_ext", layout): ours(direction, case, in_layout[layout]) for layout in bench.layouts}
+    comparison = compare(contenders, bench.timer, bench.peak, bench.effort)
+    kernels = {layout: _kernel(case, direction, in_layout[layout]) for layout in bench.layouts}
+    return [_row(case, direction, layout, comparison, kernels[layout], errors[layout]) for layout in bench.layouts]
+
+
+def _row(case: Conv2dCase, direction: str, layout: str, times: Comparison, kernel: str, error: float) -> dict:
+    own, same = times.lower_quartile(("cnn_ext", layout)), times.lower_quartile(("torch", layout))
+    best = min(times.lower_quartile(("torch", other)) for other in LAYOUTS)
+    gflops = 1e-9 * case.flops / own
+    return {
+        "name": case.name,
+        "class": case.category,
+        "op": "conv2d",
+        "direction": direction,
+        "layout": layout,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "kernel": kernel,
+        "ms": 1e3 * own,
+        "torch_ms": 1e3 * same,
+        "torch_best_ms": 1e3 * best,
+        "gflops": gflops,
+        "torch_gflops": 1e-9 * case.flops / same,
+        "peak_gflops": times.peak(),
+        "share_of_peak": gflops / times.peak(),
+        "speed_vs_torch": same / own,
+        "speed_vs_best": best / own,
+        "max_error": error,
+        **times.quality(),
+    }
+
+
+def _kernel(case: Conv2dCase, direction: str, t: Tensors) -> str:
+    explanation = cnn_ext.explain(
+        t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups, direction=direction
+    )
+    return explanation.kernel
+
+
+def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], bench: Bench) -> dict[str, float]:
+    """The largest error of each layout against torch in float64, on the first samples."""
+    samples = max(1, min(case.batch, int(CHECKED_FLOPS * case.batch / case.flops)))
+    first = {layout: t.first_samples(samples) for layout, t in in_layout.items()}
+    some = next(iter(first.values()))
+    reference = torchs(direction, case, some.double())()
+    tolerance = _tolerance(case, direction, some, bench.unit_roundoff)
+    return {
+        layout: check_close(f"{case.name} {direction} {layout}", ours(direction, case, t)(), reference, tolerance)
+        for layout, t in first.items()
+    }
+
+
+def _tolerance(case: Conv2dCase, direction: str, t: Tensors, unit_roundoff: float) -> float:
+    """Rounding error grows at most with the number of terms and with the largest product among them."""
+    operands: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, int]]] = {
+        "forward": lambda: (t.input, t.weight, case.terms_per_output),
+        "backward_input": lambda: (t.grad_output, t.weight, case.terms_per_input),
+        "backward_weight": lambda: (t.grad_output, t.input, case.terms_per_weight),
+    }
+    left, right, terms = operands[direction]()
+    return unit_roundoff * (terms + 1) * float(left.abs().max()) * float(right.abs().max())

@@ -1,0 +1,159 @@
+"""The measuring protocol: contenders alternate in one process, samples under foreign load are rejected, the lower quartile counts."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+SAMPLE_SECONDS = 0.002  # a sample repeats its call until it lasts about this long: clock and loop are then below 0.1 %
+WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows long enough for the kernel's 10 ms ticks
+FOREIGN_SHARE = 0.10  # of all cores: more than this for others, and a window is rejected
+PATIENCE = 3  # a comparison under foreign load may take this many times its budget
+
+Call = Callable[[], object]
+
+
+class BenchmarkError(Exception):
+    """A result that must not be timed, or a machine that cannot time it; one line for the user."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one comparison goes on: until ``repeats`` rounds were accepted, or for ``seconds`` if that is shorter."""
+
+    repeats: int = 15
+    seconds: float = 0.8
+
+    def times(self, factor: int) -> "Effort":
+        return Effort(self.repeats * factor, self.seconds * factor)
+
+
+class CpuTimer:
+    device = "cpu"
+
+    def seconds(self, call: Call, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+
+class CudaTimer:
+    """Events around each call, with the level 2 cache overwritten before it. Not run yet on a machine with a GPU."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device="cuda")
+
+    def seconds(self, call: Call, calls: int) -> float:
+        total_ms = 0.0
+        for _ in range(calls):
+            self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            total_ms += start.elapsed_time(end)
+        return 1e-3 * total_ms / calls
+
+
+class ForeignLoad:
+    """Which share of all cores others had since this object was made: busy ticks of the machine less this process's own time."""
+
+    def __init__(self) -> None:
+        self._wall, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def share(self) -> float:
+        wall = time.perf_counter() - self._wall
+        own = time.process_time() - self._own
+        foreign = _busy_seconds() - self._busy - own
+        return max(0.0, foreign) / (wall * os.cpu_count())
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together spent on anything since the machine started; also those that the hypervisor took."""
+    with open("/proc/stat") as stat:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) for x in stat.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Comparison:
+    """What the contenders of one comparison took, sample by sample, and the peak rates that were measured between them."""
+
+    seconds: dict[str, list[float]]
+    peak_gflops: list[float] = field(default_factory=list)
+    accepted: int = 0
+    rejected: int = 0
+
+    def lower_quartile(self, name: str) -> float:
+        return lower_quartile(self.seconds[name])
+
+    def peak(self) -> float:
+        """The lower quartile of the time is the upper one of a rate."""
+        return 1 / lower_quartile([1 / rate for rate in self.peak_gflops])
+
+    def quality(self) -> dict[str, int]:
+        return {"rounds_accepted": self.accepted, "rounds_rejected": self.rejected}
+
+
+def lower_quartile(samples: list[float]) -> float:
+    return samples[0] if len(samples) == 1 else statistics.quantiles(samples, n=4, method="inclusive")[0]
+
+
+def compare(contenders: dict[str, Call], timer: CpuTimer | CudaTimer, peak: Callable[[], float], effort: Effort) -> Comparison:
+    """Times the contenders in turn, with the peak beside them, round after round.
+
+    If not one window was quiet, the samples taken under load are kept, and ``accepted`` is 0: the reader is told.
+    """
+    calls = {name: _calls_per_sample(call, timer) for name, call in contenders.items()}
+    quiet, loaded = Comparison({name: [] for name in contenders}), Comparison({name: [] for name in contenders})
+    start = time.perf_counter()
+    while quiet.accepted < effort.repeats:
+        elapsed = time.perf_counter() - start
+        if elapsed > effort.seconds * (1 if quiet.accepted else PATIENCE):
+            break
+        window, share = _window(contenders, calls, timer, peak, effort.repeats - quiet.accepted)
+        _merge(quiet if share <= FOREIGN_SHARE else loaded, window)
+    result = quiet if quiet.accepted else loaded
+    result.accepted, result.rejected = quiet.accepted, loaded.accepted
+    return result
+
+
+def _calls_per_sample(call: Call, timer: CpuTimer | CudaTimer) -> int:
+    call()  # warm up: memory, threads, torch's primitive cache
+    return max(1, min(1000, round(SAMPLE_SECONDS / timer.seconds(call, 1))))
+
+
+def _window(contenders, calls, timer, peak, rounds: int) -> tuple[Comparison, float]:
+    window = Comparison({name: [] for name in contenders})
+    load, start = ForeignLoad(), time.perf_counter()
+    while window.accepted < rounds and time.perf_counter() - start < WINDOW_SECONDS:
+        for name, call in contenders.items():
+            window.seconds[name].append(timer.seconds(call, calls[name]))
+        window.peak_gflops.append(peak())
+        window.accepted += 1
+    return window, load.share()
+
+
+def _merge(into: Comparison, window: Comparison) -> None:
+    for name, samples in window.seconds.items():
+        into.seconds[name] += samples
+    into.peak_gflops += window.peak_gflops
+    into.accepted += window.accepted
+
+
+def check_close(what: str, ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> float:
+    """The largest absolute error against a float64 reference; BenchmarkError where it is above the tolerance or not a number."""
+    if ours.shape != reference.shape:
+        raise BenchmarkError(f"{what}: shape {tuple(ours.shape)}, torch has {tuple(reference.shape)}")
+    error = float((ours.detach().to("cpu", torch.float64) - reference.to("cpu")).abs().max())
+    if not error <= tolerance:
+        raise BenchmarkError(f"{what}: differs from torch in float64 by {error:.3g}, allowed are {tolerance:.3g}")
+    return error

@@ -1,0 +1,125 @@
+"""The lecture's CNN: one training step of both backends in turn, and an epoch of ``cnn-ext train`` against the lecture's script."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import cnn_ext
+from benchmarks.harness import BenchmarkError, Call, Comparison, compare
+from benchmarks.options import LAYOUTS, Bench
+from cnn_ext.mnist.model import lecture_cnn
+
+BATCH_SIZE = 64
+STEP_EFFORT_FACTOR = 10  # a step is the figure that matters most: it gets as much time as this many rows
+
+# How far the loss of the first step may differ: float32 rounding through 3136 terms of a layer, four layers.
+LOSS_TOLERANCE = 4 * 3136 * 2.0**-24
+
+
+def run(bench: Bench) -> list[dict]:
+    bench.progress("mnist: one training step")
+    rows = step_rows(bench)
+    directory = find_data(bench.data_dir)
+    if directory is None:
+        bench.progress("mnist: no MNIST found (--data-dir, $CNN_EXT_DATA), the epoch is left out")
+        return rows
+    return rows + epoch_rows(directory, bench)
+
+
+def step_rows(bench: Bench) -> list[dict]:
+    """A whole step: forward, loss, backward, fused Adam."""
+    torch.manual_seed(1)
+    original = lecture_cnn("torch").to(bench.device)
+    images = torch.rand(BATCH_SIZE, 1, 28, 28).to(bench.device)
+    labels = torch.randint(10, (BATCH_SIZE,)).to(bench.device)
+    _check_loss(original, images, labels)
+
+    contenders: dict[str, Call] = {}
+    for layout, memory_format in LAYOUTS.items():
+        model = copy.deepcopy(original).to(memory_format=memory_format)
+        contenders[f"torch {layout}"] = _step(model, images.contiguous(memory_format=memory_format), labels)
+    contenders["cnn_ext nchw"] = _step(cnn_ext.convert(copy.deepcopy(original)), images, labels)
+    times = compare(contenders, bench.timer, bench.peak, bench.effort.times(STEP_EFFORT_FACTOR))
+    return [_step_row(name, times) for name in contenders]
+
+
+def _step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Call:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
+    model.train()
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _check_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    losses = []
+    for candidate in (model, cnn_ext.convert(copy.deepcopy(model))):
+        with torch.no_grad():
+            losses.append(F.cross_entropy(candidate.eval()(images), labels).item())
+    if abs(losses[0] - losses[1]) > LOSS_TOLERANCE:
+        raise BenchmarkError(f"mnist: the first loss is {losses[1]}, torch has {losses[0]}")
+
+
+def _step_row(name: str, times: Comparison) -> dict:
+    own = times.lower_quartile(name)
+    return {
+        "name": "training step",
+        "backend": name,
+        "batch_size": BATCH_SIZE,
+        "ms": 1e3 * own,
+        "time_vs_torch": own / times.lower_quartile("torch nchw"),
+        "peak_gflops": times.peak(),
+        **times.quality(),
+    }
+
+
+def find_data(data_dir: str | None) -> Path | None:
+    """The folder that holds MNIST/raw: --data-dir, else $CNN_EXT_DATA, else ./data or ../shared/data."""
+    named = data_dir or os.environ.get("CNN_EXT_DATA")
+    for place in [named] if named else ["data", "../shared/data"]:
+        if (Path(place) / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+            return Path(place).resolve()
+    return None
+
+
+def epoch_rows(directory: Path, bench: Bench) -> list[dict]:
+    """Training and validation of one epoch, each in a process of its own, one after the other."""
+    commands = {
+        "the lecture's script": lambda out: [
+            "-m", "benchmarks.lecture_script", "--data-dir", str(directory), "--device", bench.device, "--out", str(out)
+        ],
+        "cnn-ext train": lambda out: [
+            "-m", "cnn_ext", "train", "--epochs", "1", "--data-dir", str(directory), "--dataset", "mnist",
+            "--device", bench.device, "--out", str(out),
+        ],
+    }  # fmt: skip
+    seconds = {}
+    for name, arguments in commands.items():
+        bench.progress(f"mnist: one epoch of {name}")
+        with tempfile.TemporaryDirectory() as out:
+            seconds[name] = _epoch_seconds(arguments(Path(out)), Path(out))
+    lecture = seconds["the lecture's script"]
+    return [
+        {"name": "epoch", "backend": name, "batch_size": BATCH_SIZE, "ms": 1e3 * taken, "time_vs_torch": taken / lecture}
+        for name, taken in seconds.items()
+    ]
+
+
+def _epoch_seconds(arguments: list[str], out: Path) -> float:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchmarkError(f"mnist: {' '.join(arguments[:3])} failed: {done.stderr.strip().splitlines()[-1:]}")
+    history = json.loads((out / "history.json").read_text())
+    return history["train_seconds"][0] + history["validation_seconds"][0]

@@ -1,0 +1,59 @@
+"""What the machine can do at most: multiply-adds in registers, bytes copied in memory and in cache, and torch's own large matrix product."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.harness import CpuTimer, CudaTimer, lower_quartile
+from cnn_ext import _native
+
+BESIDE_SECONDS = 0.002
+MEMORY_BYTES = 256 << 20
+CACHE_BYTES = 1 << 20
+GEMM_SIZE = 2048
+
+
+def beside(device: str, timer: CpuTimer | CudaTimer) -> Callable[[], float]:
+    """The rate in GFLOP/s that is measured between the contenders: the multiply-add loop, on a GPU a large float32 matrix product."""
+    if device == "cpu":
+        return lambda: fma_gflops(BESIDE_SECONDS)
+    matrix = torch.randn(2 * GEMM_SIZE, 2 * GEMM_SIZE, device=device)
+    flops = 2 * matrix.shape[0] ** 3
+    return lambda: 1e-9 * flops / timer.seconds(lambda: torch.mm(matrix, matrix), 1)
+
+
+def fma_gflops(seconds: float, threads: int | None = None) -> float:
+    return _native.cpu.fma_gflops(_native.DTYPES[torch.float32], threads or torch.get_num_threads(), seconds)
+
+
+def machine_peaks(device: str, timer: CpuTimer | CudaTimer) -> dict[str, float]:
+    """The figures of the roofline, measured once at the start."""
+    peaks = {
+        "gemm_gflops": _gemm_gflops(device, timer),
+        "memory_gbytes_per_s": _copy_rate(MEMORY_BYTES, device, timer),
+        "cache_gbytes_per_s": _copy_rate(CACHE_BYTES, device, timer),
+    }
+    if device == "cpu":
+        peaks["fma_gflops"] = 1 / lower_quartile([1 / fma_gflops(0.01) for _ in range(10)])
+        peaks["fma_gflops_one_thread"] = 1 / lower_quartile([1 / fma_gflops(0.01, threads=1) for _ in range(10)])
+    return peaks
+
+
+def _gemm_gflops(device: str, timer: CpuTimer | CudaTimer) -> float:
+    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device)
+    return 1e-9 * 2 * GEMM_SIZE**3 / _best_quartile(lambda: torch.mm(matrix, matrix), timer)
+
+
+def _copy_rate(total_bytes: int, device: str, timer: CpuTimer | CudaTimer) -> float:
+    """GB/s read plus written by a copy that touches ``total_bytes`` in all."""
+    source, target = (torch.ones(total_bytes // 8, device=device) for _ in range(2))
+    return 1e-9 * total_bytes / _best_quartile(lambda: target.copy_(source), timer)
+
+
+def _best_quartile(call: Callable[[], object], timer: CpuTimer | CudaTimer) -> float:
+    call()
+    samples, start = [], time.perf_counter()
+    while len(samples) < 3 or time.perf_counter() - start < 0.3:
+        samples.append(timer.seconds(call, 1))
+    return lower_quartile(samples)

@@ -1,0 +1,126 @@
+"""Writes the recorded results into README.md, between its markers: no figure there is written by hand."""
+
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks import plots, views
+from benchmarks.harness import BenchmarkError
+from benchmarks.tables import Column, markdown
+
+LECTURE_ACCURACY = 0.9914
+
+GROUP_COLUMNS = [
+    Column("operation", lambda row: f"`{row['op']}`"),
+    Column("direction", lambda row: f"`{row['direction']}`"),
+    Column("layout", lambda row: row["layout"]),
+    Column("layers", lambda row: row["rows"], "d"),
+    Column("against torch, same layout", lambda row: row["speed_vs_torch"], ".2f"),
+    Column("against torch, its better layout", lambda row: row["speed_vs_best"], ".2f"),
+]
+
+TRAINING_COLUMNS = [
+    Column("", lambda row: row["name"]),
+    Column("", lambda row: row["backend"]),
+    Column("seconds", lambda row: row["ms"] / 1000, ".4f"),
+    Column("share of the first line's time", lambda row: row["time_vs_torch"], ".3f"),
+]
+
+SEED_COLUMNS = [
+    Column("layers of", lambda row: f"`{row['backend']}`"),
+    Column("seed", lambda row: row["seed"], "d"),
+    Column("epochs", lambda row: row["epochs"], "d"),
+    Column("test accuracy", lambda row: row["accuracy"], ".4f"),
+]
+
+
+def write(results: Path, readme: Path) -> None:
+    text = readme.read_text()
+    text = _between(text, "benchmarks", _benchmarks_block(results, readme.parent))
+    text = _between(text, "mnist", _mnist_block(results, readme.parent))
+    readme.write_text(text)
+    print(f"wrote {readme}")
+
+
+def _between(text: str, marker: str, block: str) -> str:
+    """``text`` with what stands between the two marker comments replaced; a missing or doubled marker is an error."""
+    pattern = re.compile(rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise BenchmarkError(f"report: expected <!-- {marker}:begin --> and <!-- {marker}:end --> once each in the README")
+    return pattern.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
+
+
+def _benchmarks_block(results: Path, root: Path) -> str:
+    parts = []
+    for path in sorted(results.glob("*.json")):
+        document = json.loads(path.read_text())
+        if "benchmark" in document:
+            parts += _of_document(document, path, root)
+    return "\n\n".join(parts) if parts else "No results are recorded yet."
+
+
+def _of_document(document: dict, path: Path, root: Path) -> list[str]:
+    machine = document["machine"]
+    runs = document["figures_of_runs"]
+    quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
+    head = (
+        f"**{document['benchmark']}**, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, {machine['isa']}, "
+        f"torch {document['versions']['torch']}, allocator `{document['allocator']}`, {document['date'][:10]}, {quoted} "
+        f"([file]({_link(path, root)}), `{document['command']}`)"
+    )
+    if document["benchmark"] == "mnist":
+        return [head, markdown(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
+    groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]
+    means = "Speed as geometric means; above 1, cnn_ext is faster. " + views.verdict(document["summary"]).replace("\n", "; ")
+    return [head, markdown(GROUP_COLUMNS, groups), means + ".", *_pictures(path, root)]
+
+
+def _pictures(path: Path, root: Path) -> list[str]:
+    found = sorted(path.parent.glob(f"{path.stem}_*.png"))
+    return [f"![{picture.stem.replace('_', ' ')}]({_link(picture, root)})" for picture in found]
+
+
+def _link(path: Path, root: Path) -> str:
+    return os.path.relpath(path, root)
+
+
+def _mnist_block(results: Path, root: Path) -> str:
+    histories = _histories(results)
+    if not histories:
+        return "No runs are recorded yet."
+    rows = [
+        {
+            "backend": backend,
+            "seed": run["arguments"]["seed"],
+            "epochs": len(run["train_loss"]),
+            "accuracy": run["test_accuracy"],
+        }
+        for backend, runs in histories.items()
+        for run in runs
+    ]
+    picture = results / "mnist_curves.png"
+    plots.mnist_curves(histories).savefig(picture, dpi=110)
+    lines = [_mean_line(backend, runs) for backend, runs in histories.items()]
+    lines.append(f"- the lecture's run: {LECTURE_ACCURACY:.4f}")
+    return "\n\n".join([markdown(SEED_COLUMNS, rows), "\n".join(lines), f"![curves]({_link(picture, root)})"])
+
+
+def _mean_line(backend: str, runs: list[dict]) -> str:
+    accuracies = [run["test_accuracy"] for run in runs]
+    line = f"- `{backend}`: mean test accuracy {statistics.mean(accuracies):.4f}"
+    if len(accuracies) > 1:
+        line += f", standard error {statistics.stdev(accuracies) / len(accuracies) ** 0.5:.4f}"
+    return f"{line} ({len(accuracies)} seeds)"
+
+
+def _histories(results: Path) -> dict[str, list[dict]]:
+    """The finished runs of ``cnn-ext train``, files mnist_<backend>_seed<k>.json, by backend and then by seed."""
+    histories: dict[str, list[dict]] = {}
+    for path in sorted(results.glob("mnist_*_seed*.json")):
+        run = json.loads(path.read_text())
+        if run["test_accuracy"] is None:
+            raise BenchmarkError(f"report: {path} is of a run that did not finish")
+        histories.setdefault(run["backend"], []).append(run)
+    return {backend: sorted(runs, key=lambda run: run["arguments"]["seed"]) for backend, runs in histories.items()}

@@ -1,0 +1,93 @@
+"""A result document as text: what ran where, every row, and the means."""
+
+from benchmarks.tables import Column, plain
+
+CONV2D_COLUMNS = [
+    Column("case", lambda row: row["name"]),
+    Column("class", lambda row: row["class"]),
+    Column("direction", lambda row: row["direction"]),
+    Column("layout", lambda row: row["layout"]),
+    Column("ms", lambda row: row["ms"], ".3f"),
+    Column("GFLOP/s", lambda row: row["gflops"], ".1f"),
+    Column("of peak", lambda row: row["share_of_peak"], ".0%"),
+    Column("vs torch", lambda row: row["speed_vs_torch"], ".2f"),
+    Column("vs best", lambda row: row["speed_vs_best"], ".2f"),
+    Column("kernel", lambda row: row["kernel"]),
+    Column("", lambda row: _load_mark(row)),
+]
+
+POOLING_COLUMNS = [
+    Column("case", lambda row: row["name"]),
+    Column("class", lambda row: row["class"]),
+    Column("direction", lambda row: row["direction"]),
+    Column("layout", lambda row: row["layout"]),
+    Column("ms", lambda row: row["ms"], ".3f"),
+    Column("GB/s", lambda row: row["gbytes_per_s"], ".1f"),
+    Column("torch GB/s", lambda row: row["torch_gbytes_per_s"], ".1f"),
+    Column("vs torch", lambda row: row["speed_vs_torch"], ".2f"),
+    Column("vs best", lambda row: row["speed_vs_best"], ".2f"),
+    Column("", lambda row: _load_mark(row)),
+]
+
+MNIST_COLUMNS = [
+    Column("what", lambda row: row["name"]),
+    Column("who", lambda row: row["backend"]),
+    Column("ms", lambda row: row["ms"], ".2f"),
+    Column("time vs torch", lambda row: row["time_vs_torch"], ".3f"),
+    Column("", lambda row: _load_mark(row)),
+]
+
+GROUP_COLUMNS = [
+    Column("operation", lambda row: row["op"]),
+    Column("direction", lambda row: row["direction"]),
+    Column("layout", lambda row: row["layout"]),
+    Column("class", lambda row: row["class"]),
+    Column("rows", lambda row: row["rows"], "d"),
+    Column("vs torch", lambda row: row["speed_vs_torch"], ".2f"),
+    Column("vs best", lambda row: row["speed_vs_best"], ".2f"),
+]
+
+ROW_COLUMNS = {"conv2d": CONV2D_COLUMNS, "pooling": POOLING_COLUMNS, "mnist": MNIST_COLUMNS}
+
+
+def text(document: dict) -> str:
+    parts = [heading(document), plain(ROW_COLUMNS[document["benchmark"]], document["rows"])]
+    if "summary" in document:
+        parts += [plain(GROUP_COLUMNS, group_rows(document["summary"])), verdict(document["summary"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def heading(document: dict) -> str:
+    machine, versions, peak = document["machine"], document["versions"], document["peak"]
+    peaks = ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in peak.items())
+    return (
+        f"{document['command']}\n"
+        f"{document['date']}, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, {machine['isa']}, "
+        f"torch {versions['torch']}, allocator {document['allocator']}\n"
+        f"{peaks}\n"
+        "speed of cnn_ext: vs torch in the same layout, vs best in torch's better layout; above 1 is faster"
+    )
+
+
+def group_rows(summary: dict) -> list[dict]:
+    """The geometric means as rows: each class of a group, then the group as a whole."""
+    rows = []
+    for group in summary["groups"]:
+        rows += [{**group, "class": name, **means} for name, means in sorted(group["classes"].items())]
+        rows.append({**group, "class": "all", "rows": sum(c["rows"] for c in group["classes"].values())})
+    return rows
+
+
+def verdict(summary: dict) -> str:
+    worst = summary["worst"]
+    lines = [
+        f"geometric mean of all rows: {summary['speed_vs_torch']:.2f} vs torch, {summary['speed_vs_best']:.2f} vs best",
+        f"worst row: {worst['name']} {worst['direction']} {worst['layout']}, {worst['speed_vs_torch']:.2f} vs torch",
+    ]
+    if summary["under_foreign_load"]:
+        lines.append(f"{summary['under_foreign_load']} rows (!) were measured under foreign load throughout: repeat them")
+    return "\n".join(lines)
+
+
+def _load_mark(row: dict) -> str:
+    return "!" if row.get("rounds_accepted") == 0 else ""
