@@ -15,19 +15,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="cnn_ext against torch; see benchmarks/README.md")
+    parser = argparse.ArgumentParser("python -m benchmarks", description="cnn_ext against torch: benchmarks/README.md")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in (*BENCHMARKS, "all"):
         measure = commands.add_parser(name, help=f"measure {name}")
         measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        measure.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON files and pictures (%(default)s)")
+        measure.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (%(default)s)")
         measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
         measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")
         measure.add_argument("--direction", choices=DIRECTIONS, action="append", help="of conv2d; default: all")
         measure.add_argument("--allocator", choices=(*ALLOCATORS, "both"), default="nofault")
         measure.add_argument("--runs", type=int, default=1, help="the middle one is quoted (%(default)s)")
         measure.add_argument("--repeats", type=int, default=Effort.repeats, help="rounds of a comparison (%(default)s)")
-        measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of a comparison (%(default)s)")
+        measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of one (%(default)s)")
         measure.add_argument("--data-dir", help="where MNIST/raw is; default: $CNN_EXT_DATA, ./data, ../shared/data")
         measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     writer = commands.add_parser("report", help="write the recorded results into README.md")

@@ -99,7 +99,7 @@ def _count(size: tuple[int, ...]) -> int:
 
 
 def conv2d_cases(only: str | None = None) -> list[Conv2dCase]:
-    columns = "N C H W K kh kw stride pad dilation groups".split()
+    columns = ("N", "C", "H", "W", "K", "kh", "kw", "stride", "pad", "dilation", "groups")
     return [
         Conv2dCase(row["name"], row["class"], *(int(row[column]) for column in columns))
         for row in _rows("conv2d.csv", only)
@@ -107,7 +107,7 @@ def conv2d_cases(only: str | None = None) -> list[Conv2dCase]:
 
 
 def pool2d_cases(only: str | None = None) -> list[Pool2dCase]:
-    columns = "N C H W k s p".split()
+    columns = ("N", "C", "H", "W", "k", "s", "p")
     return [
         Pool2dCase(row["name"], row["op"], *(int(row[column]) for column in columns), ceil_mode=row["ceil"] == "1")
         for row in _rows("pool2d.csv", only)

@@ -1,15 +1,15 @@
-"""The measuring protocol: contenders alternate in one process, samples under foreign load are rejected, the lower quartile counts."""
+"""The protocol: contenders alternate in one process, rounds under foreign load are rejected, the lower quartile counts."""
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 
-SAMPLE_SECONDS = 0.002  # a sample repeats its call until it lasts about this long: clock and loop are then below 0.1 %
-WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows long enough for the kernel's 10 ms ticks
+SAMPLE_SECONDS = 0.002  # a sample repeats its call until it lasts about this long: clock and loop are then nothing
+WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows long against ticks of 10 ms
 FOREIGN_SHARE = 0.10  # of all cores: more than this for others, and a window is rejected
 PATIENCE = 3  # a comparison under foreign load may take this many times its budget
 
@@ -22,7 +22,7 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one comparison goes on: until ``repeats`` rounds were accepted, or for ``seconds`` if that is shorter."""
+    """How long one comparison goes on: until ``repeats`` rounds were accepted, or ``seconds`` have passed."""
 
     repeats: int = 15
     seconds: float = 0.8
@@ -63,8 +63,11 @@ class CudaTimer:
         return 1e-3 * total_ms / calls
 
 
+Timer = CpuTimer | CudaTimer
+
+
 class ForeignLoad:
-    """Which share of all cores others had since this object was made: busy ticks of the machine less this process's own time."""
+    """The share of all cores that others had since this was made: busy time of the machine less this process's own."""
 
     def __init__(self) -> None:
         self._wall, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
@@ -77,7 +80,7 @@ class ForeignLoad:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all cores together spent on anything since the machine started; also those that the hypervisor took."""
+    """Seconds that all cores together spent on anything since the start, those that the hypervisor took included."""
     with open("/proc/stat") as stat:
         user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) for x in stat.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
@@ -85,14 +88,14 @@ def _busy_seconds() -> float:
 
 @dataclass
 class Comparison:
-    """What the contenders of one comparison took, sample by sample, and the peak rates that were measured between them."""
+    """What the contenders took, sample by sample, and the peak rates that were measured between them."""
 
-    seconds: dict[str, list[float]]
+    seconds: dict[Hashable, list[float]]
     peak_gflops: list[float] = field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
 
-    def lower_quartile(self, name: str) -> float:
+    def lower_quartile(self, name: Hashable) -> float:
         return lower_quartile(self.seconds[name])
 
     def peak(self) -> float:
@@ -107,7 +110,7 @@ def lower_quartile(samples: list[float]) -> float:
     return samples[0] if len(samples) == 1 else statistics.quantiles(samples, n=4, method="inclusive")[0]
 
 
-def compare(contenders: dict[str, Call], timer: CpuTimer | CudaTimer, peak: Callable[[], float], effort: Effort) -> Comparison:
+def compare(contenders: dict[Hashable, Call], timer: Timer, peak: Callable[[], float], effort: Effort) -> Comparison:
     """Times the contenders in turn, with the peak beside them, round after round.
 
     If not one window was quiet, the samples taken under load are kept, and ``accepted`` is 0: the reader is told.
@@ -126,7 +129,7 @@ def compare(contenders: dict[str, Call], timer: CpuTimer | CudaTimer, peak: Call
     return result
 
 
-def _calls_per_sample(call: Call, timer: CpuTimer | CudaTimer) -> int:
+def _calls_per_sample(call: Call, timer: Timer) -> int:
     call()  # warm up: memory, threads, torch's primitive cache
     return max(1, min(1000, round(SAMPLE_SECONDS / timer.seconds(call, 1))))
 
@@ -150,7 +153,7 @@ def _merge(into: Comparison, window: Comparison) -> None:
 
 
 def check_close(what: str, ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> float:
-    """The largest absolute error against a float64 reference; BenchmarkError where it is above the tolerance or not a number."""
+    """The largest absolute error against a float64 reference; BenchmarkError where it is above the tolerance or NaN."""
     if ours.shape != reference.shape:
         raise BenchmarkError(f"{what}: shape {tuple(ours.shape)}, torch has {tuple(reference.shape)}")
     error = float((ours.detach().to("cpu", torch.float64) - reference.to("cpu")).abs().max())

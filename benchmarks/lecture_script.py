@@ -1,8 +1,8 @@
-"""The lecture's training script as it is printed, for comparison: torch's layers, Adam, a DataLoader over single images.
+"""The lecture's training script as it is printed, for comparison: torch's layers, Adam, a DataLoader of single images.
 
-Where torchvision imports, its MNIST and ToTensor serve, as printed. Where it does not, ``ImageByImage`` does the same work for each
-image: an array becomes a PIL image, and the PIL image becomes a float tensor between 0 and 1. Added to the print: the clock, the
-command line and history.json; the loop runs one epoch.
+Where torchvision imports, its MNIST and ToTensor serve, as printed. Elsewhere ``ImageByImage`` stands in:
+written after its description, it does the same work for each image: an array to a PIL image, and that to a float tensor
+between 0 and 1. Added to the print: the clock, the command line and history.json; the loop runs one epoch.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class ImageByImage(Dataset):
-    """torchvision.datasets.MNIST with transforms.ToTensor(), step by step: fromarray, a copy of the bytes, [H, W, C] to [C, H, W], / 255."""
+    """MNIST image by image as torchvision gives it: fromarray, a copy of the bytes, [H, W, C] to [C, H, W], / 255."""
 
     def __init__(self, raw: Path) -> None:
-        self.data = torch.from_numpy(np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28))
-        self.targets = torch.from_numpy(np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8).astype(np.int64))
+        pixels = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16)
+        labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)
+        self.data = torch.from_numpy(pixels.reshape(-1, 28, 28))
+        self.targets = torch.from_numpy(labels.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.data)

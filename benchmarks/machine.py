@@ -10,7 +10,7 @@ import torch
 
 from cnn_ext import _native
 
-# glibc keeps freed memory under these, so that timings show kernels and not first-touch page faults. Both contenders get them.
+# glibc keeps freed memory under these: timings show kernels, not first-touch page faults. Both contenders get them.
 NO_FAULT_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",

@@ -1,4 +1,4 @@
-"""The lecture's CNN: one training step of both backends in turn, and an epoch of ``cnn-ext train`` against the lecture's script."""
+"""The lecture's CNN: a training step of both backends in turn, and an epoch against the lecture's script."""
 
 import copy
 import json
@@ -111,8 +111,9 @@ def epoch_rows(directory: Path, bench: Bench) -> list[dict]:
         with tempfile.TemporaryDirectory() as out:
             seconds[name] = _epoch_seconds(arguments(Path(out)), Path(out))
     lecture = seconds["the lecture's script"]
+    common = {"name": "epoch", "batch_size": BATCH_SIZE}
     return [
-        {"name": "epoch", "backend": name, "batch_size": BATCH_SIZE, "ms": 1e3 * taken, "time_vs_torch": taken / lecture}
+        {**common, "backend": name, "ms": 1e3 * taken, "time_vs_torch": taken / lecture}
         for name, taken in seconds.items()
     ]
 

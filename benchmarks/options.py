@@ -31,7 +31,7 @@ class Bench:
 
     @property
     def unit_roundoff(self) -> float:
-        """Of the arithmetic that a float32 convolution may use: torch's convolutions on a GPU round operands to TF32."""
+        """Of the arithmetic that float32 convolutions may use: on a GPU torch rounds their operands to TF32."""
         return 2.0**-24 if self.device == "cpu" else 2.0**-11
 
     def progress(self, line: str) -> None:

@@ -1,11 +1,11 @@
-"""What the machine can do at most: multiply-adds in registers, bytes copied in memory and in cache, and torch's own large matrix product."""
+"""What the machine does at most: multiply-adds in registers, bytes copied, and torch's own large matrix product."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import CpuTimer, CudaTimer, lower_quartile
+from benchmarks.harness import Timer, lower_quartile
 from cnn_ext import _native
 
 BESIDE_SECONDS = 0.002
@@ -14,8 +14,8 @@ CACHE_BYTES = 1 << 20
 GEMM_SIZE = 2048
 
 
-def beside(device: str, timer: CpuTimer | CudaTimer) -> Callable[[], float]:
-    """The rate in GFLOP/s that is measured between the contenders: the multiply-add loop, on a GPU a large float32 matrix product."""
+def beside(device: str, timer: Timer) -> Callable[[], float]:
+    """The GFLOP/s that are measured between the contenders: the multiply-add loop, on a GPU a large matrix product."""
     if device == "cpu":
         return lambda: fma_gflops(BESIDE_SECONDS)
     matrix = torch.randn(2 * GEMM_SIZE, 2 * GEMM_SIZE, device=device)
@@ -27,7 +27,7 @@ def fma_gflops(seconds: float, threads: int | None = None) -> float:
     return _native.cpu.fma_gflops(_native.DTYPES[torch.float32], threads or torch.get_num_threads(), seconds)
 
 
-def machine_peaks(device: str, timer: CpuTimer | CudaTimer) -> dict[str, float]:
+def machine_peaks(device: str, timer: Timer) -> dict[str, float]:
     """The figures of the roofline, measured once at the start."""
     peaks = {
         "gemm_gflops": _gemm_gflops(device, timer),
@@ -40,18 +40,18 @@ def machine_peaks(device: str, timer: CpuTimer | CudaTimer) -> dict[str, float]:
     return peaks
 
 
-def _gemm_gflops(device: str, timer: CpuTimer | CudaTimer) -> float:
+def _gemm_gflops(device: str, timer: Timer) -> float:
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device)
     return 1e-9 * 2 * GEMM_SIZE**3 / _best_quartile(lambda: torch.mm(matrix, matrix), timer)
 
 
-def _copy_rate(total_bytes: int, device: str, timer: CpuTimer | CudaTimer) -> float:
+def _copy_rate(total_bytes: int, device: str, timer: Timer) -> float:
     """GB/s read plus written by a copy that touches ``total_bytes`` in all."""
     source, target = (torch.ones(total_bytes // 8, device=device) for _ in range(2))
     return 1e-9 * total_bytes / _best_quartile(lambda: target.copy_(source), timer)
 
 
-def _best_quartile(call: Callable[[], object], timer: CpuTimer | CudaTimer) -> float:
+def _best_quartile(call: Callable[[], object], timer: Timer) -> float:
     call()
     samples, start = [], time.perf_counter()
     while len(samples) < 3 or time.perf_counter() - start < 0.3:

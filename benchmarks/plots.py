@@ -41,7 +41,7 @@ def _subtitle(document: dict) -> str:
 
 
 def roofline(document: dict) -> Figure:
-    """GFLOP/s over FLOP per byte, for each direction: ours in the colour of its class, a thin line to torch in the same layout."""
+    """GFLOP/s over FLOP per byte, a panel per direction: a dot in its class's colour, a thin line to torch's cross."""
     layout = "nchw" if any(row["layout"] == "nchw" for row in document["rows"]) else "channels_last"
     rows = [row for row in document["rows"] if row["layout"] == layout]
     directions = _in_order(row["direction"] for row in rows)
@@ -157,7 +157,7 @@ def training_time(document: dict) -> Figure:
 
 
 def mnist_curves(histories: dict[str, list[dict]]) -> Figure:
-    """Loss and accuracy over the epochs: one colour per backend, one line per seed; validation solid, training dashed."""
+    """Loss and accuracy over the epochs: a colour per backend, a line per seed; validation solid, training dashed."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     figure.suptitle("The lecture's CNN on MNIST: each line one seed")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):

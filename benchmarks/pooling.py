@@ -51,9 +51,7 @@ class Pooling:
             return lambda: torch.ops.aten.max_pool2d_with_indices_backward(
                 self.grad_output, self.input, *two, [1, 1], c.ceil_mode, self._indices
             )
-        return lambda: torch.ops.aten.avg_pool2d_backward(
-            self.grad_output, self.input, *two, c.ceil_mode, True, None
-        )
+        return lambda: torch.ops.aten.avg_pool2d_backward(self.grad_output, self.input, *two, c.ceil_mode, True, None)
 
     def double(self) -> "Pooling":
         """The same in float64, for torch's reference; the indices stay."""
@@ -92,9 +90,7 @@ def _rows_of(case: Pool2dCase, direction: str, in_layout: dict[str, Pooling], be
     contenders = {("torch", layout): pooling.torch(direction) for layout, pooling in in_layout.items()}
     contenders |= {("cnn_ext", layout): in_layout[layout].ours(direction) for layout in bench.layouts}
     times = compare(contenders, bench.timer, bench.peak, bench.effort)
-    return [
-        _row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts
-    ]
+    return [_row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts]
 
 
 def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Comparison, error: float) -> dict:

@@ -48,7 +48,8 @@ def _between(text: str, marker: str, block: str) -> str:
     """``text`` with what stands between the two marker comments replaced; a missing or doubled marker is an error."""
     pattern = re.compile(rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise BenchmarkError(f"report: expected <!-- {marker}:begin --> and <!-- {marker}:end --> once each in the README")
+        markers = f"<!-- {marker}:begin --> and <!-- {marker}:end -->"
+        raise BenchmarkError(f"report: expected {markers} once each in the README, each on a line of its own")
     return pattern.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
 
 
@@ -62,19 +63,19 @@ def _benchmarks_block(results: Path, root: Path) -> str:
 
 
 def _of_document(document: dict, path: Path, root: Path) -> list[str]:
-    machine = document["machine"]
-    runs = document["figures_of_runs"]
+    machine, runs = document["machine"], document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
     head = (
-        f"**{document['benchmark']}**, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, {machine['isa']}, "
-        f"torch {document['versions']['torch']}, allocator `{document['allocator']}`, {document['date'][:10]}, {quoted} "
-        f"([file]({_link(path, root)}), `{document['command']}`)"
+        f"**{document['benchmark']}**, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, "
+        f"{machine['isa']}, torch {document['versions']['torch']}, allocator `{document['allocator']}`, "
+        f"{document['date'][:10]}, {quoted} ([file]({_link(path, root)}), `{document['command']}`)"
     )
     if document["benchmark"] == "mnist":
         return [head, markdown(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
     groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]
-    means = "Speed as geometric means; above 1, cnn_ext is faster. " + views.verdict(document["summary"]).replace("\n", "; ")
-    return [head, markdown(GROUP_COLUMNS, groups), means + ".", *_pictures(path, root)]
+    verdict = "; ".join(views.verdict(document["summary"]).splitlines())
+    means = f"Speeds are geometric means; above 1, cnn_ext is faster. {verdict.capitalize()}."
+    return [head, markdown(GROUP_COLUMNS, groups), means, *_pictures(path, root)]
 
 
 def _pictures(path: Path, root: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs a benchmark in processes of its own, one for each run and allocator, and writes what the middle run found.
 
-The allocator is chosen by the environment and read by glibc when a process starts, so the measuring is done by a second process.
+glibc reads the choice of allocator from the environment when a process starts, so a second process does the measuring.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -> None:
-    """Measures with each allocator asked for, prints the table, and writes the JSON file and the pictures under ``--out``."""
+    """Measures with each allocator asked for, prints the table, writes the JSON file and pictures under ``--out``."""
     options.out.mkdir(parents=True, exist_ok=True)
     for allocator in ALLOCATORS if options.allocator == "both" else [options.allocator]:
         runs = [_in_own_process(benchmark, arguments, allocator) for _ in range(options.runs)]

@@ -85,7 +85,7 @@ def verdict(summary: dict) -> str:
         f"worst row: {worst['name']} {worst['direction']} {worst['layout']}, {worst['speed_vs_torch']:.2f} vs torch",
     ]
     if summary["under_foreign_load"]:
-        lines.append(f"{summary['under_foreign_load']} rows (!) were measured under foreign load throughout: repeat them")
+        lines.append(f"{summary['under_foreign_load']} rows (!) were measured under foreign load: repeat them")
     return "\n".join(lines)
 
 
