@@ -1,4 +1,4 @@
-"""The protocol: contenders alternate in one process, rounds under foreign load are rejected, the lower quartile counts."""
+"""The protocol: contenders alternate in one process, rounds under foreign load are rejected, lower quartiles count."""
 
 import os
 import statistics

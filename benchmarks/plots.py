@@ -1,5 +1,6 @@
 """Pictures of a result: the roofline, the speed against torch per class, and the milliseconds of training."""
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def roofline(document: dict) -> Figure:
 def _draw_roof(axes, peak: dict, rows: list[dict]) -> None:
     intensities = [row["flops"] / row["bytes"] for row in rows]
     x = np.geomspace(min(intensities) / 2, max(intensities) * 2, 200)
-    top = peak.get("fma_gflops", peak["gemm_gflops"])
+    top = statistics.median(row["peak_gflops"] for row in rows)
     axes.loglog(x, np.minimum(top, x * peak["memory_gbytes_per_s"]), color=ROOF, lw=1.5, zorder=1)
     axes.loglog(x, np.minimum(top, x * peak["cache_gbytes_per_s"]), color=ROOF, lw=1, ls=":", zorder=1)
     slowest = min(min(row["gflops"], row["torch_gflops"]) for row in rows)
@@ -97,13 +98,16 @@ def speed_by_class(document: dict) -> Figure:
     figure = Figure(figsize=(14, (1.6 + 0.46 * max(heights)) * lines + 0.4), layout="constrained")
     figure.suptitle(f"Speed of cnn_ext against torch in the same layout (1 = torch's)\n{_subtitle(document)}", size=11)
     grid = figure.subplots(lines, columns, squeeze=False)
+    speeds = [row["speed_vs_torch"] for row in rows]
     for axes, (op, direction) in zip(grid.flat, panels_of, strict=False):
         members = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
         _draw_bars(axes, members)
+        _set_speed_axis(axes, min(speeds), max(speeds))
         axes.set_title(f"{op} {DIRECTION_TITLES[direction]}")
     for axes in list(grid.flat)[len(panels_of) :]:
         axes.set_visible(False)
-    grid[0][0].legend(loc="best", fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -121,12 +125,11 @@ def _draw_bars(axes, rows: list[dict]) -> None:
             axes.plot(speeds, [y] * len(speeds), ".", color="black", ms=3.5, alpha=0.7)
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(range(len(classes)), classes)
-    _set_speed_axis(axes, [row["speed_vs_torch"] for row in rows])
 
 
-def _set_speed_axis(axes, speeds: list[float]) -> None:
+def _set_speed_axis(axes, slowest: float, fastest: float) -> None:
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
-    low, high = min(0.5, min(speeds) / 1.2), max(2, max(speeds) * 1.2)
+    low, high = min(0.5, slowest / 1.2), max(2, fastest * 1.2)
     inside = [tick for tick in ticks if low <= tick <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -139,7 +142,7 @@ def _set_speed_axis(axes, speeds: list[float]) -> None:
 def training_time(document: dict) -> Figure:
     """A panel per row name (training step, epoch), a bar per contender."""
     names = _in_order(row["name"] for row in document["rows"])
-    figure = Figure(figsize=(6.2 * len(names), 2.9), layout="constrained")
+    figure = Figure(figsize=(max(9, 6 * len(names)), 2.9), layout="constrained")
     figure.suptitle(f"The lecture's CNN, batch {document['rows'][0]['batch_size']}\n{_subtitle(document)}", size=10)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         rows = [row for row in document["rows"] if row["name"] == name][::-1]

@@ -20,7 +20,7 @@ class Pooling:
         self.case = case
         generator = torch.Generator().manual_seed(1)
         self.input = torch.randn(case.input_size, generator=generator).to(device, memory_format=LAYOUTS[layout])
-        output = self.torch("forward")()
+        output = self.torchs("forward")()
         grad_output = torch.randn(output.shape, generator=generator).to(device)
         self.grad_output = grad_output.contiguous(memory_format=LAYOUTS[layout])
         self.bytes = FLOAT_BYTES * (self.input.numel() + output.numel())
@@ -40,7 +40,7 @@ class Pooling:
             return lambda: torch.ops.cnn_ext.max_pool2d_backward(self.grad_output, self._offsets, size, *window)
         return lambda: torch.ops.cnn_ext.avg_pool2d_backward(self.grad_output, size, *window, True, None)
 
-    def torch(self, direction: str) -> Call:
+    def torchs(self, direction: str) -> Call:
         c, two = self.case, self._two()
         if direction == "forward_training":
             return lambda: self._torch_training()[0]
@@ -87,7 +87,7 @@ def run(bench: Bench) -> list[dict]:
 
 def _rows_of(case: Pool2dCase, direction: str, in_layout: dict[str, Pooling], bench: Bench) -> list[dict]:
     errors = {layout: _check(direction, layout, in_layout[layout], bench) for layout in bench.layouts}
-    contenders = {("torch", layout): pooling.torch(direction) for layout, pooling in in_layout.items()}
+    contenders = {("torch", layout): pooling.torchs(direction) for layout, pooling in in_layout.items()}
     contenders |= {("cnn_ext", layout): in_layout[layout].ours(direction) for layout in bench.layouts}
     times = compare(contenders, bench.timer, bench.peak, bench.effort)
     return [_row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts]
@@ -119,7 +119,7 @@ def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Compa
 def _check(direction: str, layout: str, pooling: Pooling, bench: Bench) -> float:
     """Against torch in float64; a maximum is exact, sums round once per term."""
     case = pooling.case
-    reference = pooling.double().torch(direction)()
+    reference = pooling.double().torchs(direction)()
     terms = 0 if case.op == "max" and direction != "backward" else case.kernel**2 + 1
     operand = pooling.input if direction != "backward" else pooling.grad_output
     tolerance = bench.unit_roundoff * terms * float(operand.abs().max())

@@ -1,0 +1,199 @@
+"""The benchmarks run, write what they promise, and refuse what they must. No time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import report, runner
+from benchmarks.__main__ import main
+from benchmarks.harness import BenchmarkError, Comparison, CpuTimer, Effort, check_close, compare, lower_quartile
+from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
+from benchmarks.tables import Column, markdown, plain
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--repeats", "1", "--seconds", "0.01"]
+
+COMMON_FIELDS = {"schema", "benchmark", "device", "date", "machine", "versions", "threads", "peak", "rows", "command"}
+COMMON_FIELDS |= {"allocator", "figure", "figures_of_runs"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """What every benchmark leaves for one tiny problem."""
+    out = tmp_path_factory.mktemp("results")
+    nothing = str(out / "no-data")
+    for benchmark, only in (("conv2d", "effnet_se_1x1"), ("pooling", "lenet_avg|ci_tail17"), ("mnist", "")):
+        done = run(benchmark, "--only", only, "--out", str(out), "--data-dir", nothing, *QUICK)
+        assert done.returncode == 0, done.stderr
+        (out / f"{benchmark}.txt").write_text(done.stdout)
+    return out
+
+
+def load(results: Path, benchmark: str) -> dict:
+    document = json.loads((results / f"{benchmark}_cpu_nofault.json").read_text())
+    assert document.keys() >= COMMON_FIELDS
+    assert document["benchmark"] == benchmark
+    assert document["peak"]["fma_gflops"] > 0
+    assert f"benchmarks {benchmark} " in document["command"]
+    return document
+
+
+def test_conv2d_measures_each_direction_in_each_layout(results):
+    rows = load(results, "conv2d")["rows"]
+    assert {(row["direction"], row["layout"]) for row in rows} == {
+        (direction, layout)
+        for direction in ("forward", "backward_input", "backward_weight")
+        for layout in ("nchw", "channels_last")
+    }
+    for row in rows:
+        assert row["kernel"].startswith(f"conv2d_{row['direction']}")
+        assert row["flops"] == 2 * 8 * 240 * 10
+        assert row["speed_vs_torch"] == pytest.approx(row["torch_ms"] / row["ms"])
+        assert row["speed_vs_best"] <= row["speed_vs_torch"]
+    assert "geometric mean of all rows" in (results / "conv2d.txt").read_text()
+
+
+def test_pooling_measures_inference_training_and_backward(results):
+    rows = load(results, "pooling")["rows"]
+    assert {(row["op"], row["direction"]) for row in rows} == {
+        ("max_pool2d", "forward"),
+        ("max_pool2d", "forward_training"),
+        ("max_pool2d", "backward"),
+        ("avg_pool2d", "forward"),
+        ("avg_pool2d", "backward"),
+    }
+    assert all(row["gbytes_per_s"] == pytest.approx(1e-6 * row["bytes"] / row["ms"]) for row in rows)
+
+
+def test_mnist_compares_a_step_with_both_layouts_of_torch(results):
+    rows = load(results, "mnist")["rows"]
+    assert [row["backend"] for row in rows] == ["torch nchw", "torch channels_last", "cnn_ext nchw"]
+    assert rows[0]["time_vs_torch"] == 1
+
+
+def test_pictures_open(results):
+    names = {path.name for path in results.glob("*.png")}
+    assert names >= {
+        "conv2d_cpu_nofault_roofline.png",
+        "conv2d_cpu_nofault_speed.png",
+        "pooling_cpu_nofault_speed.png",
+        "mnist_cpu_nofault_time.png",
+    }
+    for name in names:
+        with Image.open(results / name) as picture:
+            picture.load()
+            assert min(picture.size) > 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is for machines without a GPU")
+@pytest.mark.parametrize("command", ["conv2d", "pooling", "mnist", "all"])
+def test_cuda_without_a_gpu_is_one_line_and_status_2(command, capsys):
+    assert main([command, "--device", "cuda"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "--device cuda" in printed.err
+
+
+def test_a_name_that_no_case_has_is_one_line_and_status_2(tmp_path):
+    done = run("conv2d", "--only", "no such layer", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"]
+
+
+def history(backend: str, seed: int, accuracy: float | None) -> str:
+    curves = {f"{part}_{kind}": [0.5, 0.6] for part in ("train", "validation") for kind in ("loss", "accuracy")}
+    return json.dumps({"backend": backend, "arguments": {"seed": seed}, "test_accuracy": accuracy, **curves})
+
+
+README = """before
+<!-- mnist:begin -->
+stale
+<!-- mnist:end -->
+between
+<!-- benchmarks:begin -->
+<!-- benchmarks:end -->
+after
+"""
+
+
+def test_report_writes_between_the_markers_and_nowhere_else(results):
+    for seed, accuracy in enumerate((0.9900, 0.9910, 0.9920), 1):
+        (results / f"mnist_cnn_ext_seed{seed}.json").write_text(history("cnn_ext", seed, accuracy))
+    readme = results / "README.md"
+    readme.write_text(README)
+    report.write(results, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- mnist:begin -->\n") and text.endswith("<!-- benchmarks:end -->\nafter\n")
+    assert "stale" not in text
+    assert "mean test accuracy 0.9910, standard error 0.0006 (3 seeds)" in text
+    assert "0.9914" in text
+    assert "(conv2d_cpu_nofault.json)" in text and "![conv2d cpu nofault roofline]" in text
+    with Image.open(results / "mnist_curves.png") as picture:
+        picture.load()
+    report.write(results, readme)
+    assert readme.read_text() == text
+
+
+def test_report_refuses_a_readme_without_markers(tmp_path):
+    (tmp_path / "README.md").write_text("nothing here\n")
+    with pytest.raises(BenchmarkError, match="benchmarks:begin"):
+        report.write(tmp_path, tmp_path / "README.md")
+
+
+def test_report_refuses_an_unfinished_training_run(tmp_path):
+    (tmp_path / "mnist_torch_seed1.json").write_text(history("torch", 1, None))
+    (tmp_path / "README.md").write_text(README)
+    with pytest.raises(BenchmarkError, match="did not finish"):
+        report.write(tmp_path, tmp_path / "README.md")
+
+
+def test_the_middle_run_is_quoted():
+    assert runner._middle([{"figure": f} for f in (3.0, 1.0, 2.0)]) == {"figure": 2.0, "figures_of_runs": [3.0, 1.0, 2.0]}
+
+
+def test_contenders_alternate_and_each_sample_is_kept():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    result = compare(contenders, CpuTimer(), lambda: 100.0, Effort(repeats=3, seconds=1.0))
+    rounds = len(result.peak_gflops)
+    assert rounds >= 1 and [len(result.seconds[name]) for name in contenders] == [rounds, rounds]
+    assert calls.index("b", len(calls) // 2) and result.peak() == pytest.approx(100.0)
+
+
+def test_lower_quartile_is_between_the_fastest_sample_and_the_median():
+    assert lower_quartile([7.0]) == 7.0
+    assert lower_quartile([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert Comparison({"x": [1.0, 2.0, 3.0, 4.0, 5.0]}).lower_quartile("x") == 2.0
+
+
+def test_a_wrong_result_is_not_timed():
+    right = torch.zeros(2, dtype=torch.float64)
+    assert check_close("case", right.float(), right, 0.0) == 0.0
+    for wrong in (torch.tensor([0.0, 0.1]), torch.tensor([0.0, float("nan")]), torch.zeros(3)):
+        with pytest.raises(BenchmarkError, match="case"):
+            check_close("case", wrong, right, 0.01)
+
+
+def test_the_default_allocator_is_free_of_the_no_fault_settings(monkeypatch):
+    for name, value in NO_FAULT_ALLOCATOR.items():
+        monkeypatch.setenv(name, value)
+    assert NO_FAULT_ALLOCATOR.keys().isdisjoint(allocator_environment("default"))
+    assert allocator_environment("nofault").items() >= NO_FAULT_ALLOCATOR.items()
+
+
+def test_tables_align_numbers_to_the_right():
+    columns = [Column("name", lambda row: row["name"]), Column("ms", lambda row: row["ms"], ".1f")]
+    rows = [{"name": "a", "ms": 1.25}, {"name": "bcd", "ms": 100.0}]
+    assert plain(columns, rows).splitlines() == ["name     ms", "-----------", "a       1.2", "bcd   100.0"]
+    assert markdown(columns, rows).splitlines()[1] == "|---|---:|"
