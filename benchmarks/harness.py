@@ -22,7 +22,7 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one comparison goes on: until ``repeats`` rounds were accepted, or ``seconds`` have passed."""
+    """How long one comparison goes on: until ``repeats`` rounds were accepted, or ``seconds`` are over."""
 
     repeats: int = 15
     seconds: float = 0.8
@@ -122,7 +122,7 @@ def compare(contenders: dict[Hashable, Call], timer: Timer, peak: Callable[[], f
         elapsed = time.perf_counter() - start
         if elapsed > effort.seconds * (1 if quiet.accepted else PATIENCE):
             break
-        window, share = _window(contenders, calls, timer, peak, effort.repeats - quiet.accepted)
+        window, share = _window(contenders, calls, timer, peak)
         _merge(quiet if share <= FOREIGN_SHARE else loaded, window)
     result = quiet if quiet.accepted else loaded
     result.accepted, result.rejected = quiet.accepted, loaded.accepted
@@ -134,10 +134,10 @@ def _calls_per_sample(call: Call, timer: Timer) -> int:
     return max(1, min(1000, round(SAMPLE_SECONDS / timer.seconds(call, 1))))
 
 
-def _window(contenders, calls, timer, peak, rounds: int) -> tuple[Comparison, float]:
+def _window(contenders, calls, timer, peak) -> tuple[Comparison, float]:
     window = Comparison({name: [] for name in contenders})
     load, start = ForeignLoad(), time.perf_counter()
-    while window.accepted < rounds and time.perf_counter() - start < WINDOW_SECONDS:
+    while time.perf_counter() - start < WINDOW_SECONDS:
         for name, call in contenders.items():
             window.seconds[name].append(timer.seconds(call, calls[name]))
         window.peak_gflops.append(peak())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import report, runner
 from benchmarks.__main__ import main
-from benchmarks.harness import BenchmarkError, Comparison, CpuTimer, Effort, check_close, compare, lower_quartile
+from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
 from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
 from benchmarks.tables import Column, markdown, plain
 
@@ -108,7 +108,9 @@ def test_cuda_without_a_gpu_is_one_line_and_status_2(command, capsys):
 def test_a_name_that_no_case_has_is_one_line_and_status_2(tmp_path):
     done = run("conv2d", "--only", "no such layer", "--out", str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == ["benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"]
+    assert done.stderr.strip().splitlines() == [
+        "benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"
+    ]
 
 
 def history(backend: str, seed: int, accuracy: float | None) -> str:
@@ -159,16 +161,31 @@ def test_report_refuses_an_unfinished_training_run(tmp_path):
 
 
 def test_the_middle_run_is_quoted():
-    assert runner._middle([{"figure": f} for f in (3.0, 1.0, 2.0)]) == {"figure": 2.0, "figures_of_runs": [3.0, 1.0, 2.0]}
+    assert runner._middle([{"figure": f} for f in (3.0, 1.0, 2.0)]) == {
+        "figure": 2.0,
+        "figures_of_runs": [3.0, 1.0, 2.0],
+    }
+
+
+class CountingTimer:
+    """Calls nothing twice, and remembers the order."""
+
+    def __init__(self) -> None:
+        self.order = []
+
+    def seconds(self, call, calls: int) -> float:
+        self.order.append(call())
+        return 1.0
 
 
 def test_contenders_alternate_and_each_sample_is_kept():
-    calls = []
-    contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    result = compare(contenders, CpuTimer(), lambda: 100.0, Effort(repeats=3, seconds=1.0))
+    timer = CountingTimer()
+    result = compare({"a": lambda: "a", "b": lambda: "b"}, timer, lambda: 100.0, Effort(repeats=3, seconds=5.0))
     rounds = len(result.peak_gflops)
-    assert rounds >= 1 and [len(result.seconds[name]) for name in contenders] == [rounds, rounds]
-    assert calls.index("b", len(calls) // 2) and result.peak() == pytest.approx(100.0)
+    assert rounds >= 3
+    assert timer.order[2:] == ["a", "b"] * rounds  # after one call each for the calibration
+    assert result.seconds == {"a": [1.0] * rounds, "b": [1.0] * rounds}
+    assert result.peak() == pytest.approx(100.0)
 
 
 def test_lower_quartile_is_between_the_fastest_sample_and_the_median():
