@@ -1,6 +1,5 @@
 """The commands of ``cnn-ext``."""
 
-import runpy
 import shlex
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cnn_ext.info import main as print_info
 from cnn_ext.mnist import artefacts, checkpoint, data, images, machine, run
 from cnn_ext.mnist import model as model_module
 from cnn_ext.mnist.errors import InputError, StoppedError
@@ -66,7 +66,7 @@ def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, 
     """Train; after every epoch --out holds everything of that epoch."""
     arguments = {name: _plain(value) for name, value in click.get_current_context().params.items()}
     machine.keep_freed_memory()
-    place = machine.device(device)
+    place = machine.device(device, backend)
     machine.set_threads(threads)
     artefacts.prepare(out)
     recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
@@ -115,7 +115,7 @@ def predict(image_paths, checkpoint_path, device, threads, backend) -> None:
 
 
 def _load(path, device, threads, backend):
-    place = machine.device(device)
+    place = machine.device(device, backend)
     machine.set_threads(threads)
     model = model_module.lecture_cnn(backend)
     trained_on = checkpoint.load(path, model)
@@ -125,7 +125,7 @@ def _load(path, device, threads, backend):
 @cli.command()
 def info() -> None:
     """What this installation is made of, with a self-test of a second: the same as python -m cnn_ext.info."""
-    runpy.run_module("cnn_ext.info", run_name="__main__", alter_sys=True)
+    sys.exit(print_info())
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

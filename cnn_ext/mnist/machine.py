@@ -1,7 +1,6 @@
 """The device, the threads and the versions of a run."""
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -9,18 +8,27 @@ from pathlib import Path
 import numpy
 import torch
 
+import cnn_ext
 from cnn_ext.mnist.errors import InputError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
-def device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def device(name: str, backend: str) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``; ``auto`` is a GPU where there is one that the backend can use."""
+    hindrance = None if name == "cpu" else _no_cuda(backend)
+    if name == "cuda" and hindrance:
+        raise InputError(f"--device cuda: {hindrance}; use --device cpu")
+    return torch.device("cpu" if name == "cpu" or hindrance else "cuda")
+
+
+def _no_cuda(backend: str) -> str | None:
+    """Why CUDA cannot be used; None if it can."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU here"
+    if backend == "cnn_ext" and not isinstance(cnn_ext.build_info()["cuda"], dict):
+        return "cnn_ext was built without CUDA"
+    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -71,16 +79,9 @@ def keep_freed_memory() -> None:
 
 def versions() -> dict[str, str]:
     return {
-        "cnn_ext": _version("cnn_ext"),
+        "cnn_ext": cnn_ext.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

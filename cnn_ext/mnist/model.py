@@ -4,6 +4,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+import cnn_ext
+
 NAME = "lecture-cnn"
 BACKENDS = ("cnn_ext", "torch")
 
@@ -12,8 +14,6 @@ def layer_classes(backend: str) -> tuple[type[nn.Conv2d], type[nn.MaxPool2d]]:
     """The convolution and the max pooling layer of a backend."""
     if backend == "torch":
         return nn.Conv2d, nn.MaxPool2d
-    import cnn_ext
-
     return cnn_ext.Conv2d, cnn_ext.MaxPool2d
 
 
