@@ -25,6 +25,12 @@ def fixed_state():
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture
+def one_thread() -> None:
+    """For tests of many tiny tensors: on a busy machine a team of threads waits longer than it works."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that this machine has."""

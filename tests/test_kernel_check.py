@@ -15,7 +15,7 @@ CASES = [str(ROOT / "tests" / "cases" / name) for name in ("conv2d.csv", "pool2d
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds kernel_check without the Python modules and without CUDA, with -O2, for the naive rows take most of its time."""
+    """Builds kernel_check without the Python modules and without CUDA."""
     build = tmp_path_factory.mktemp("kernel_check")
     options = {
         "CNN_EXT_PYTHON": "OFF",

@@ -26,6 +26,8 @@ from tests.support.rows import (
 )
 from tests.support.tolerances import violation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONV2D_ROWS = rows(op="conv2d")
 POOL2D_ROWS = rows(op="max_pool2d") + rows(op="avg_pool2d")
 

@@ -9,6 +9,8 @@ from tests.support import reference
 from tests.support.cases import Pool2dCase, conv2d_cases, pool2d_cases
 from tests.support.tolerances import violation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def symmetric(case: Pool2dCase) -> tuple[int, int] | None:
     """The padding as torch wants it, or None where torch would refuse it."""

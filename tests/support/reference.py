@@ -16,7 +16,7 @@ from tests.support.cases import Conv2dCase, Pool2dCase
 
 @dataclass(frozen=True)
 class Truth:
-    """A float64 value, the sum of its terms' magnitudes and the roundings a term meets: what a tolerance needs."""
+    """A float64 value, the sum of its terms' magnitudes and the roundings a term meets: what a tolerance takes."""
 
     value: torch.Tensor
     magnitude: torch.Tensor

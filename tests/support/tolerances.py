@@ -28,15 +28,15 @@ def tolerance(truth: Truth, dtype: torch.dtype) -> torch.Tensor:
 
 
 def violation(result: torch.Tensor, truth: Truth) -> str | None:
-    """None where ``result`` is within the tolerance everywhere, else a line that names the worst element."""
+    """None where ``result`` is within the tolerance (NaN where the truth is), else a line on the worst element."""
     if result.shape != truth.value.shape:
         return f"shape {tuple(result.shape)}, wanted {tuple(truth.value.shape)}"
     if result.numel() == 0:
         return None
-    error = (result.double() - truth.value).abs()
-    excess = torch.where(
-        result.double() == truth.value, -torch.inf, (error - tolerance(truth, result.dtype)).nan_to_num(torch.inf)
-    )
+    value = result.double()
+    same = (value == truth.value) | (value.isnan() & truth.value.isnan())
+    excess = ((value - truth.value).abs() - tolerance(truth, result.dtype)).nan_to_num(torch.inf)
+    excess = torch.where(same, -torch.inf, excess)
     worst = int(excess.argmax())
     if excess.flatten()[worst] <= 0:
         return None
