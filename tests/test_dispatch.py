@@ -1,0 +1,285 @@
+"""The choice of a kernel, by the table alone, visible and forcible; and what is around it: threads, forks, the lock."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnn_ext import _native
+from tests.support.cases import Conv2dCase, case_named, conv2d_cases, pool2d_cases
+from tests.support.rows import Row, accepts, choice, forced, rows, run_conv2d, shape_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_ROWS = [row for row in rows() if row.device == "cpu"]
+ISAS = ["baseline", "avx2", "avx512"]
+SUPPORTED_ISAS = ISAS[: ISAS.index(_native.cpu.best_isa()) + 1]
+
+
+def example(row: Row) -> tuple:
+    """The first case that a row accepts, as float32 in the layout that it accepts it in, with the shape."""
+    for case in conv2d_cases() if row.op == "conv2d" else pool2d_cases():
+        for layouts in (("nchw", "nchw"), ("nhwc", "nhwc")) if row.op == "conv2d" else ("nchw", "nhwc"):
+            shape = shape_of(case, torch.float32, layouts)
+            if accepts(row, shape):
+                return case, layouts, shape
+    raise AssertionError(f"{row.name} accepts no case")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("row", CPU_ROWS, ids=str)
+def test_a_forced_row_is_the_one_that_runs(row):
+    _, _, shape = example(row)
+    before = choice(row, shape)["kernel"]
+    with forced(row):
+        assert choice(row, shape)["kernel"] == row.name
+        assert choice(row, shape)["isa"] == row.isa
+    assert choice(row, shape)["kernel"] == before
+
+
+def test_forcing_nests_and_restores():
+    first, *_, last = rows(op="conv2d", direction="forward")
+    _, _, shape = example(last)
+    with forced(last):
+        with forced(first):
+            pass
+        assert choice(last, shape)["kernel"] == last.name
+
+
+def test_the_names_follow_the_grammar_and_are_unique():
+    names = [row["name"] for row in _native.cpu.kernels()]
+    assert len(names) == len(set(names))
+    for row in _native.cpu.kernels():
+        assert row["name"].startswith(f"{row['op']}_{row['direction']}_")
+        assert row["name"].endswith(f"_{row['isa']}")
+
+
+def test_a_better_isa_comes_first_and_the_naive_row_last():
+    for row in CPU_ROWS:
+        slot = [other for other in rows(op=row.op, direction=row.direction) if other.device == "cpu"]
+        order = [ISAS.index(other.isa) for other in slot]
+        assert order == sorted(order, reverse=True), slot
+        assert [other.is_naive for other in slot] == [False] * (len(slot) - 1) + [True]
+
+
+@pytest.mark.parametrize("name", ["", "conv2d_forward", "conv2d_forward_magic_avx512", "naive"])
+def test_an_unknown_name_is_a_value_error_that_repeats_it(name):
+    with pytest.raises(ValueError, match=f'"{name}"'):
+        _native.cpu.force_kernel(name)
+
+
+def test_a_forced_row_that_refuses_the_shape_is_a_value_error_and_nothing_runs():
+    row = CPU_ROWS[-1]
+    case = pool2d_cases()[0]
+    shape = _native.Pool2dShape(
+        **{field: getattr(shape_of(case, torch.float32, "nchw"), field) for field in POOL2D_FIELDS},
+        dtype=_native.cpu.DType.bfloat16,  # which no CPU row serves
+    )
+    output = torch.full(case.output_size, torch.nan)
+    with forced(row), pytest.raises(ValueError, match=row.name):
+        choice(row, shape)
+    forward = rows(op="avg_pool2d", direction="forward")[-1]
+    with forced(forward), pytest.raises(ValueError, match=forward.name):
+        _native.avg_pool2d_forward(shape, torch.zeros(case.input_size), output)
+    with pytest.raises(ValueError, match="no kernel"):
+        _native.avg_pool2d_forward(shape, torch.zeros(case.input_size), output)
+    assert output.isnan().all()
+
+
+POOL2D_FIELDS = [
+    "batch",
+    "channels",
+    "in_h",
+    "in_w",
+    "out_h",
+    "out_w",
+    "kernel_h",
+    "kernel_w",
+    "stride_h",
+    "stride_w",
+    "pad_top",
+    "pad_bottom",
+    "pad_left",
+    "pad_right",
+    "dilation_h",
+    "dilation_w",
+    "divisor_override",
+    "count_include_pad",
+    "layout",
+]
+
+
+@pytest.mark.parametrize("isa", SUPPORTED_ISAS)
+def test_cnn_ext_isa_caps_the_table(isa):
+    done = run_python(
+        "import json; from cnn_ext import _native as n;"
+        "print(json.dumps([n.cpu.best_isa(), [[r['name'], r['isa']] for r in n.cpu.kernels() if r['supported']]]))",
+        CNN_EXT_ISA=isa,
+    )
+    assert done.returncode == 0, done.stderr
+    best, supported = json.loads(done.stdout)
+    assert best == isa
+    allowed = SUPPORTED_ISAS[: SUPPORTED_ISAS.index(isa) + 1]
+    assert supported == [[row.name, row.isa] for row in CPU_ROWS if row.isa in allowed]
+
+
+def test_a_row_above_cnn_ext_isa_cannot_be_forced():
+    above = next((row for row in CPU_ROWS if row.isa != "baseline"), None)
+    if above is None:
+        assert SUPPORTED_ISAS == ["baseline"] or all(row.is_naive for row in CPU_ROWS)
+        return
+    done = run_python(
+        f"from cnn_ext import _native as n\ntry: n.cpu.force_kernel('{above.name}')\nexcept ValueError as e: print(e)",
+        CNN_EXT_ISA="baseline",
+    )
+    assert above.name in done.stdout, done.stderr
+    assert "CNN_EXT_ISA" in done.stdout
+
+
+@pytest.mark.parametrize("isa", ["avx9", "AVX2"])
+def test_a_wrong_isa_is_an_error_that_names_the_choices(isa):
+    done = run_python(
+        "from cnn_ext import _native as n\ntry: n.cpu.best_isa()\nexcept ValueError as e: print(e)", CNN_EXT_ISA=isa
+    )
+    assert f'"{isa}"' in done.stdout, done.stdout + done.stderr
+    assert all(name in done.stdout for name in SUPPORTED_ISAS)
+
+
+@pytest.mark.parametrize("row", [row for row in CPU_ROWS if row.direction != "backward_weight"], ids=str)
+def test_the_choice_does_not_depend_on_the_batch_nor_on_threads(row):
+    for case in conv2d_cases() if row.op == "conv2d" else pool2d_cases():
+        for layouts in (("nchw", "nchw"), ("nhwc", "nhwc")) if row.op == "conv2d" else ("nchw", "nhwc"):
+            kernels = {
+                choice(row, shape_of(replace(case, batch=batch), torch.float32, layouts), threads)["kernel"]
+                for batch in (1, 2, 64)
+                for threads in (1, 5)
+            }
+            assert len(kernels) == 1, (case.name, layouts, kernels)
+
+
+def test_small_problems_run_serially_and_large_ones_with_all_threads():
+    forward = rows(op="conv2d", direction="forward")[-1]
+    small, large = case_named("one_of_everything"), case_named("threads_dense")
+    assert choice(forward, shape_of(small, torch.float32, ("nchw", "nchw")), 7)["threads"] == 1
+    assert choice(forward, shape_of(large, torch.float32, ("nchw", "nchw")), 7)["threads"] == 7
+
+
+@pytest.mark.parametrize("row", CPU_ROWS, ids=str)
+def test_the_plan_is_a_plan(row):
+    """The numbers make sense. (kernel_check proves, at guard pages, that no row touches more scratch than it says.)"""
+    _, _, shape = example(row)
+    with forced(row):
+        plans = [choice(row, shape, threads) for threads in (1, 2, 5)]
+    for plan in plans:
+        assert plan["tile_channels"] >= 1
+        assert plan["tile_pixels"] >= 1
+        assert plan["tasks"] >= 0
+        assert 0 <= plan["workspace_bytes"] < 1 << 28
+    if row.is_naive:
+        assert {plan["workspace_bytes"] for plan in plans} == {0}
+
+
+LARGE = Conv2dCase("large", 8, 16, 40, 40, 32, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 1)
+
+
+def test_the_interpreter_lock_is_released_while_a_kernel_runs():
+    """Another Python thread advances during one long call; with the lock held it could not."""
+    row = rows(op="conv2d", direction="forward")[-1]
+    data = LARGE.tensors(torch.float32)
+    running, ticks = threading.Event(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while running.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    torch.set_num_threads(1)
+    shape, output = shape_of(LARGE, torch.float32, ("nchw", "nchw")), torch.empty(LARGE.output_size)
+    other = threading.Thread(target=tick)
+    running.set()
+    other.start()
+    with forced(row):
+        before = ticks
+        _native.conv2d_forward(shape, data.input, data.weight, None, output)
+        during = ticks - before
+    running.clear()
+    other.join()
+    assert during > 3
+
+
+def test_calls_from_several_threads_at_once_do_not_disturb_one_another():
+    data = LARGE.tensors(torch.float32)
+    row = rows(op="conv2d", direction="forward")[0]
+    wanted = run_conv2d(row, LARGE, input=data.input, weight=data.weight)
+    results = [None] * 4
+
+    def work(i: int) -> None:
+        output = torch.empty(LARGE.output_size)
+        _native.conv2d_forward(shape_of(LARGE, torch.float32, ("nchw", "nchw")), data.input, data.weight, None, output)
+        results[i] = output
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+FORK = """
+import os, signal, sys
+sys.path.insert(0, ".")
+import torch
+torch.set_num_threads(2)
+from tests.support.cases import case_named
+from tests.support.rows import choice, rows, run_conv2d, shape_of
+row, case = rows(op="conv2d", direction="forward")[0], case_named("threads_dense")
+data = case.tensors(torch.float32)
+wanted = run_conv2d(row, case, input=data.input, weight=data.weight)
+shape = shape_of(case, torch.float32, ("nchw", "nchw"))
+assert choice(row, shape, 2)["threads"] == 2
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # a child that waits for the parent's threads ends by this signal
+    assert choice(row, shape, 2)["threads"] == 1
+    same = (run_conv2d(row, case, input=data.input, weight=data.weight) == wanted).all()
+    os._exit(0 if same else 1)
+_, status = os.waitpid(child, 0)
+assert (run_conv2d(row, case, input=data.input, weight=data.weight) == wanted).all()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_child_runs_serially_and_does_not_hang():
+    done = run_python(FORK)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
+
+
+def test_one_openmp_runtime_in_the_process():
+    done = run_python(
+        "import torch, cnn_ext._native as n\n"
+        "maps = {line.split(maxsplit=5)[-1].strip() for line in open('/proc/self/maps') if '/' in line}\n"
+        "print('\\n'.join(p for p in maps if p.rsplit('/', 1)[-1].startswith(('libgomp', 'libomp', 'libiomp'))))\n"
+        "print(n.openmp_runtime)"
+    )
+    assert done.returncode == 0, done.stderr
+    runtimes = done.stdout.split()
+    assert len(runtimes) == 2, runtimes  # the one that is mapped, and the same as _native says it
+    assert Path(runtimes[0]).samefile(runtimes[1])
