@@ -6,7 +6,8 @@ namespace cnn_ext::cpu {
 #define CNN_EXT_CONV2D_ROWS(ROW)   \
   ROW(conv2d_forward_direct)        \
   ROW(conv2d_backward_input_direct) \
-  ROW(conv2d_backward_weight_direct)
+  ROW(conv2d_backward_weight_direct) \
+  ROW(conv2d_backward_bias_direct)
 
 #define CNN_EXT_POOL2D_ROWS(ROW)
 
