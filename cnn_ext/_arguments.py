@@ -1,5 +1,6 @@
-"""What users write (an int, a pair, a word) as what the operators take: pairs (height, width) and paddings (top,
-bottom, left, right).
+"""What users write (an int, a pair, a word) as what the operators take.
+
+Those take pairs (height, width) and paddings (top, bottom, left, right).
 """
 
 import operator
@@ -29,34 +30,37 @@ def integer(op: str, name: str, value) -> int:
         if isinstance(value, bool) or not hasattr(type(value), "__index__"):
             raise TypeError(f"{op}(): argument '{name}' must be an int or a tuple of ints, not {type(value).__name__}")
         value = operator.index(value)
-    if isinstance(value, int) and not -INT64_MAX - 1 <= value <= INT64_MAX:
+    if type(value) is int and not -INT64_MAX - 1 <= value <= INT64_MAX:
         raise ValueError(f"Overflow when unpacking long long: {op}() got {name}={value}, wanted an int64")
     return value
 
 
-def pair(op: str, name: str, value, wrong_length: str) -> tuple[int, int]:
-    """An int or one or two ints as two ints. ``wrong_length`` is torch's complaint about any other number of them."""
+def conv_pair(op: str, name: str, value) -> tuple[int, int]:
+    """An int, or one or two ints, as (height, width)."""
     if isinstance(value, (tuple, list)):
         if len(value) not in (1, 2):
-            raise RuntimeError(f"{wrong_length}, but got {name}={list(value)}")
-        first, second = integer(op, name, value[0]), integer(op, name, value[-1])
-        return first, second
+            raise RuntimeError(
+                f"expected {name} to be a single integer value or a list of 2 values to match the convolution "
+                f"dimensions, but got {name}={list(value)}"
+            )
+        return integer(op, name, value[0]), integer(op, name, value[-1])
     value = integer(op, name, value)
     return value, value
 
 
-def conv_pair(op: str, name: str, value) -> tuple[int, int]:
-    return pair(
-        op,
-        name,
-        value,
-        f"expected {name} to be a single integer value or a list of 2 values to match the convolution dimensions",
-    )
+_POOL_WANTED = {
+    "kernel_size": "must either be a single int, or a tuple of two ints",
+    "stride": "must either be omitted, a single int, or a tuple of two ints",
+    "padding": "must either be a single int, or a tuple of two ints",
+    "dilation": "must be either a single int, or a tuple of two ints",
+}
 
 
 def pool_pair(op: str, name: str, value) -> tuple[int, int]:
-    omitted = "be omitted, a single int, or a tuple of two ints" if name == "stride" else ""
-    return pair(op, name, value, f"{op}: {name} must either {omitted or 'be a single int, or a tuple of two ints'}")
+    """As conv_pair, with the words that torch's pools have for a wrong length."""
+    if isinstance(value, (tuple, list)) and len(value) not in (1, 2):
+        raise RuntimeError(f"{op}: {name} {_POOL_WANTED[name]}, but got {name}={list(value)}")
+    return conv_pair(op, name, value)
 
 
 def is_per_side(padding) -> bool:
@@ -80,19 +84,20 @@ def _word_padding(word: str, size, kernel_size, stride, dilation) -> tuple[int, 
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def resolve_padding(
-    op: str, padding, size: Sequence[int], kernel_size, stride, dilation, *, words: Sequence[str], as_pair
-) -> tuple[int, int, int, int]:
+def resolve_padding(op: str, padding, size, kernel_size, stride, dilation, *, words: Sequence[str], as_pair):
     """Padding as (top, bottom, left, right) from an int, a pair, ((top, bottom), (left, right)) or a word.
 
-    ``size`` is the input's (height, width), for 'same'; ``as_pair`` reads an int or a pair.
+    ``size`` and ``kernel_size`` end with (height, width); ``as_pair`` reads an int or a pair.
     """
+    if type(padding) is int:
+        padding = integer(op, "padding", padding)
+        return padding, padding, padding, padding
     if isinstance(padding, str):
         if padding not in words:
             raise RuntimeError(f"Invalid padding string: '{padding}', {op}() expected one of {', '.join(words)}")
         if min(*stride, *dilation) < 1:
             return 0, 0, 0, 0  # the operator refuses these strides and dilations itself
-        return _word_padding(padding, size, kernel_size, stride, dilation)
+        return _word_padding(padding, size[-2:], kernel_size[-2:], stride, dilation)
     if is_per_side(padding):
         (top, bottom), (left, right) = (as_pair(op, "padding", side) for side in padding)
         return top, bottom, left, right
@@ -115,7 +120,7 @@ def conv2d_geometry(op: str, input, weight, bias, stride, padding, dilation, gro
     stride = conv_pair(op, "stride", stride)
     dilation = conv_pair(op, "dilation", dilation)
     padding = resolve_padding(
-        op, padding, input.shape[-2:], weight.shape[-2:], stride, dilation, words=CONV_WORDS, as_pair=conv_pair
+        op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_pair=conv_pair
     )
     return stride, padding, dilation, integer(op, "groups", groups)
 
@@ -133,6 +138,6 @@ def pool2d_window(op: str, input, kernel_size, stride, padding, dilation, ceil_m
     stride = kernel_size if omitted else pool_pair(op, "stride", stride)
     dilation = pool_pair(op, "dilation", dilation)
     padding = resolve_padding(
-        op, padding, input.shape[-2:], kernel_size, stride, dilation, words=POOL_WORDS, as_pair=pool_pair
+        op, padding, input.shape, kernel_size, stride, dilation, words=POOL_WORDS, as_pair=pool_pair
     )
     return kernel_size, stride, padding, dilation, ceil_mode

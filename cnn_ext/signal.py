@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cnn_ext import functional
-from cnn_ext._arguments import check_tensor, integer, pair
+from cnn_ext._arguments import check_tensor, conv_pair, integer
 from cnn_ext.ops.shapes import conv_output_extent, window_extent
 
 __all__ = ["convolve", "correlate", "output_size"]
@@ -64,8 +64,8 @@ def convolve(x, w, mode="full", *, padding=None, stride=1):
 def correlate(x, w, mode="valid", *, padding=None, stride=1):
     """Correlates ``x`` with ``w``: y[i] = sum over k of x[i + k] * w[k], zeros beyond the ends.
 
-    Arguments and errors are those of :func:`convolve`. With an even number of taps 'same' is not centred; the odd element lies where numpy.correlate (1-D) and
-    scipy.signal.correlate2d (2-D) put it, which differ.
+    Arguments and errors are those of :func:`convolve`. With an even number of taps 'same' is not centred; the odd
+    element lies where numpy.correlate (1-D) and scipy.signal.correlate2d (2-D) put it, which differ.
     """
     return _apply("correlate", x, w, mode, padding, stride)
 
@@ -108,7 +108,7 @@ def _check_operands(op, x, w) -> None:
 
 
 def _per_axis(op, name, value, axes, *, smallest) -> tuple[int, ...]:
-    values = pair(op, name, value, f"{op}() expected {name} to be an int or one int for each axis")
+    values = conv_pair(op, name, value)
     if min(values) < smallest:
         raise ValueError(f"{op}() expected {name} of at least {smallest}, but got {name}={value}")
     if axes == 1 and isinstance(value, (tuple, list)) and len(value) != 1:

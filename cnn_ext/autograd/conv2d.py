@@ -34,9 +34,8 @@ class _Forward(Function):
         input, weight, _, ctx.geometry = inputs
         input_needs, weight_needs, *_ = ctx.needs_input_grad
         ctx.save_for_backward(input if weight_needs else None, weight if input_needs else None)
-        ctx.input_size, ctx.weight_size = input.shape, weight.shape
-        ctx.channels_last = is_channels_last(spec(output))
-        ctx.channels_last_weight = is_channels_last(spec(weight))
+        ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
+        ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -47,9 +46,7 @@ class _Forward(Function):
         if input_needs:
             grad_input = conv2d_backward_input(grad_output, weight, ctx.input_size, ctx.geometry)
         if weight_needs:
-            grad_weight = conv2d_backward_weight(
-                grad_output, input, ctx.weight_size, ctx.geometry, ctx.channels_last_weight
-            )
+            grad_weight = conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight)
         if bias_needs:
             grad_bias = conv2d_backward_bias(grad_output)
         return grad_input, grad_weight, grad_bias, None
@@ -67,9 +64,8 @@ class _BackwardInput(Function):
         grad_output, weight, _, ctx.geometry = inputs
         grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
         ctx.save_for_backward(grad_output if weight_needs else None, weight if grad_output_needs else None)
-        ctx.weight_size = weight.shape
-        ctx.channels_last = is_channels_last(spec(output))
-        ctx.channels_last_weight = is_channels_last(spec(weight))
+        ctx.weight = spec(weight) if weight_needs else None
+        ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad):
@@ -80,22 +76,20 @@ class _BackwardInput(Function):
         if grad_output_needs:
             grad_grad_output = conv2d(grad, weight, None, ctx.geometry)
         if weight_needs:
-            grad_weight = conv2d_backward_weight(
-                grad_output, grad, ctx.weight_size, ctx.geometry, ctx.channels_last_weight
-            )
+            grad_weight = conv2d_backward_weight(grad_output, grad, ctx.geometry, ctx.weight)
         return grad_grad_output, grad_weight, None, None
 
 
 class _BackwardWeight(Function):
-    """grad_weight = W(grad_output, input)"""
+    """grad_weight = W(grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
 
     @staticmethod
-    def forward(grad_output, input, weight_size, geometry, channels_last_weight):
-        return ops.conv2d_backward_weight(grad_output, input, weight_size, *geometry, channels_last_weight)
+    def forward(grad_output, input, geometry, weight):
+        return ops.conv2d_backward_weight(grad_output, input, weight.size, *geometry, is_channels_last(weight))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, input, _, ctx.geometry, _ = inputs
+        grad_output, input, ctx.geometry, _ = inputs
         grad_output_needs, input_needs, *_ = ctx.needs_input_grad
         ctx.save_for_backward(grad_output if input_needs else None, input if grad_output_needs else None)
         ctx.input_size = input.shape
@@ -109,7 +103,7 @@ class _BackwardWeight(Function):
             grad_grad_output = conv2d(input, grad, None, ctx.geometry)
         if input_needs:
             grad_input = conv2d_backward_input(grad_output, grad, ctx.input_size, ctx.geometry)
-        return grad_grad_output, grad_input, None, None, None
+        return grad_grad_output, grad_input, None, None
 
 
 class _BackwardBias(Function):

@@ -11,9 +11,12 @@ from torch.autograd import Function
 
 
 def _eager_twin(function: type[Function]) -> type[Function]:
+    compute, setup_context = function.forward, function.setup_context
+
     def forward(ctx, *args):
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
+        output = compute(*args)
+        if any(ctx.needs_input_grad):
+            setup_context(ctx, args, output)
         return output
 
     members = {

@@ -10,7 +10,6 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.function import differentiable
-from cnn_ext.ops.shapes import is_channels_last, spec
 
 
 def _like(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -90,7 +89,7 @@ class _AvgForward(Function):
     def setup_context(ctx, inputs, output):
         input, ctx.window, ctx.divisor = inputs
         ctx.input_size = input.shape
-        ctx.channels_last = is_channels_last(spec(input))
+        ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -108,7 +107,7 @@ class _AvgBackward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, ctx.window, ctx.divisor = inputs
-        ctx.channels_last = is_channels_last(spec(output))
+        ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad):

@@ -56,6 +56,10 @@ def _geometry(stride, padding, dilation, groups):
     return tuple(stride), tuple(padding), tuple(dilation), groups
 
 
+def _empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
 # forward: output [N, K, OH, OW] --------------------------------------------------------------------------------------
 
 
@@ -79,7 +83,7 @@ def _forward(input, weight, bias, stride, padding, dilation, groups):
     shape, output_size, memory_format, weight_format = prepare_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), _geometry(stride, padding, dilation, groups)
     )
-    output = torch.empty(output_size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    output = _empty(output_size, input, memory_format)
     if output.numel() == 0:
         return output
     if input.shape[1] == 0:  # no channels, no terms: the bias is all there is
@@ -94,7 +98,7 @@ def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
     )
-    return torch.empty(output_size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    return _empty(output_size, input, memory_format)
 
 
 # backward_input: grad_input [N, C, H, W] -----------------------------------------------------------------------------
@@ -122,9 +126,7 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output), spec(weight), tuple(input_size), geometry
     )
-    grad_input = torch.empty(
-        input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format
-    )
+    grad_input = _empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
         return grad_input
     grad_output = grad_output.contiguous(memory_format=memory_format)
@@ -136,7 +138,7 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
 def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups):
     geometry = (stride, padding, dilation, groups)
     memory_format = _plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
-    return torch.empty(input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
+    return _empty(input_size, grad_output, memory_format)
 
 
 # backward_weight: grad_weight [K, C / groups, R, S] ------------------------------------------------------------------
@@ -166,7 +168,7 @@ def _backward_weight(grad_output, input, weight_size, stride, padding, dilation,
     shape, memory_format, weight_format = prepare_backward_weight(
         spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight
     )
-    grad_weight = torch.empty(weight_size, dtype=input.dtype, device=input.device, memory_format=weight_format)
+    grad_weight = _empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
         return grad_weight
     if grad_output.numel() == 0:  # an empty batch adds up nothing
@@ -179,7 +181,7 @@ def _backward_weight(grad_output, input, weight_size, stride, padding, dilation,
 def _backward_weight_fake(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
     _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
     weight_format = _weight_format(channels_last_weight)
-    return torch.empty(weight_size, dtype=input.dtype, device=input.device, memory_format=weight_format)
+    return _empty(weight_size, input, weight_format)
 
 
 # backward_bias: grad_bias [K] ----------------------------------------------------------------------------------------

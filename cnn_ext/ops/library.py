@@ -5,13 +5,40 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("cnn_ext", "DEF")
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
+
+
+def _is_observed(
+    # Bound once: this runs before every call.
+    modes=torch._C._len_torch_dispatch_stack,
+    transformed=torch._C._are_functorch_transforms_active,
+    traced=torch._C._get_tracing_state,
+    profiled=torch.autograd._profiler_enabled,
+) -> bool:
+    """Whether a mode, a transform, a tracer or a profiler wants to see the operator."""
+    return modes() or transformed() or traced() or profiled()
 
 
 def register(schema: str, compute: Callable, fake: Callable) -> Callable:
-    """Defines an operator with one implementation for both devices and a fake one, and returns what calls it."""
+    """Defines an operator with one implementation for both devices and a fake one, and returns what calls it.
+
+    Plain tensors that nobody observes go to the implementation directly: the dispatcher would take longer than the
+    kernel of a small problem.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, compute, "CPU")
     _LIBRARY.impl(name, compute, "CUDA")
     torch.library.register_fake(f"cnn_ext::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cnn_ext, name).default
+    operator = getattr(torch.ops.cnn_ext, name).default
+    tensors = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in operator._schema.arguments)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _is_observed():
+            return operator(*args)
+        first = args[0]
+        if (first.is_cpu or first.is_cuda) and _PLAIN.issuperset(map(type, args[:tensors])):
+            return compute(*args)
+        return operator(*args)
+
+    return call
