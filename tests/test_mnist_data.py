@@ -1,4 +1,4 @@
-"""Data: every place and form in which MNIST is found, every way in which a file can be wrong, and what stands in offline."""
+"""Data: every place and form in which MNIST is found, every way a file can be wrong, and what stands in offline."""
 
 import dataclasses
 import gzip
@@ -27,7 +27,7 @@ def idx_bytes(tensor: torch.Tensor) -> bytes:
 
 @pytest.fixture
 def contents(monkeypatch) -> dict[str, bytes]:
-    """Four small files in MNIST's form, whose sums stand in for the real ones; 4 images are for validation. No network."""
+    """Four small files in MNIST's form, whose sums stand in for the real ones; 4 images for validation; no network."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for key, shape in COUNTS.items():
@@ -196,7 +196,7 @@ def test_digits():
     assert [len(part) for part in (loaded.validation, loaded.train, loaded.test)] == [140, 1297, 360]
     images, labels = loaded.train.batch(torch.tensor([5, 3]))
     assert images.shape == (2, 1, 28, 28) and images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
     assert labels.tolist() == [loaded.train.labels[5], loaded.train.labels[3]]
     assert sorted(loaded.test.labels.unique().tolist()) == list(range(10))
 

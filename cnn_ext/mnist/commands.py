@@ -123,17 +123,17 @@ def _load(path, device, threads, backend):
 
 
 @cli.command()
-def info() -> None:
+def info() -> int:
     """What this installation is made of, with a self-test of a second: the same as python -m cnn_ext.info."""
-    sys.exit(print_info())
+    return print_info()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench(arguments) -> None:
+def bench(arguments) -> int:
     """Run python -m benchmarks with the same ARGUMENTS, in a clone of the repository."""
     clones = (Path.cwd(), Path(__file__).resolve().parents[2])
     clone = next((root for root in clones if (root / "benchmarks" / "__main__.py").is_file()), None)
     if clone is None:
         raise InputError("bench: there is no benchmarks folder here; run it in a clone of the repository")
-    sys.exit(subprocess.call([sys.executable, "-m", "benchmarks", *arguments], cwd=clone))
+    return subprocess.call([sys.executable, "-m", "benchmarks", *arguments], cwd=clone)
