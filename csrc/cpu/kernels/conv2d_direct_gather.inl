@@ -46,6 +46,22 @@ inline Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
   return layout == Layout::nchw ? Strides{c * h * w, h * w, w, 1} : Strides{c * h * w, 1, w * c, c};
 }
 
+struct TapRange {
+  int64_t begin, end;
+};
+
+// The taps that read inside the source from any of `count` grid points beginning at `first`; the others read padding alone.
+inline TapRange taps_inside(const Axis& a, int64_t first, int64_t count) {
+  TapRange range{a.taps, 0};
+  for (int64_t t = 0; t < a.taps; ++t) {
+    const int64_t low = first * a.source_step + a.source_first + t * a.tap_step;
+    if (low + (count - 1) * a.source_step < 0 || low >= a.source_size) continue;
+    if (t < range.begin) range.begin = t;
+    range.end = t + 1;
+  }
+  return range.begin < range.end ? range : TapRange{0, 0};
+}
+
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1};
 }

@@ -1,5 +1,7 @@
-// Packing: the weights of one unit (the output channels of one register tile) as [channel][tap][unit width], so that a kernel reads them from
-// beginning to end. Weights that are not finite are noticed on the way: a staged zero times one of them would be NaN.
+// Packing: the weights of one unit (the output channels of one register tile) and one block of channels as [step][unit width], so that a
+// kernel reads them from beginning to end. The steps of a block are [tap row][channel][tap column]: tap rows outermost, so that grid rows at
+// the edge leave out those that lie in the padding altogether. Weights that are not finite are noticed on the way: a staged zero times one of
+// them would be NaN.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_gather.inl"
@@ -28,35 +30,70 @@ class Packer {
 
  private:
   void pack_lanes(const Gather& g, const T* src, int64_t channels, T* dst) {
-    const int64_t taps = g.taps();
-    if (g.weight_output != 1 && has_dense_taps(g)) {
-      if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, width_, dst);
-      for (int64_t c = 0; c < channels; ++c) {
-        pack_run(src + c * g.weight_channel, g.weight_output, taps, width_, dst + c * taps * width_);
-      }
-      return;
-    }
+    if (g.weight_output != 1 && has_dense_taps(g)) return pack_dense_taps(g, src, channels, dst);
+    const int64_t channel_step = g.w.taps * width_;
     for (int64_t r = 0; r < g.h.taps; ++r) {
-      for (int64_t s = 0; s < g.w.taps; ++s, dst += width_) {
+      for (int64_t s = 0; s < g.w.taps; ++s) {
         const T* tap = src + (g.h.kernel_first + r * g.h.kernel_step) * g.weight_h + (g.w.kernel_first + s * g.w.kernel_step) * g.weight_w;
+        T* step = dst + (r * channels * g.w.taps + s) * width_;
         if (g.weight_output == 1) {
-          for (int64_t c = 0; c < channels; ++c) write(load_first(tap + c * g.weight_channel, valid_), dst + c * taps * width_);
+          for (int64_t c = 0; c < channels; ++c) write(load_first(tap + c * g.weight_channel, valid_), step + c * channel_step);
         } else if (g.weight_channel == 1) {
-          pack_run(tap, g.weight_output, channels, taps * width_, dst);
+          pack_run(tap, g.weight_output, channels, Strided{step, channel_step});
         } else {
-          for (int64_t c = 0; c < channels; ++c) write(gather(tap + c * g.weight_channel, g.weight_output), dst + c * taps * width_);
+          for (int64_t c = 0; c < channels; ++c) write(gather(tap + c * g.weight_channel, g.weight_output), step + c * channel_step);
         }
       }
     }
   }
+
+  void pack_dense_taps(const Gather& g, const T* src, int64_t channels, T* dst) {
+    const int64_t taps = g.taps();
+    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, channels, width_, dst));
+    for (int64_t c = 0; c < channels; ++c) {
+      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, channels, width_, dst + c * g.w.taps * width_));
+    }
+  }
+
+  // Where consecutive elements of the weight go: to equidistant steps, or, for the elements of [channel][tap row][tap column], to theirs.
+  struct Strided {
+    T* dst;
+    int64_t distance;
+    T* next() {
+      T* place = dst;
+      dst += distance;
+      return place;
+    }
+  };
+
+  struct TapOrder {
+    TapOrder(const Gather& g, int64_t channels, int64_t width, T* first)
+        : dst(first), rows(g.h.taps), cols(g.w.taps), step(width), row_distance((channels * cols - (cols - 1)) * width),
+          channel_distance(width - (rows - 1) * channels * cols * width) {}
+    T* next() {
+      T* place = dst;
+      if (++col < cols) {
+        dst += step;
+      } else if (col = 0, ++row < rows) {
+        dst += row_distance;
+      } else {
+        row = 0;
+        dst += channel_distance;
+      }
+      return place;
+    }
+    T* dst;
+    int64_t rows, cols, step, row_distance, channel_distance, row = 0, col = 0;
+  };
 
   // The taps of a channel are consecutive elements, in the order of the steps.
   static bool has_dense_taps(const Gather& g) {
     return g.weight_w == 1 && g.weight_h == g.w.taps && g.h.kernel_first + g.w.kernel_first == 0 && g.h.kernel_step * g.w.kernel_step == 1;
   }
 
-  // `count` consecutive elements of every output channel, each of them one step further on in dst.
-  void pack_run(const T* src, int64_t output_stride, int64_t count, int64_t dst_step, T* dst) {
+  // `count` consecutive elements of every output channel.
+  template <class Places>
+  void pack_run(const T* src, int64_t output_stride, int64_t count, Places places) {
     constexpr int kV = kLanes<T>;
     for (int64_t i = 0; i < count; i += kV) {
       const int items = static_cast<int>(count - i < kV ? count - i : kV);
@@ -66,7 +103,7 @@ class Packer {
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int o = 0; o < kV; ++o) {
-        if (o < items) write(square[o], dst + (i + o) * dst_step);
+        if (o < items) write(square[o], places.next());
       }
     }
   }

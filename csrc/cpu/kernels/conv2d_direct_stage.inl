@@ -41,24 +41,26 @@ inline bool is_phase_read(const Axis& a, int64_t phase) {
 // overwritten by the next row, and behind the last one there is room.
 struct StagedLayout {
   int64_t rows, cols;  // source rows; columns of one phase
-  int64_t row_pitch, channel_pitch;
+  int64_t row_pitch, channel_pitch, image_pitch;
 };
 
 template <class T>
-inline StagedLayout staged_layout(const Gather& g, int64_t rows, int64_t cols) {
+inline StagedLayout staged_layout(const Gather& g, int64_t channels, int64_t rows, int64_t cols) {
+  if (g.taps() == 0) return {};
   StagedLayout l{};
   l.rows = window_of(g.h, rows).span;
   l.cols = (window_of(g.w, cols).span + g.w.source_step - 1) / g.w.source_step;
   l.row_pitch = l.cols * g.w.source_step;
   l.channel_pitch = l.rows * l.row_pitch + kLanes<T>;
+  l.image_pitch = channels * l.channel_pitch;
   return l;
 }
 
-// From the place of a grid point in the staged block to what its steps (channel, tap row, tap column) read.
+// From the place of a grid point in the staged block to what the steps (tap row, channel, tap column) of a block of channels read.
 inline void fill_offsets(const Gather& g, const StagedLayout& l, int64_t channels, int32_t* offsets) {
   const int64_t origin_h = window_of(g.h, 1).tap_origin, origin_w = window_of(g.w, 1).tap_origin;
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t r = 0; r < g.h.taps; ++r) {
+  for (int64_t r = 0; r < g.h.taps; ++r) {
+    for (int64_t c = 0; c < channels; ++c) {
       for (int64_t s = 0; s < g.w.taps; ++s) {
         const int64_t row = origin_h + r * g.h.tap_step, col = origin_w + s * g.w.tap_step, step = g.w.source_step;
         *offsets++ = static_cast<int32_t>(c * l.channel_pitch + row * l.row_pitch + col % step * l.cols + col / step);

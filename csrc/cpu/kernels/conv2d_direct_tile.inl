@@ -1,23 +1,29 @@
-// Register tiles: sums of a few output channels at a few grid points, over the steps (channel, tap) of one block of the reduction.
+// Register tiles: sums of a few output channels at a few grid points, over some steps (tap row, channel, tap column) of a block of the
+// reduction. 32 registers hold 28 accumulators, 16 hold 12.
 //
-// ChannelTile keeps 2 vectors of output channels x up to 14 grid points (AVX-512: 28 accumulators, 2 weights and 1 broadcast input value of
-// 32 registers) or x 6 (16 registers). A step loads 2 vectors of weights and broadcasts one value for every 2 FMAs, so that the two load
-// ports serve the two FMA ports with a third of their slots to spare. Rows of at most half a tile are taken two at a time.
+// ChannelTile has output channels in the lanes: 2 vectors of them x up to 14 grid points (6 with 16 registers). A step loads 2 vectors of
+// weights and broadcasts one input value for every 2 FMAs, so that the two load ports feed the two FMA ports with a third of their slots to
+// spare. Rows of at most half a tile are taken two at a time.
+//
+// PixelTile has grid points in the lanes: up to 14 (6) output channels x 1 or 2 vectors of a row, of 1, 2 or 4 rows while the channels are
+// few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without transposing.
 #pragma once
 
 #include "cpu/simd/vec.h"
 
 namespace {
 
+constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
+
 template <class T>
 struct TileTask {
-  const T* weights;        // [steps][width], width = vectors * lanes
+  const T* weights;        // [steps][width]
   const T* staged;         // of the first grid point
   const int32_t* offsets;  // [steps]
   int64_t steps;
   int64_t row_step;  // from a grid point to the one below it in the staged block
-  const T* bias;     // [width] or null: what the sums are added to; null: `sums` itself
-  T* sums;           // [grid points][width], of a channel tile
+  const T* bias;     // [width]: what the sums are added to; null: what `sums` holds already
+  T* sums;           // [grid point][width] of a channel tile, [row][width][2 vectors] of a pixel tile
 };
 
 template <class T, int kVectors, int kRows, int kCols>
@@ -40,13 +46,13 @@ void channel_tile(const TileTask<T>& task) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
     }
   }
-#pragma GCC unroll 14
-  for (int i = 0; i < kPoints; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      T* place = task.sums + (i * kVectors + v) * kV;
-      store(place, (task.bias != nullptr ? load(task.bias + v * kV) : load(place)) + sum[i][v]);
-    }
+  T* const sums = task.sums;
+  if (const T* bias = task.bias) {
+#pragma GCC unroll 28
+    for (int i = 0; i < kPoints * kVectors; ++i) store(sums + i * kV, load(bias + i % kVectors * kV) + sum[i / kVectors][i % kVectors]);
+  } else {
+#pragma GCC unroll 28
+    for (int i = 0; i < kPoints * kVectors; ++i) store(sums + i * kV, load(sums + i * kV) + sum[i / kVectors][i % kVectors]);
   }
 }
 
@@ -54,16 +60,16 @@ template <class T>
 struct ChannelTile {
   static constexpr int kV = kLanes<T>;
   static constexpr int kMaxWidth = 2 * kV;
-  static constexpr int kMaxPoints = kVectorRegisters == 32 ? 14 : 6;
-  static constexpr int kMaxRows = 2;
-  static constexpr bool kChannelsInner = true;  // sums are [grid point][channel]
+  static constexpr int kMaxPoints = kAccumulators / 2;
+  static constexpr int kSums = kAccumulators * kV;
+  static constexpr bool kChannelsInner = true;
 
   // The output channels of a group are cut into units of at most kMaxWidth, padded to whole vectors.
   static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
   static int64_t first(int64_t, int64_t unit) { return unit * kMaxWidth; }
   static int64_t width(int64_t outputs, int64_t unit) { return outputs - unit * kMaxWidth > kV ? kMaxWidth : kV; }
 
-  static int64_t rows(int64_t cols) { return 2 * cols <= kMaxPoints ? 2 : 1; }
+  static int64_t rows(int64_t, int64_t cols, int64_t available) { return 2 * cols <= kMaxPoints && available > 1 ? 2 : 1; }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
 
@@ -89,6 +95,89 @@ struct ChannelTile {
   static void run_cols(const TileTask<T>& task, int64_t cols) {
     if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols>(task);
     if constexpr (kCols > 1) run_cols<kVectors, kRows, kCols - 1>(task, cols);
+  }
+};
+
+template <class T, int kWidth, int kRows, int kVectors>
+void pixel_tile(const TileTask<T>& task) {
+  constexpr int kV = kLanes<T>, kPoints = kRows * kVectors;
+  Vec<T> sum[kPoints][kWidth] = {};
+  const T* weights = task.weights;
+  const int64_t row_step = task.row_step;
+  const int32_t* const end = task.offsets + task.steps;
+  for (const int32_t* offset = task.offsets; offset != end; ++offset, weights += kWidth) {
+    const T* in = task.staged + *offset;
+    if constexpr (kWidth < kPoints) {
+      Vec<T> weight[kWidth];
+#pragma GCC unroll 14
+      for (int k = 0; k < kWidth; ++k) weight[k] = broadcast_from(weights + k);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPoints; ++p) {
+        const Vec<T> x = load(in + p / kVectors * row_step + p % kVectors * kV);
+#pragma GCC unroll 14
+        for (int k = 0; k < kWidth; ++k) sum[p][k] = fma(x, weight[k], sum[p][k]);
+      }
+    } else {
+      Vec<T> x[kPoints];
+#pragma GCC unroll 8
+      for (int p = 0; p < kPoints; ++p) x[p] = load(in + p / kVectors * row_step + p % kVectors * kV);
+#pragma GCC unroll 14
+      for (int k = 0; k < kWidth; ++k) {
+        const Vec<T> weight = broadcast_from(weights + k);
+#pragma GCC unroll 8
+        for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int k = 0; k < kWidth; ++k) {
+    const Vec<T> bias = task.bias != nullptr ? broadcast_from(task.bias + k) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int p = 0; p < kPoints; ++p) {
+      T* place = task.sums + ((p / kVectors * kWidth + k) * 2 + p % kVectors) * kV;
+      store(place, (task.bias != nullptr ? bias : load(place)) + sum[p][k]);
+    }
+  }
+}
+
+template <class T>
+struct PixelTile {
+  static constexpr int kV = kLanes<T>;
+  static constexpr int kMaxWidth = kAccumulators / 2;
+  static constexpr int kMaxPoints = 2 * kV;  // of a row
+  static constexpr int kSums = 2 * kAccumulators * kV;
+  static constexpr bool kChannelsInner = false;
+
+  // The output channels of a group are shared out evenly among the units.
+  static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
+  static int64_t first(int64_t outputs, int64_t unit) { return unit * outputs / units(outputs); }
+  static int64_t width(int64_t outputs, int64_t unit) { return first(outputs, unit + 1) - first(outputs, unit); }
+
+  static int64_t rows(int64_t width, int64_t cols, int64_t available) {
+    int64_t rows = 4;
+    while (rows > 1 && (rows > available || rows * width * vectors(cols) > kAccumulators)) rows /= 2;
+    return rows;
+  }
+  static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
+  static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * kMaxPoints < cols ? tile * kMaxPoints : cols; }
+
+  static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { run_width<kMaxWidth>(task, width, rows, cols); }
+
+ private:
+  static int64_t vectors(int64_t cols) { return cols > kV ? 2 : 1; }
+
+  template <int kWidth>
+  static void run_width(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
+    if (width == kWidth) return vectors(cols) == 2 ? run_rows<kWidth, 2, 4>(task, rows) : run_rows<kWidth, 1, 4>(task, rows);
+    if constexpr (kWidth > 1) run_width<kWidth - 1>(task, width, rows, cols);
+  }
+
+  template <int kWidth, int kVectors, int kRows>
+  static void run_rows(const TileTask<T>& task, int64_t rows) {
+    if constexpr (kWidth * kVectors * kRows <= kAccumulators) {
+      if (rows == kRows) return pixel_tile<T, kWidth, kRows, kVectors>(task);
+    }
+    if constexpr (kRows > 1) run_rows<kWidth, kVectors, kRows / 2>(task, rows);
   }
 };
 
