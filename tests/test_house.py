@@ -46,7 +46,7 @@ CSRC_FLOORS = {
     "bindings/": ["core/", "cpu/", "cuda/", "bindings/"],
     "tests/": ["core/", "cpu/", "tests/"],
 }
-# What files compiled for an instruction set may include from outside: headers without a function for the linker to share.
+# What files compiled for an instruction set may include from outside: nothing with a function for the linker to share.
 ISA_STANDARD_HEADERS = {"cstdint", "cstddef", "immintrin.h"}
 LONGEST_FILE = 400  # lines
 

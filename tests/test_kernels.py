@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support import reference
-from tests.support.cases import Conv2dCase, Pool2dCase, conv2d_cases, pool2d_cases
+from tests.support.cases import Conv2dCase, Pool2dCase, conv2d_cases, pool2d_cases, shared_tensors
 from tests.support.reference import Truth
 from tests.support.rows import (
     CONV2D_LAYOUTS,
@@ -48,7 +48,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 @functools.cache
 def conv2d_truth(direction: str, case: Conv2dCase, dtype: torch.dtype, with_bias: bool) -> Truth:
-    data = case.tensors(dtype)
+    data = shared_tensors(case, dtype)
     if direction == "forward":
         return reference.conv2d_forward(case, data.input, data.weight, data.bias if with_bias else None)
     if direction == "backward_input":
@@ -60,14 +60,14 @@ def conv2d_truth(direction: str, case: Conv2dCase, dtype: torch.dtype, with_bias
 
 @functools.cache
 def naive_conv2d(row: Row, case: Conv2dCase, dtype: torch.dtype, with_bias: bool) -> torch.Tensor:
-    data = case.tensors(dtype)
+    data = shared_tensors(case, dtype)
     return run_conv2d(row, case, **{**vars(data), "bias": data.bias if with_bias else None})
 
 
 def conv2d_problems(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts: tuple[str, str]) -> list[str]:
     problems = []
     for with_bias in (True, False) if row.direction == "forward" else (False,):
-        data = case.tensors(dtype)
+        data = shared_tensors(case, dtype)
         result = run_conv2d(row, case, layouts, **{**vars(data), "bias": data.bias if with_bias else None})
         truth = conv2d_truth(row.direction, case, dtype, with_bias)
         oracle = Truth(naive_conv2d(naive(row), case, dtype, with_bias).double(), 2 * truth.magnitude, truth.roundings)
@@ -80,7 +80,7 @@ def conv2d_problems(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts: tup
 @functools.cache
 def pool2d_truth(row: Row, case: Pool2dCase, dtype: torch.dtype) -> tuple[Truth, torch.Tensor | None]:
     """The truth of a row's result, and the offsets that it writes or reads."""
-    data = case.tensors(dtype)
+    data = shared_tensors(case, dtype)
     if row.op == "avg_pool2d":
         average = reference.avg_pool2d_forward if row.direction == "forward" else reference.avg_pool2d_backward
         return average(case, data.input if row.direction == "forward" else data.grad_output), None
@@ -94,7 +94,7 @@ def pool2d_truth(row: Row, case: Pool2dCase, dtype: torch.dtype) -> tuple[Truth,
 
 
 def pool2d_problems(row: Row, case: Pool2dCase, dtype: torch.dtype, layout: str) -> list[str]:
-    data = case.tensors(dtype)
+    data = shared_tensors(case, dtype)
     truth, offsets = pool2d_truth(row, case, dtype)
     result, *written = run_pool2d(row, case, layout, input=data.input, grad_output=data.grad_output, offsets=offsets)
     problems = [f"{case.name}: {found}" for found in [violation(result, truth)] if found]

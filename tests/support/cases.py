@@ -231,6 +231,12 @@ def pool2d_cases() -> tuple[Pool2dCase, ...]:
     return _read("pool2d.csv", Pool2dCase)
 
 
+@functools.cache
+def shared_tensors(case: Conv2dCase | Pool2dCase, dtype: torch.dtype) -> SimpleNamespace:
+    """``case.tensors(dtype)``, made once, for tests that only read them."""
+    return case.tensors(dtype)
+
+
 def case_named(name: str) -> Conv2dCase | Pool2dCase:
     """The case called ``name``; convolutions are looked at first."""
     return next(case for case in (*conv2d_cases(), *pool2d_cases()) if case.name == name)
