@@ -3,6 +3,7 @@
 import hashlib
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def fetch(root: Path) -> None:
     """Puts those of the four files that are missing into torchvision's layout under ``root``, or DownloadError."""
     patience = _Patience()
     folder = root / "MNIST" / "raw"
+    print(f"Downloading MNIST into {folder}", file=sys.stderr, flush=True)
     for file in FILES.values():
         if not (folder / f"{file.name}.gz").is_file():
             _fetch_file(file, folder, patience)

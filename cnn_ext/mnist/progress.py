@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from cnn_ext.mnist.train import Recipe, Tally
 
+BAR = "{desc} {percentage:3.0f}%|{bar}|"
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.25  # showing numbers waits for the device, so not at every batch
 
@@ -52,7 +53,7 @@ class Progress:
                 desc=f"Epoch {epoch}/{self.recipe.epochs}",
                 leave=False,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+                bar_format=BAR,
             )
 
     def _figures(self, tally: Tally, epoch: int) -> str:
@@ -64,8 +65,8 @@ class Progress:
         return f"loss {loss:.4f}  accuracy {accuracy:.4f}  {rate:,.0f} images/s  {clock(left)} left"
 
     def _update_bar(self, tally: Tally, epoch: int) -> None:
-        self.bar.set_postfix_str(self._figures(tally, epoch), refresh=False)
-        self.bar.update(tally.images - self.bar.n)
+        self.bar.bar_format = f"{BAR} {self._figures(tally, epoch)}"
+        self.bar.n = tally.images
         self.bar.refresh()
 
     def _print_line(self, tally: Tally, epoch: int) -> None:
