@@ -13,6 +13,10 @@ namespace {
 template <class T>
 inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pixels, T* destination, int64_t step, int written) {
   constexpr int lanes = kLanes<T>;
+  if (step == 1) {
+    for (int64_t i = 0; i < pixels; ++i) destination[i] = source[i];
+    return;
+  }
   for (int64_t first = 0; first < pixels; first += lanes) {
     const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
     Vec<T> rows[lanes];
@@ -73,7 +77,8 @@ struct Window {
 template <class T>
 inline void pack_window(const Conv2dShape& s, const T* image, int64_t channel, int64_t channels, const Window& window, T* destination) {
   const int64_t plane = s.in_h * s.in_w, row_elements = window.columns * channels;
-  if (window.column == 0 && window.columns == s.in_w) {  // whole rows, none outside: one run
+  const bool rows_inside = window.row >= 0 && window.row + window.rows <= s.in_h;
+  if (rows_inside && window.column == 0 && window.columns == s.in_w) {  // one run
     pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, window.row * s.in_w, window.rows * s.in_w, destination,
                     channels);
     return;
