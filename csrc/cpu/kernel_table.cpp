@@ -13,7 +13,11 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_bias_direct)
 
 #define CNN_EXT_POOL2D_ROWS(ROW) \
-  ROW(max_pool2d_forward_direct)
+  ROW(max_pool2d_forward_direct) \
+  ROW(max_pool2d_backward_direct) \
+  ROW(max_pool2d_gather_direct) \
+  ROW(avg_pool2d_forward_direct) \
+  ROW(avg_pool2d_backward_direct)
 
 #if defined(__x86_64__)
 #define CNN_EXT_FOR_EACH_ISA(DO) DO(avx512) DO(avx2) DO(baseline)

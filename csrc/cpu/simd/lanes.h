@@ -70,11 +70,14 @@ inline void store_lanes(double* p, Vec<double> v, LaneSet set) { _mm512_mask_sto
 template <class T, class Offset>
 inline IntVec<T> load_offsets(const Offset* p, LaneSet set) {
   const __mmask16 mask = static_cast<__mmask16>(set.bits);
-  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 4) return (IntVec<T>)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, p));
-  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 8) return (IntVec<T>)_mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(mask, p));
+  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 4) return (IntVec<T>)_mm512_maskz_cvtepu8_epi32(mask, _mm_maskz_loadu_epi8(mask, p));
+  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 8) {
+    return (IntVec<T>)_mm512_maskz_cvtepu8_epi64(static_cast<__mmask8>(mask), _mm_maskz_loadu_epi8(mask, p));
+  }
   if constexpr (sizeof(Offset) == 4 && sizeof(T) == 4) return (IntVec<T>)_mm512_maskz_loadu_epi32(mask, p);
   if constexpr (sizeof(Offset) == 4 && sizeof(T) == 8) {
-    return (IntVec<T>)_mm512_cvtepi32_epi64(_mm256_maskz_loadu_epi32(static_cast<__mmask8>(mask), p));
+    const __mmask8 mask_8 = static_cast<__mmask8>(mask);
+    return (IntVec<T>)_mm512_maskz_cvtepi32_epi64(mask_8, _mm256_maskz_loadu_epi32(mask_8, p));
   }
 }
 
@@ -174,13 +177,22 @@ inline Vec<int32_t> select(Vec<int32_t> c, Vec<int32_t> a, Vec<int32_t> b) { ret
 inline Vec<int64_t> select(Vec<int64_t> c, Vec<int64_t> a, Vec<int64_t> b) { return c ? a : b; }
 #endif
 
-// Of the 2 * lanes elements of a, then b: those at even places; and the inverse, a and b alternating, its lower and its upper half.
+// Of the 2 * lanes elements of a, then b: those at even places, those at odd ones; and the inverse, a and b alternating, its lower and its
+// upper half.
 template <class T>
 inline Vec<T> even_lanes(Vec<T> a, Vec<T> b) {
   if constexpr (kLanes<T> == 16) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   if constexpr (kLanes<T> == 8) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
   if constexpr (kLanes<T> == 4) return __builtin_shufflevector(a, b, 0, 2, 4, 6);
   if constexpr (kLanes<T> == 2) return __builtin_shufflevector(a, b, 0, 2);
+}
+
+template <class T>
+inline Vec<T> odd_lanes(Vec<T> a, Vec<T> b) {
+  if constexpr (kLanes<T> == 16) return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  if constexpr (kLanes<T> == 8) return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  if constexpr (kLanes<T> == 4) return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  if constexpr (kLanes<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
 }
 
 template <class T>

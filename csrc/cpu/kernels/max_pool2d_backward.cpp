@@ -1,0 +1,206 @@
+// The gradient of max pooling as a gather: every element of grad_input adds up the grad_outputs whose offset names it, in ascending order of the
+// outputs, and is written once. No zero-fill, no scatter, no two tasks that write one element.
+//
+// nchw, stride 1 or 2: a vector holds the columns of one phase (column modulo stride), so that the outputs that a tap connects them to are
+// neighbours; the two phases of stride 2 are interleaved at the store. Where the vectors begin depends on the column alone and is computed
+// once per call. Larger strides have few outputs per input: the row is cleared and its outputs are scattered into it, one by one, in L1.
+//
+// nhwc: a vector holds neighbouring channels of one pixel.
+//
+// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition; the 2x2 windows of stride 2 are bound by memory.
+#include "cpu/kernels/pool2d.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+// What one tap contributes to a vector of input columns of its phase: outputs from `out` on, in the lanes inside the output.
+struct VectorCover {
+  int64_t out, tap;
+  LaneSet lanes;
+};
+
+// For each vector of input columns (stride_w * lanes of them) and each phase the covers by ascending output. Every vector has the same number of
+// covers, kernel_w, and phase p those from begin[p] on.
+struct Tables {
+  AxisCovers rows;
+  AxisCovers columns;       // nhwc
+  VectorCover* covers;      // nchw: [vectors, kernel_w]
+  int64_t begin[3];         // nchw
+};
+
+bool by_phases(const Pool2dShape& s) { return s.layout == Layout::nchw && s.stride_w <= 2; }
+
+// A vector q covers columns from q * lanes * stride_w - pad_left on.
+template <class T>
+int64_t vectors_of(const Pool2dShape& s) {
+  return ceil_div(s.in_w + s.pad_left, kLanes<T> * s.stride_w);
+}
+
+template <class T>
+Tables carve_tables(const Pool2dShape& s, Carver& carver) {
+  Tables t{};
+  t.rows = carve_covers(carver, s.in_h, s.out_h, s.kernel_h);
+  if (s.layout == Layout::nhwc) t.columns = carve_covers(carver, s.in_w, s.out_w, s.kernel_w);
+  if (by_phases(s)) t.covers = carver.take<VectorCover>(vectors_of<T>(s) * s.kernel_w);
+  return t;
+}
+
+template <class T>
+void fill_tables(const Pool2dShape& s, Tables& t) {
+  fill_row_covers(t.rows, s);
+  if (s.layout == Layout::nhwc) fill_column_covers(t.columns, s);
+  if (!by_phases(s)) return;
+  VectorCover* cover = t.covers;
+  for (int64_t v = 0; v < vectors_of<T>(s); ++v) {
+    for (int64_t phase = 0; phase < s.stride_w; ++phase) {
+      t.begin[phase] = cover - t.covers - v * s.kernel_w;
+      for (int64_t tap = s.kernel_w - 1; tap >= 0; --tap) {
+        if (tap * s.dilation_w % s.stride_w != phase) continue;
+        const int64_t out = v * kLanes<T> - tap * s.dilation_w / s.stride_w;
+        *cover++ = {out, tap, lanes_inside<T>(out, 1, s.out_w)};
+      }
+    }
+  }
+  t.begin[s.stride_w] = s.kernel_w;
+}
+
+// The outputs of one plane.
+template <class T, class Offset>
+struct Outputs {
+  const T* grad;
+  const Offset* offsets;
+};
+
+// The gradients of a vector of input columns: row covers [row, last_row), column covers [column, last_column).
+template <class T, class Offset>
+Vec<T> gather_columns(const Pool2dShape& s, Outputs<T, Offset> outputs, const Cover* row, const Cover* last_row, const VectorCover* column,
+                      const VectorCover* last_column) {
+  Vec<T> sum{};
+  for (; row < last_row; ++row) {
+    const T* grad = outputs.grad + row->out * s.out_w;
+    const Offset* offsets = outputs.offsets + row->out * s.out_w;
+    for (const VectorCover* c = column; c < last_column; ++c) {
+      const IntVec<T> tap = broadcast(static_cast<Int<T>>(row->tap * s.kernel_w + c->tap));
+      const auto here = equal(load_offsets<T>(offsets + c->out, c->lanes), tap);
+      sum += select(here, load_lanes(grad + c->out, c->lanes, Vec<T>{}), Vec<T>{});
+    }
+  }
+  return sum;
+}
+
+template <class T>
+void store_columns(T* row, int64_t column, Vec<T> v, const Pool2dShape& s) {
+  store_lanes(row + column, v, lanes_inside<T>(column, 1, s.in_w));
+}
+
+template <class T, class Offset, int kStride>
+void backward_row_by_phases(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
+  const Cover* row = t.rows.covers + t.rows.begin[ih];
+  const Cover* last_row = t.rows.covers + t.rows.begin[ih + 1];
+  const VectorCover* covers = t.covers;
+  for (int64_t column = -s.pad_left; column < s.in_w; column += kLanes<T> * kStride, covers += s.kernel_w) {
+    const Vec<T> even = gather_columns(s, outputs, row, last_row, covers + t.begin[0], covers + t.begin[1]);
+    if constexpr (kStride == 1) {
+      store_columns(grad_input, column, even, s);
+    } else {
+      const Vec<T> odd = gather_columns(s, outputs, row, last_row, covers + t.begin[1], covers + t.begin[2]);
+      store_columns(grad_input, column, interleave_lower<T>(even, odd), s);
+      store_columns(grad_input, column + kLanes<T>, interleave_upper<T>(even, odd), s);
+    }
+  }
+}
+
+template <class T, class Offset>
+void backward_row_by_outputs(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
+  for (int64_t iw = 0; iw < s.in_w; ++iw) grad_input[iw] = T{0};
+  for (int64_t i = t.rows.begin[ih]; i < t.rows.begin[ih + 1]; ++i) {
+    const Cover row = t.rows.covers[i];
+    for (int64_t ow = 0; ow < s.out_w; ++ow) {
+      const int64_t tap = outputs.offsets[row.out * s.out_w + ow] - row.tap * s.kernel_w;
+      const int64_t column = ow * s.stride_w - s.pad_left + tap * s.dilation_w;
+      const bool here = tap >= 0 && tap < s.kernel_w && column >= 0 && column < s.in_w;
+      if (here) grad_input[column] += outputs.grad[row.out * s.out_w + ow];
+    }
+  }
+}
+
+// The channels [channel, last_channel) of one row of one image.
+template <class T, class Offset>
+void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input, int64_t channel,
+                       int64_t last_channel) {
+  for (int64_t iw = 0; iw < s.in_w; ++iw) {
+    for (int64_t c = channel; c < last_channel; c += kLanes<T>) {
+      const LaneSet lanes = first_lanes<T>(last_channel - c);
+      Vec<T> sum{};
+      for (int64_t i = t.rows.begin[ih]; i < t.rows.begin[ih + 1]; ++i) {
+        const Cover row = t.rows.covers[i];
+        for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
+          const Cover column = t.columns.covers[j];
+          const int64_t at = (row.out * s.out_w + column.out) * s.channels + c;
+          const auto here = equal(load_offsets<T>(outputs.offsets + at, lanes),
+                                  broadcast(static_cast<Int<T>>(row.tap * s.kernel_w + column.tap)));
+          sum += select(here, load_lanes(outputs.grad + at, lanes, Vec<T>{}), Vec<T>{});
+        }
+      }
+      store_lanes(grad_input + iw * s.channels + c, sum, lanes);
+    }
+  }
+}
+
+template <class T>
+Split split_of(const Pool2dShape& s, int threads) {
+  return split_rows(s, s.in_h, s.in_w * pixel_of(s), kLanes<T>, threads);
+}
+
+template <class T, class Offset>
+void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  Carver carver(workspace);
+  Tables tables = carve_tables<T>(s, carver);
+  fill_tables<T>(s, tables);
+  const int64_t plane_outputs = s.out_h * s.out_w * pixel_of(s), row_elements = s.in_w * pixel_of(s);
+  for_each_task(s, split_of<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t channel, int64_t last_channel) {
+    for (; row < last_row; ++row) {
+      const int64_t plane = row / s.in_h, ih = row % s.in_h;
+      const Outputs<T, Offset> outputs{static_cast<const T*>(b.grad_output) + plane * plane_outputs,
+                                       static_cast<const Offset*>(b.offsets) + plane * plane_outputs};
+      T* grad_input = static_cast<T*>(b.grad_input) + row * row_elements;
+      if (s.layout == Layout::nhwc) {
+        backward_row_nhwc(s, tables, outputs, ih, grad_input, channel, last_channel);
+      } else if (s.stride_w == 1) {
+        backward_row_by_phases<T, Offset, 1>(s, tables, outputs, ih, grad_input);
+      } else if (s.stride_w == 2) {
+        backward_row_by_phases<T, Offset, 2>(s, tables, outputs, ih, grad_input);
+      } else {
+        backward_row_by_outputs(s, tables, outputs, ih, grad_input);
+      }
+    }
+  });
+}
+
+template <class T>
+Plan plan_for(const Pool2dShape& s, int threads) {
+  Carver carver(nullptr);
+  carve_tables<T>(s, carver);
+  const bool nchw = s.layout == Layout::nchw;
+  return {nchw ? 1 : kLanes<T>, nchw ? kLanes<T> : 1, split_of<T>(s, threads).tasks, carver.used()};
+}
+
+Plan plan(const Pool2dShape& s, int threads) {
+  return s.dtype == DType::float32 ? plan_for<float>(s, threads) : plan_for<double>(s, threads);
+}
+
+void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  if (s.dtype == DType::float32) {
+    (has_small_offsets(s) ? backward<float, uint8_t> : backward<float, int32_t>)(s, b, workspace, threads);
+  } else {
+    (has_small_offsets(s) ? backward<double, uint8_t> : backward<double, int32_t>)(s, b, workspace, threads);
+  }
+}
+
+}  // namespace
+
+extern const Pool2dKernel max_pool2d_backward_direct = {
+    CNN_EXT_KERNEL_NAME("max_pool2d_backward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::max, Pool2dDirection::backward, accepts_float_and_double,
+    plan, run};
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
