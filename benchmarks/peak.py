@@ -8,7 +8,7 @@ import torch
 from benchmarks.harness import Timer, lower_quartile
 from cnn_ext import _native
 
-BESIDE_SECONDS = 0.002
+BESIDE_SECONDS = 0.005
 MEMORY_BYTES = 256 << 20
 CACHE_BYTES = 1 << 20
 GEMM_SIZE = 2048
@@ -27,12 +27,12 @@ def fma_gflops(seconds: float, threads: int | None = None) -> float:
     return _native.cpu.fma_gflops(_native.DTYPES[torch.float32], threads or torch.get_num_threads(), seconds)
 
 
-def machine_peaks(device: str, timer: Timer) -> dict[str, float]:
-    """The figures of the roofline, measured once at the start."""
+def machine_peaks(device: str, timer: Timer, seconds: float) -> dict[str, float]:
+    """The figures of the roofline, each measured once, for about ``seconds``."""
     peaks = {
-        "gemm_gflops": _gemm_gflops(device, timer),
-        "memory_gbytes_per_s": _copy_rate(MEMORY_BYTES, device, timer),
-        "cache_gbytes_per_s": _copy_rate(CACHE_BYTES, device, timer),
+        "gemm_gflops": _gemm_gflops(device, timer, seconds),
+        "memory_gbytes_per_s": _copy_rate(MEMORY_BYTES, device, timer, seconds),
+        "cache_gbytes_per_s": _copy_rate(CACHE_BYTES, device, timer, seconds),
     }
     if device == "cpu":
         peaks["fma_gflops"] = 1 / lower_quartile([1 / fma_gflops(0.01) for _ in range(10)])
@@ -40,20 +40,21 @@ def machine_peaks(device: str, timer: Timer) -> dict[str, float]:
     return peaks
 
 
-def _gemm_gflops(device: str, timer: Timer) -> float:
+def _gemm_gflops(device: str, timer: Timer, seconds: float) -> float:
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device)
-    return 1e-9 * 2 * GEMM_SIZE**3 / _best_quartile(lambda: torch.mm(matrix, matrix), timer)
+    return 1e-9 * 2 * GEMM_SIZE**3 * _rate(lambda: torch.mm(matrix, matrix), timer, seconds)
 
 
-def _copy_rate(total_bytes: int, device: str, timer: Timer) -> float:
+def _copy_rate(total_bytes: int, device: str, timer: Timer, seconds: float) -> float:
     """GB/s read plus written by a copy that touches ``total_bytes`` in all."""
     source, target = (torch.ones(total_bytes // 8, device=device) for _ in range(2))
-    return 1e-9 * total_bytes / _best_quartile(lambda: target.copy_(source), timer)
+    return 1e-9 * total_bytes * _rate(lambda: target.copy_(source), timer, seconds)
 
 
-def _best_quartile(call: Callable[[], object], timer: Timer) -> float:
+def _rate(call: Callable[[], object], timer: Timer, seconds: float) -> float:
+    """Calls per second, at the lower quartile of their times."""
     call()
     samples, start = [], time.perf_counter()
-    while len(samples) < 3 or time.perf_counter() - start < 0.3:
+    while len(samples) < 3 or time.perf_counter() - start < seconds:
         samples.append(timer.seconds(call, 1))
-    return lower_quartile(samples)
+    return 1 / lower_quartile(samples)

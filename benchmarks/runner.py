@@ -62,8 +62,8 @@ def work(options: argparse.Namespace) -> None:
     )
     document = {"schema": SCHEMA, "benchmark": options.command, "device": options.device}
     document |= machine.describe(options.device)
-    document["peak"] = peak.machine_peaks(options.device, bench.timer)
     document["rows"] = rows = _rows(options, bench)
+    document["peak"] = peak.machine_peaks(options.device, bench.timer, options.seconds)
     if options.command == "mnist":
         document["figure"] = next(row["time_vs_torch"] for row in rows if row["backend"] == "cnn_ext nchw")
     else:
