@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 OURS, TORCH, ROOF = "tab:blue", "0.55", "0.25"
 LAYOUT_COLORS = {"nchw": "tab:blue", "channels_last": "tab:orange"}
+SPEED_TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
 DIRECTION_TITLES = {
     "forward": "forward",
     "forward_training": "forward, for training",
@@ -128,9 +129,10 @@ def _draw_bars(axes, rows: list[dict]) -> None:
 
 
 def _set_speed_axis(axes, slowest: float, fastest: float) -> None:
-    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
     low, high = min(0.5, slowest / 1.2), max(2, fastest * 1.2)
-    inside = [tick for tick in ticks if low <= tick <= high]
+    inside = [tick for tick in SPEED_TICKS if low <= tick <= high]
+    if len(inside) < 5:
+        inside = [0.7, *inside, 1.5]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(inside if len(inside) < 9 else inside[inside.index(1) % 2 :: 2]))
