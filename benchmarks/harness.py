@@ -67,16 +67,24 @@ Timer = CpuTimer | CudaTimer
 
 
 class ForeignLoad:
-    """The share of all cores that others had since this was made: busy time of the machine less this process's own."""
+    """The share of all cores that others had since this was made: busy time of the machine less this process's own.
+
+    A child's time is its parent's own from the moment that it has ended.
+    """
 
     def __init__(self) -> None:
-        self._wall, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
+        self._wall, self._own, self._busy = time.perf_counter(), _own_seconds(), _busy_seconds()
 
     def share(self) -> float:
         wall = time.perf_counter() - self._wall
-        own = time.process_time() - self._own
+        own = _own_seconds() - self._own
         foreign = _busy_seconds() - self._busy - own
         return max(0.0, foreign) / (wall * os.cpu_count())
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def _busy_seconds() -> float:

@@ -3,21 +3,18 @@
 import contextlib
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import report, runner
+from benchmarks import mnist, report, runner
 from benchmarks.__main__ import main
 from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
 from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
 from benchmarks.tables import Column, markdown, plain
 
-ROOT = Path(__file__).parent.parent
 QUICK = ["--repeats", "1", "--seconds", "0.01"]
 
 COMMON_FIELDS = {"schema", "benchmark", "device", "date", "machine", "versions", "threads", "peak", "rows", "command"}
@@ -102,18 +99,37 @@ def test_cuda_without_a_gpu_is_one_line_and_status_2(command, capsys):
     assert "--device cuda" in printed.err
 
 
-def test_a_name_that_no_case_has_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "conv2d", "--only", "no such layer", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [
-        "benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"
-    ]
+def test_a_name_that_no_case_has_is_one_line_and_status_2(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(["conv2d", "--only", "no such layer", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    line = "benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"
+    assert capfd.readouterr().err.splitlines() == [line]
+    assert list(tmp_path.iterdir()) == []
 
 
 def history(backend: str, seed: int, accuracy: float | None) -> str:
     curves = {f"{part}_{kind}": [0.5, 0.6] for part in ("train", "validation") for kind in ("loss", "accuracy")}
     return json.dumps({"backend": backend, "arguments": {"seed": seed}, "test_accuracy": accuracy, **curves})
+
+
+def write_images(raw: Path, count: int) -> None:
+    """The two training files of MNIST, with random images."""
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    for name, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+        values = torch.randint(256 if size > 1 else 10, (count * size,), generator=generator, dtype=torch.uint8)
+        (raw / f"train-{name}-ubyte").write_bytes(bytes(header) + values.numpy().tobytes())
+
+
+def test_the_epoch_of_the_lectures_script_is_timed(tmp_path):
+    write_images(tmp_path / "MNIST" / "raw", 60)
+    assert mnist.find_data(str(tmp_path)) == tmp_path
+    assert mnist.find_data(str(tmp_path / "MNIST")) is None
+    script = ["-m", "benchmarks.lecture_script", "--data-dir", str(tmp_path)]
+    assert mnist.epoch_seconds([*script, "--images", "60"]) > 0
+    with pytest.raises(BenchmarkError, match="ended with status 1: no data"):
+        mnist.epoch_seconds(["-c", "raise SystemExit('no data')"])
 
 
 README = """before
