@@ -135,20 +135,23 @@ def test_threads_are_clamped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("files", "cores"),
+    ("membership", "files", "cores"),
     [
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({}, None),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000", "cpu.max": "400000 100000"}, 3),
+        ("0::/../elsewhere", {"cpu.max": "100000 100000"}, 1),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("2:memory:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, None),
+        ("0::/", {}, None),
     ],
 )
-def test_quota_of_the_cgroup(tmp_path, files, cores):
-    (tmp_path / "cpu").mkdir()
+def test_quota_of_the_cgroups(tmp_path, membership, files, cores):
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert machine._quota(tmp_path) == cores
+    assert machine.quota(f"{membership}\n", tmp_path) == cores
 
 
 def test_clock():

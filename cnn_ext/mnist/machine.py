@@ -43,22 +43,38 @@ def device_name(device: torch.device) -> str:
 
 
 def usable_cores() -> int:
-    """The cores that the CPU affinity and the cgroup's quota leave to this process."""
+    """The cores that the CPU affinity and the cgroups' quotas leave to this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota(Path("/sys/fs/cgroup")) or cores))
+    try:
+        membership = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return cores
+    return max(1, min(cores, quota(membership, Path("/sys/fs/cgroup")) or cores))
 
 
-def _quota(root: Path) -> int | None:
-    """The cgroup's CPU quota in cores, rounded up (version 2, then 1); None if there is none."""
-    places = ((root / "cpu.max",), (root / "cpu" / "cpu.cfs_quota_us", root / "cpu" / "cpu.cfs_period_us"))
-    for paths in places:
-        try:
-            quota, period = " ".join(path.read_text() for path in paths).split()
-        except (OSError, ValueError):
+def quota(membership: str, root: Path) -> int | None:
+    """The least CPU quota of a process's cgroups and of those above them, in cores, rounded up; None if there is none.
+
+    ``membership`` is its /proc/PID/cgroup: lines of number:controllers:path, version 2 without controllers.
+    """
+    quotas = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        if quota.isdigit() and int(quota) > 0:
-            return -(-int(quota) // int(period))
-    return None
+        base = root / "cpu" if controllers else root
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        own = base / path.strip("/")
+        quotas += [_read_quota(group, names) for group in (own, *own.parents) if group.is_relative_to(base)]
+    return min(filter(None, quotas), default=None)
+
+
+def _read_quota(group: Path, names: tuple[str, ...]) -> int | None:
+    try:
+        allowed, period = " ".join((group / name).read_text() for name in names).split()
+    except (OSError, ValueError):
+        return None
+    return -(-int(allowed) // int(period)) if allowed.isdigit() else None
 
 
 def set_threads(requested: int | None) -> int:
