@@ -226,13 +226,14 @@ def test_the_interpreter_lock_is_released_while_a_kernel_runs():
 
 def test_calls_from_several_threads_at_once_do_not_disturb_one_another():
     data = LARGE.tensors(torch.float32)
-    row = rows(op="conv2d", direction="forward")[0]
+    shape = shape_of(LARGE, torch.float32, ("nchw", "nchw"))
+    row = next(row for row in rows(op="conv2d", direction="forward") if accepts(row, shape))
     wanted = run_conv2d(row, LARGE, input=data.input, weight=data.weight)
     results = [None] * 4
 
     def work(i: int) -> None:
         output = torch.empty(LARGE.output_size)
-        _native.conv2d_forward(shape_of(LARGE, torch.float32, ("nchw", "nchw")), data.input, data.weight, None, output)
+        _native.conv2d_forward(shape, data.input, data.weight, None, output)
         results[i] = output
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
@@ -249,11 +250,11 @@ sys.path.insert(0, ".")
 import torch
 torch.set_num_threads(2)
 from tests.support.cases import case_named
-from tests.support.rows import choice, rows, run_conv2d, shape_of
-row, case = rows(op="conv2d", direction="forward")[0], case_named("threads_dense")
-data = case.tensors(torch.float32)
+from tests.support.rows import accepts, choice, rows, run_conv2d, shape_of
+case = case_named("threads_dense")
+data, shape = case.tensors(torch.float32), shape_of(case, torch.float32, ("nchw", "nchw"))
+row = next(row for row in rows(op="conv2d", direction="forward") if accepts(row, shape))
 wanted = run_conv2d(row, case, input=data.input, weight=data.weight)
-shape = shape_of(case, torch.float32, ("nchw", "nchw"))
 assert choice(row, shape, 2)["threads"] == 2
 child = os.fork()
 if child == 0:
