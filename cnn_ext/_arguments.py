@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cnn_ext.ops.shapes import INT64_MAX, same_padding, window_extent
+from cnn_ext.ops.shapes import INT64_MAX, check_pool2d_rank, same_padding, window_extent
 
 CONV_WORDS = ("valid", "same", "same_lower", "full")
 POOL_WORDS = CONV_WORDS[:-1]
@@ -129,10 +129,7 @@ def pool2d_window(op: str, input, kernel_size, stride, padding, dilation, ceil_m
     """The arguments that both poolings share, as the operators take them."""
     check_tensor(op, "input", input)
     check_bool(op, "ceil_mode", ceil_mode)
-    if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"non-empty 3D or 4D (batch mode) tensor expected for input, but got input of size: {list(input.shape)}"
-        )
+    check_pool2d_rank(op, input.shape)
     kernel_size = pool_pair(op, "kernel_size", kernel_size)
     omitted = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
     stride = kernel_size if omitted else pool_pair(op, "stride", stride)

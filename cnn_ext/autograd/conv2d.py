@@ -9,17 +9,11 @@ Each saves and computes what the inputs that require gradients ask for, nothing 
 dilation, groups).
 """
 
-import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable
+from cnn_ext.autograd.function import differentiable, in_layout
 from cnn_ext.ops.shapes import is_channels_last, spec
-
-
-def _like(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """``grad`` in the layout of the forward call, so that the gradients come in the layouts of their tensors."""
-    return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad
 
 
 class _Forward(Function):
@@ -41,7 +35,7 @@ class _Forward(Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         input_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
-        grad_output = _like(grad_output, ctx.channels_last)
+        grad_output = in_layout(grad_output, ctx.channels_last)
         grad_input = grad_weight = grad_bias = None
         if input_needs:
             grad_input = conv2d_backward_input(grad_output, weight, ctx.input_size, ctx.geometry)
@@ -71,7 +65,7 @@ class _BackwardInput(Function):
     def backward(ctx, grad):
         grad_output, weight = ctx.saved_tensors
         grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
-        grad = _like(grad, ctx.channels_last)
+        grad = in_layout(grad, ctx.channels_last)
         grad_grad_output = grad_weight = None
         if grad_output_needs:
             grad_grad_output = conv2d(grad, weight, None, ctx.geometry)

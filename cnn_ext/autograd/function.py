@@ -27,13 +27,28 @@ def _eager_twin(function: type[Function]) -> type[Function]:
     return type(f"{function.__name__}Eager", (Function,), members)
 
 
+def _distinct(args: tuple) -> list:
+    """``args`` with views in place of tensors that came before: torch.compile traces no call with one tensor twice."""
+    return [
+        arg.view_as(arg) if isinstance(arg, torch.Tensor) and any(arg is earlier for earlier in args[:i]) else arg
+        for i, arg in enumerate(args)
+    ]
+
+
+def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """``grad`` in the layout of the forward call, so that the gradients come in the layouts of their tensors."""
+    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 def differentiable(function: type[Function]) -> Callable:
     """The callable of a Function written with ``setup_context``: in plain eager mode it runs the twin."""
     function.generate_vmap_rule = True
     eager = _eager_twin(function)
 
     def apply(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return function.apply(*_distinct(args))
+        if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         return eager.apply(*args)
 

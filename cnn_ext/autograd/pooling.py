@@ -9,12 +9,7 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable
-
-
-def _like(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """``grad`` in the layout of the forward call."""
-    return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad
+from cnn_ext.autograd.function import differentiable, in_layout
 
 
 class _MaxForward(Function):
@@ -27,17 +22,19 @@ class _MaxForward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, ctx.window, _ = inputs
-        offsets = output[1]
+        values, offsets = output
         ctx.mark_non_differentiable(offsets)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(offsets)
         ctx.input_size = input.shape
+        ctx.channels_last = not values.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad_output, _):
         if grad_output is None:
             return None, None, None
         (offsets,) = ctx.saved_tensors
+        grad_output = in_layout(grad_output, ctx.channels_last)
         return _max_pool2d_backward(grad_output, offsets, ctx.input_size, ctx.window), None, None
 
 
@@ -93,7 +90,7 @@ class _AvgForward(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_output = _like(grad_output, ctx.channels_last)
+        grad_output = in_layout(grad_output, ctx.channels_last)
         return _avg_pool2d_backward(grad_output, ctx.input_size, ctx.window, ctx.divisor), None, None
 
 
@@ -111,7 +108,7 @@ class _AvgBackward(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return avg_pool2d(_like(grad, ctx.channels_last), ctx.window, ctx.divisor), None, None, None
+        return avg_pool2d(in_layout(grad, ctx.channels_last), ctx.window, ctx.divisor), None, None, None
 
 
 _max_pool2d = differentiable(_MaxForward)

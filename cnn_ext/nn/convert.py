@@ -65,10 +65,12 @@ def convert(
 
 def _check_revertible(name: str, module: torch.nn.Module) -> None:
     padding = module.padding
-    words = ("valid", "same") if isinstance(module, Conv2d) else ()
-    strided_same = padding == "same" and any(stride != 1 for stride in module.stride)
-    foreign = padding not in words if isinstance(padding, str) else is_per_side(padding)
-    if foreign or strided_same:
+    if isinstance(padding, str):
+        known = ("valid", "same") if module.stride == (1, 1) else ("valid",)
+        foreign = type(module) is not Conv2d or padding not in known
+    else:
+        foreign = is_per_side(padding)
+    if foreign:
         raise ValueError(f"revert(): torch has no padding={padding!r}, which {name or 'the model'} ({module}) uses")
 
 

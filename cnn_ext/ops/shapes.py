@@ -294,6 +294,15 @@ def _check_pool2d_arguments(kernel_size, stride, padding, dilation) -> None:
                 )
 
 
+def check_pool2d_rank(op: str, input_size) -> None:
+    if len(input_size) not in (3, 4):
+        if op == "max_pool2d":
+            wanted = "non-empty 3D or 4D (batch mode) tensor expected for input, but got:"
+        else:
+            wanted = "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got:"
+        raise RuntimeError(f"{wanted}{list(input_size)}")
+
+
 def pool2d_output_size(input_size, kernel_size, stride, padding, dilation, ceil_mode) -> tuple[int, int, int, int]:
     """Checks a pooling and returns [N, C, OH, OW]."""
     _check_pool2d_arguments(kernel_size, stride, padding, dilation)

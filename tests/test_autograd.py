@@ -1,0 +1,207 @@
+"""Gradients of every order, and what a call saves and computes for each subset of inputs that require them."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import cnn_ext.functional as C
+from cnn_ext import _native
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GEOMETRIES = {
+    "plain": {},
+    "strided": {"stride": (2, 1), "padding": (1, 2)},
+    "dilated": {"dilation": (1, 2), "padding": 1},
+    "grouped": {"groups": 2, "padding": ((1, 0), (0, 2))},
+}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def operands(groups=1, format=torch.contiguous_format, dtype=torch.float64):
+    sizes = [(2, 4, 5, 6), (4, 4 // groups, 3, 2), (4,)]
+    input, weight, bias = (torch.randn(size, dtype=dtype) for size in sizes)
+    return [t.requires_grad_() for t in (input.contiguous(memory_format=format), weight, bias)]
+
+
+def distinct(*size, format=torch.contiguous_format):
+    """Values a gap apart, so that a finite difference does not change which one is the largest."""
+    values = torch.randperm(torch.Size(size).numel()).double().reshape(size) / 8
+    return values.contiguous(memory_format=format).requires_grad_()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_conv2d(geometry, format):
+    arguments = GEOMETRIES[geometry]
+    inputs = operands(arguments.get("groups", 1), format)
+
+    def conv2d(*tensors):
+        return C.conv2d(*tensors, **arguments)
+
+    assert gradcheck(conv2d, inputs, nondet_tol=0)
+    assert gradgradcheck(conv2d, inputs, nondet_tol=0)
+
+
+POOLS = {
+    "max": lambda x: C.max_pool2d(x, 2),
+    "max overlapping": lambda x: C.max_pool2d(x, 3, (1, 2), 1, ceil_mode=True),
+    "max dilated": lambda x: C.max_pool2d(x, 2, 1, 1, 2),
+    "avg": lambda x: C.avg_pool2d(x, 2),
+    "avg overlapping": lambda x: C.avg_pool2d(x, 3, (1, 2), 1, True, False),
+    "avg divisor": lambda x: C.avg_pool2d(x, (2, 3), 1, 1, divisor_override=-3, dilation=2),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_pool2d(pool, format):
+    input = distinct(2, 2, 5, 6, format=format)
+    assert gradcheck(POOLS[pool], input, nondet_tol=0)
+    assert gradgradcheck(POOLS[pool], input, nondet_tol=0)
+
+
+def nested_gradients(functions, tensors, order):
+    """The gradients of a nonlinear scalar of a small CNN, ``order`` times nested."""
+    conv2d, max_pool2d, avg_pool2d = functions
+    input, weight, bias = tensors
+    value = avg_pool2d(max_pool2d(conv2d(input, weight, bias, padding=1).tanh(), 2, 1), 2).pow(3).sum()
+    for _ in range(order):
+        grads = torch.autograd.grad(value, tensors, create_graph=True)
+        value = sum(grad.pow(2).sum() for grad in grads)
+    return [grad.detach() for grad in grads]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_nested_gradients_are_torchs(order):
+    ours = nested_gradients((C.conv2d, C.max_pool2d, C.avg_pool2d), operands(), order)
+    torch.manual_seed(0)
+    tensors = operands()
+    for got, wanted in zip(
+        nested_gradients((C.conv2d, C.max_pool2d, C.avg_pool2d), tensors, order),
+        nested_gradients((F.conv2d, F.max_pool2d, F.avg_pool2d), tensors, order),
+        strict=True,
+    ):
+        # A gradient of order n passes through n + 1 sums of up to 100 terms.
+        tolerance = torch.finfo(torch.float64).eps * 100 * (order + 1) * wanted.abs().max().item()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    assert len(ours) == 3
+
+
+def saved_by(call):
+    """The tensors that ``call`` keeps for its backward."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = call()
+    return output, saved
+
+
+SUBSETS = [subset for subset in itertools.product([False, True], repeat=3) if any(subset)]
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(n for n, on in zip("xwb", s, strict=True) if on))
+def test_conv2d_saves_and_computes_what_is_asked_for(subset, monkeypatch):
+    tensors = [t.detach().requires_grad_(on) for t, on in zip(operands(), subset, strict=True)]
+    input, weight, _ = tensors
+    output, saved = saved_by(lambda: C.conv2d(*tensors))
+    wanted = ([input] if subset[1] else []) + ([weight] if subset[0] else [])
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in wanted]
+    computed = []
+    for direction in ("backward_input", "backward_weight", "backward_bias"):
+        kernel = getattr(_native, f"conv2d_{direction}")
+        monkeypatch.setattr(
+            _native, f"conv2d_{direction}", lambda *a, d=direction, k=kernel: computed.append(d) or k(*a)
+        )
+    output.sum().backward()
+    names = ("backward_input", "backward_weight", "backward_bias")
+    assert computed == [name for name, on in zip(names, subset, strict=True) if on]
+    reference = [t.detach().requires_grad_(on) for t, on in zip(tensors, subset, strict=True)]
+    F.conv2d(*reference).sum().backward()
+    for ours, torchs in zip(tensors, reference, strict=True):
+        assert (ours.grad is None) == (torchs.grad is None)
+        if ours.grad is not None:  # sums of at most 40 products of a few units
+            torch.testing.assert_close(ours.grad, torchs.grad, rtol=0, atol=torch.finfo(torch.float64).eps * 40 * 10)
+
+
+@pytest.mark.parametrize(("kernel_size", "dtype"), [(2, torch.uint8), (16, torch.uint8), (17, torch.int32)])
+def test_max_pool2d_saves_small_offsets_alone(kernel_size, dtype):
+    input = torch.randn(1, 2, 34, 34, requires_grad=True)
+    output, saved = saved_by(lambda: C.max_pool2d(input, kernel_size))
+    assert [(t.dtype, t.shape) for t in saved] == [(dtype, output.shape)]
+
+
+def test_avg_pool2d_saves_nothing():
+    assert saved_by(lambda: C.avg_pool2d(torch.randn(1, 2, 8, 8, requires_grad=True), 2))[1] == []
+
+
+@pytest.mark.parametrize("why", ["no_grad", "inference_mode", "no gradient required"])
+def test_no_offsets_without_backward(why, monkeypatch):
+    given = []
+    kernel = _native.max_pool2d_forward
+    monkeypatch.setattr(_native, "max_pool2d_forward", lambda *a: given.append(a[-1]) or kernel(*a))
+    input = torch.randn(1, 2, 8, 8, requires_grad=why != "no gradient required")
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, torch.enable_grad)():
+        C.max_pool2d(input, 2)
+    assert given == [None]
+
+
+def test_a_tensor_as_input_and_weight_gets_both_gradients():
+    tensor = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(C.conv2d(tensor, tensor, padding=1).square().sum(), tensor)
+    (wanted,) = torch.autograd.grad(F.conv2d(tensor, tensor, padding=1).square().sum(), tensor)
+    tolerance = torch.finfo(torch.float64).eps * 36 * wanted.abs().max().item()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+def test_a_changed_operand_is_noticed():
+    tensors = operands()
+    output = C.conv2d(*tensors)
+    with torch.no_grad():
+        tensors[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_gradient_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = operands()
+    direct = torch.autograd.grad(C.max_pool2d(C.conv2d(*tensors), 2).square().sum(), tensors)
+    output = checkpoint(lambda *t: C.max_pool2d(C.conv2d(*t), 2), *tensors, use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(output.square().sum(), tensors), direct, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def loss(weight, bias, input):
+    hidden = C.max_pool2d(C.conv2d(input[None], weight, bias).tanh(), 2)
+    return C.avg_pool2d(hidden, 1).square().sum()
+
+
+def test_torch_func_grad():
+    input, weight, bias = operands()
+    got = torch.func.grad(loss, argnums=(0, 1))(weight, bias, input[0])
+    for ours, eager in zip(got, torch.autograd.grad(loss(weight, bias, input[0]), (weight, bias)), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_per_sample_gradients():
+    input, weight, bias = operands()
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(weight, bias, input)
+    for got, image in zip(per_sample, input, strict=True):
+        (wanted,) = torch.autograd.grad(loss(weight, bias, image), weight)
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (0, 0, 0)], ids=str)
+def test_vmap(in_dims):
+    tensors = [t.detach() for t in operands()]
+    stacked = [t if d is None else torch.stack([t, 2 * t, -t]) for t, d in zip(tensors, in_dims, strict=True)]
+    got = torch.func.vmap(C.conv2d, in_dims=in_dims)(*stacked)
+    for i in range(3):
+        operand = [t if d is None else t[i] for t, d in zip(stacked, in_dims, strict=True)]
+        assert torch.equal(got[i], C.conv2d(*operand))

@@ -1,0 +1,78 @@
+"""torch.compile(fullgraph=True) and torch.export of a CNN: no graph break, the gradients of eager mode."""
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import nn
+
+import cnn_ext
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class CNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            cnn_ext.Conv2d(1, 4, 5, padding="same"),
+            nn.ReLU(),
+            cnn_ext.MaxPool2d(2),
+            cnn_ext.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+            nn.ReLU(),
+            cnn_ext.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 10),
+        )
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def gradients(model, call, images):
+    images = images.clone().requires_grad_()
+    output = call(images)
+    return [output.detach(), *torch.autograd.grad(output.logsumexp(1).sum(), [images, *model.parameters()])]
+
+
+def agrees_with_eager(model, batches, backend, dynamic=None):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for batch in batches:
+        images = torch.randn(batch, 1, 16, 16)
+        for got, wanted in zip(gradients(model, compiled, images), gradients(model, model, images), strict=True):
+            # The surroundings may be fused and so rounded otherwise, the kernels are the same: a few roundings.
+            tolerance = 16 * torch.finfo(torch.float32).eps * max(1.0, wanted.abs().max().item())
+            torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ahead_of_time(dynamic):
+    agrees_with_eager(CNN(), (3, 5), "aot_eager", dynamic)
+
+
+def test_inductor():
+    small = nn.Sequential(cnn_ext.Conv2d(1, 2, 3), nn.ReLU(), cnn_ext.MaxPool2d(2), nn.Flatten())
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):  # spares its trial compilations
+        agrees_with_eager(small, (2,), "inductor")
+
+
+def test_one_tensor_twice():
+    torch._dynamo.reset()
+    tensor = torch.randn(4, 4, 3, 3, requires_grad=True)
+
+    def twice(t):
+        return cnn_ext.functional.conv2d(t, t, padding=1).square().sum()
+
+    (wanted,) = torch.autograd.grad(twice(tensor), tensor)
+    (got,) = torch.autograd.grad(torch.compile(twice, fullgraph=True, backend="aot_eager")(tensor), tensor)
+    torch.testing.assert_close(
+        got, wanted, rtol=0, atol=36 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+    )
+
+
+def test_export():
+    model = CNN().eval()
+    images = torch.randn(2, 1, 16, 16)
+    exported = torch.export.export(model, (images,))
+    assert torch.equal(exported.module()(images), model(images))
+    assert "cnn_ext.conv2d_forward" in str(exported.graph)

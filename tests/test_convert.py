@@ -1,0 +1,121 @@
+"""convert and revert: exact classes swapped in place, everything attached to them kept, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cnn_ext
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def model():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Sequential(OwnForward(4, 4, 3), nn.AvgPool2d(2)),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
+
+
+def types(module):
+    return [type(m) for m in module.modules()]
+
+
+def test_there_and_back():
+    net = model().eval()
+    images = torch.randn(2, 1, 16, 16)
+    wanted, before, state = net(images), types(net), net.state_dict()
+    parameters = [id(p) for p in net.parameters()]
+    assert cnn_ext.convert(net) is net
+    assert type(net[0]) is cnn_ext.Conv2d and type(net[2]) is cnn_ext.MaxPool2d and type(net[3][1]) is cnn_ext.AvgPool2d
+    assert type(net[3][0]) is OwnForward
+    assert [id(p) for p in net.parameters()] == parameters
+    assert list(net.state_dict()) == list(state)
+    assert not any(m.training for m in net.modules())
+    tolerance = torch.finfo(torch.float32).eps * 36 * max(1.0, wanted.abs().max().item())
+    torch.testing.assert_close(net(images), wanted, rtol=0, atol=tolerance)
+    assert cnn_ext.revert(net) is net
+    assert types(net) == before
+    assert torch.equal(net(images), wanted)
+
+
+def test_hooks_stay():
+    net, calls = model(), []
+    handle = net[0].register_forward_hook(lambda *_: calls.append("forward"))
+    cnn_ext.convert(net)(torch.randn(2, 1, 16, 16))
+    assert calls == ["forward"]
+    handle.remove()
+    cnn_ext.revert(net)(torch.randn(2, 1, 16, 16))
+    assert calls == ["forward"]
+
+
+def test_an_optimiser_goes_on():
+    net = model()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    cnn_ext.convert(net)
+    before = net[0].weight.detach().clone()
+    net(torch.randn(2, 1, 16, 16)).sum().backward()
+    optimiser.step()
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_a_copy_leaves_the_model_alone():
+    net = model()
+    copied = cnn_ext.convert(net, inplace=False)
+    assert type(net[0]) is nn.Conv2d and type(copied[0]) is cnn_ext.Conv2d
+    assert copied[0].weight is not net[0].weight
+
+
+def test_a_layer_alone():
+    assert type(cnn_ext.convert(nn.MaxPool2d(2))) is cnn_ext.MaxPool2d
+
+
+def test_a_layer_used_twice_is_one_layer():
+    layer = nn.Conv2d(2, 2, 3)
+    net = cnn_ext.convert(nn.Sequential(layer, layer))
+    assert net[0] is net[1] is layer and type(layer) is cnn_ext.Conv2d
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [dict(only={"0"}), dict(only=lambda name, module: name == "0"), dict(skip={"2", "3.1"})],
+    ids=["names", "function", "skip"],
+)
+def test_selections(selection):
+    net = cnn_ext.convert(model(), **selection)
+    assert [type(m).__module__.startswith("cnn_ext") for m in (net[0], net[2], net[3][1])] == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["fuse", "functional"])
+def test_what_is_not_there_yet_is_said(name):
+    with pytest.raises(NotImplementedError, match=name):
+        cnn_ext.convert(model(), **{name: True})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        cnn_ext.Conv2d(1, 1, 3, padding="full"),
+        cnn_ext.Conv2d(1, 1, 3, padding="same", stride=2),
+        cnn_ext.Conv2d(1, 1, 3, padding=((0, 1), (0, 0))),
+        cnn_ext.MaxPool2d(2, padding="same"),
+        cnn_ext.AvgPool2d(2, padding=((0, 1), (0, 1))),
+    ],
+    ids=str,
+)
+def test_what_torch_cannot_do_is_not_reverted(layer):
+    net = nn.Sequential(cnn_ext.MaxPool2d(2), copy.deepcopy(layer))
+    with pytest.raises(ValueError, match="padding"):
+        cnn_ext.revert(net)
+    assert type(net[0]) is cnn_ext.MaxPool2d  # nothing was changed

@@ -1,0 +1,98 @@
+"""No torch kernel computes for this package: with torch's convolutions, pools and matrix products made to raise on the
+CPU, every function still runs, forward, backward and twice backward. A planted F.conv2d is caught.
+"""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROLOGUE = """
+import torch
+import torch.nn.functional as F
+
+import cnn_ext
+import cnn_ext.functional as C
+
+FORBIDDEN = ("conv", "pool", "unfold", "im2col", "col2im", "mm", "bmm", "matmul", "addmm", "addbmm", "baddbmm", "addmv",
+             "mv", "dot", "vdot", "einsum", "linear")
+library = torch.library.Library("aten", "IMPL")
+
+
+def forbid(name):
+    def kernel(*args, **kwargs):
+        raise AssertionError(f"torch computes: aten::{name}")
+
+    for key in ("CPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+            library.impl(name, kernel, "CPU", allow_override=True)
+            return True
+    return False
+
+
+def is_forbidden(name):
+    base = name.split(".")[0].strip("_")
+    return "conv" in base or "pool" in base or "im2col" in base or "unfold_b" in base or base in FORBIDDEN
+
+
+names = [name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+forbidden = [name for name in names if is_forbidden(name) and forbid(name)]
+"""
+
+CALLS = """
+assert {"convolution", "mkldnn_convolution", "_slow_conv2d_forward", "max_pool2d_with_indices", "avg_pool2d.out", "mm",
+        "bmm", "addmm"} & set(forbidden), forbidden
+
+
+def differentiate(output, *inputs):
+    grads = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+    torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+
+for dtype in (torch.float32, torch.float64):
+    for format in (torch.contiguous_format, torch.channels_last):
+        for geometry in ({}, {"stride": 2, "padding": "same"}, {"dilation": 2, "groups": 2}, {"groups": 4}):
+            groups = geometry.get("groups", 1)
+            x = torch.randn(2, 4, 9, 9, dtype=dtype).contiguous(memory_format=format).requires_grad_()
+            w = torch.randn(8, 4 // groups, 3, 3, dtype=dtype, requires_grad=True)
+            b = torch.randn(8, dtype=dtype, requires_grad=True)
+            differentiate(C.conv2d(x, w, b, **geometry), x, w, b)
+        one = torch.randn(8, 4, 1, 1, dtype=dtype, requires_grad=True)
+        differentiate(C.conv2d(x, one), x, one)
+        differentiate(C.max_pool2d(x, 3, 2, 1), x)
+        differentiate(C.max_pool2d(x, 2, return_indices=True)[0], x)
+        differentiate(C.avg_pool2d(x, 2, ceil_mode=True), x)
+    for size in ((7,), (7, 6)):
+        x, w = torch.randn(size, dtype=dtype, requires_grad=True), torch.randn(size, dtype=dtype, requires_grad=True)
+        differentiate(cnn_ext.convolve(x, w), x, w)
+        differentiate(cnn_ext.correlate(x, w, "same"), x, w)
+model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.MaxPool2d(2), torch.nn.AvgPool2d(2))
+cnn_ext.convert(model)(torch.randn(2, 1, 8, 8)).sum().backward()
+print("done")
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", PROLOGUE + textwrap.dedent(code)], capture_output=True, text=True)
+
+
+def test_every_function_runs_without_torchs_kernels():
+    result = run(CALLS)
+    assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "F.conv2d(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3))",
+        "F.conv2d(torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 3, 3).double())",
+        "F.max_pool2d(torch.randn(1, 1, 4, 4), 2)",
+        "F.avg_pool2d(torch.randn(1, 1, 4, 4), 2)",
+        "F.unfold(torch.randn(1, 1, 4, 4), 2)",
+        "torch.randn(2, 2) @ torch.randn(2, 2)",
+    ],
+)
+def test_a_planted_torch_kernel_is_caught(planted):
+    result = run(planted)
+    assert result.returncode != 0 and "torch computes: aten::" in result.stderr

@@ -1,0 +1,100 @@
+"""The raw operators: torch's own checks of schema, fake kernel and tracing, and what their fakes say of strides."""
+
+import pytest
+import torch
+
+import cnn_ext
+
+OPS = torch.ops.cnn_ext
+GEOMETRIES = [
+    ((1, 1), (0, 0, 0, 0), (1, 1), 1),
+    ((2, 1), (1, 0, 2, 1), (1, 2), 2),
+]
+WINDOWS = [((2, 2), (2, 2), (0, 0, 0, 0), (1, 1), False), ((3, 2), (1, 2), (1, 1, 0, 1), (2, 1), True)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def conv2d_arguments(geometry, format, weight_format):
+    """Arguments of all four operators on one problem."""
+    input = torch.randn(2, 4, 9, 8).contiguous(memory_format=format)
+    weight = torch.randn(6, 4 // geometry[3], 3, 2).contiguous(memory_format=weight_format)
+    output = OPS.conv2d_forward(input, weight, None, *geometry)
+    return {
+        "conv2d_forward": (input, weight, torch.randn(6), *geometry),
+        "conv2d_backward_input": (output, weight, list(input.shape), *geometry),
+        "conv2d_backward_weight": (
+            output,
+            input,
+            list(weight.shape),
+            *geometry,
+            weight_format == torch.channels_last,
+        ),
+        "conv2d_backward_bias": (output,),
+    }
+
+
+def pool2d_arguments(window, format):
+    input = torch.randn(2, 3, 9, 8).contiguous(memory_format=format)
+    output, offsets = OPS.max_pool2d_forward(input, *window, True)
+    size = list(input.shape)
+    return {
+        "max_pool2d_forward": (input, *window, True),
+        "max_pool2d_backward": (output, offsets, size, *window),
+        "max_pool2d_gather": (input, offsets, *window),
+        "avg_pool2d_forward": (input, *window, False, None),
+        "avg_pool2d_backward": (output, size, *window, True, 3),
+    }
+
+
+@pytest.mark.parametrize("name", list(conv2d_arguments(GEOMETRIES[0], *FORMATS)))
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["plain", "all arguments"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_conv2d(name, geometry, format, weight_format):
+    torch.library.opcheck(getattr(OPS, name).default, conv2d_arguments(geometry, format, weight_format)[name])
+
+
+@pytest.mark.parametrize("name", list(pool2d_arguments(WINDOWS[0], FORMATS[0])))
+@pytest.mark.parametrize("window", WINDOWS, ids=["plain", "all arguments"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_pool2d(name, window, format):
+    torch.library.opcheck(getattr(OPS, name).default, pool2d_arguments(window, format)[name])
+
+
+def test_every_operator_is_checked():
+    checked = {*conv2d_arguments(GEOMETRIES[0], *FORMATS), *pool2d_arguments(WINDOWS[0], FORMATS[0])}
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "cnn_ext" in name
+    }
+    assert registered == checked
+
+
+def test_without_offsets_none_are_computed():
+    output, offsets = OPS.max_pool2d_forward(torch.randn(1, 1, 4, 4), *WINDOWS[0], False)
+    assert output.shape == (1, 1, 2, 2)
+    assert offsets.numel() == 0
+
+
+def test_a_mode_sees_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Recorder():
+        cnn_ext.functional.conv2d(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3))
+    assert "cnn_ext.conv2d_forward.default" in seen
+
+
+def test_a_profile_names_the_operator():
+    with torch.profiler.profile() as profile:
+        cnn_ext.functional.max_pool2d(torch.randn(1, 1, 4, 4), 2)
+    assert "cnn_ext::max_pool2d_forward" in {event.name for event in profile.events()}
+
+
+def test_meta_tensors_have_the_shape_of_the_result():
+    output = cnn_ext.functional.conv2d(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta"))
+    assert output.shape == (2, 4, 6, 6) and output.is_meta
