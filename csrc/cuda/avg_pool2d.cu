@@ -1,0 +1,102 @@
+// Average pooling: one thread per element of the result, in memory order. backward gathers: an input adds up its shares of the windows that
+// cover it, in order. Bound by memory; overlapping windows are read from the caches.
+#include "cuda/common.cuh"
+#include "cuda/limits.h"
+
+namespace cnn_ext::cuda {
+namespace {
+
+// What the sum of a window is divided by.
+struct Divisor {
+  int64_t override_;  // 0: none
+  bool count_include_pad;
+};
+
+// Taps of one axis before the end of the input and its padding.
+__device__ int taps_before(int start, int dilation, int kernel, int end) {
+  return start >= end ? 0 : smaller(kernel, ceil_div(end - start, dilation));
+}
+
+// torch's rule: an override, else the taps inside the input, else those inside the padded input (ceil_mode's overhang never counts). 0: an
+// empty window.
+__device__ int64_t divisor_of(const Pool2dGeometry& g, const Divisor& divisor, int first_h, int first_w) {
+  const Range rows = taps_inside(first_h, g.dilation_h, g.kernel_h, g.in_h);
+  const Range cols = taps_inside(first_w, g.dilation_w, g.kernel_w, g.in_w);
+  const int64_t inside = static_cast<int64_t>(rows.end - rows.begin) * (cols.end - cols.begin);
+  if (inside == 0) return 0;
+  if (divisor.override_ != 0) return divisor.override_;
+  if (!divisor.count_include_pad) return inside;
+  return static_cast<int64_t>(taps_before(first_h, g.dilation_h, g.kernel_h, g.in_h + g.pad_bottom)) *
+         taps_before(first_w, g.dilation_w, g.kernel_w, g.in_w + g.pad_right);
+}
+
+template <class T>
+__global__ void avg_forward(Pool2dGeometry g, Divisor rule, const T* __restrict__ input, T* __restrict__ output) {
+  const int64_t index = element_index();
+  if (index >= g.out_elements) return;
+  const Element o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
+  const int first_h = o.h * g.stride_h - g.pad_top, first_w = o.w * g.stride_w - g.pad_left;
+  const Range rows = taps_inside(first_h, g.dilation_h, g.kernel_h, g.in_h);
+  const Range cols = taps_inside(first_w, g.dilation_w, g.kernel_w, g.in_w);
+  const T* plane = input + o.n * g.in.n + o.c * g.in.c;
+  Accumulate<T> sum = 0;
+  for (int r = rows.begin; r < rows.end; ++r) {
+    const T* row = plane + (first_h + r * g.dilation_h) * g.in.h;
+    for (int t = cols.begin; t < cols.end; ++t) sum += widen(row[(first_w + t * g.dilation_w) * g.in.w]);
+  }
+  const int64_t divisor = divisor_of(g, rule, first_h, first_w);
+  output[index] = narrow<T>(divisor == 0 ? Accumulate<T>{0} : sum / static_cast<Accumulate<T>>(divisor));
+}
+
+template <class T>
+__global__ void avg_backward(Pool2dGeometry g, Divisor rule, const T* __restrict__ grad_output, T* __restrict__ grad_input) {
+  const int64_t index = element_index();
+  if (index >= g.in_elements) return;
+  const Element i = element_at(g.layout, index, g.channels, g.in_h, g.in_w);
+  const int padded_h = i.h + g.pad_top, padded_w = i.w + g.pad_left;
+  const Range rows = windows_over(padded_h, g.stride_h, g.dilation_h, g.kernel_h, g.out_h);
+  const Range cols = windows_over(padded_w, g.stride_w, g.dilation_w, g.kernel_w, g.out_w);
+  const T* plane = grad_output + i.n * g.out.n + i.c * g.out.c;
+  Accumulate<T> sum = 0;
+  for (int oh = rows.begin; oh < rows.end; ++oh) {
+    if ((padded_h - oh * g.stride_h) % g.dilation_h != 0) continue;
+    for (int ow = cols.begin; ow < cols.end; ++ow) {
+      if ((padded_w - ow * g.stride_w) % g.dilation_w != 0) continue;
+      const int64_t divisor = divisor_of(g, rule, oh * g.stride_h - g.pad_top, ow * g.stride_w - g.pad_left);
+      sum += widen(plane[oh * g.out.h + ow * g.out.w]) / static_cast<Accumulate<T>>(divisor);
+    }
+  }
+  grad_input[index] = narrow<T>(sum);
+}
+
+Divisor divisor_rule(const Pool2dShape& s) { return {s.divisor_override, s.count_include_pad != 0}; }
+
+void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
+  with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Pool2dGeometry g(s);
+    launch_elementwise(avg_forward<T>, g.out_elements, stream, g, divisor_rule(s), static_cast<const T*>(b.input),
+                       static_cast<T*>(b.output));
+  });
+}
+
+void run_backward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
+  with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Pool2dGeometry g(s);
+    launch_elementwise(avg_backward<T>, g.in_elements, stream, g, divisor_rule(s), static_cast<const T*>(b.grad_output),
+                       static_cast<T*>(b.grad_input));
+  });
+}
+
+Plan plan_forward(const Pool2dShape& s) { return {1, 1, ceil_div<int64_t>(Pool2dGeometry(s).out_elements, kBlockThreads), 0}; }
+Plan plan_backward(const Pool2dShape& s) { return {1, 1, ceil_div<int64_t>(Pool2dGeometry(s).in_elements, kBlockThreads), 0}; }
+
+}  // namespace
+
+extern const Pool2dKernel avg_pool2d_forward_direct_sm80 = {
+    "avg_pool2d_forward_direct_sm80", 80, Pool2dOp::avg, Pool2dDirection::forward, has_int_extents, plan_forward, run_forward};
+extern const Pool2dKernel avg_pool2d_backward_direct_sm80 = {
+    "avg_pool2d_backward_direct_sm80", 80, Pool2dOp::avg, Pool2dDirection::backward, has_int_extents, plan_backward, run_backward};
+
+}  // namespace cnn_ext::cuda

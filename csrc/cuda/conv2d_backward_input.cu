@@ -1,0 +1,183 @@
+// grad_input[n, c, ih, iw] = sum over k, r, s of weight[k, c, r, s] * grad_output[n, k, oh, ow], over the taps that lead from (ih, iw) to
+// an output. Every input gathers its own sum: nothing is scattered, nothing is added by two threads.
+//
+// implicit_gemm: rows are the input channels of a group, columns the input pixels, depth the taps (k, r, s) in nchw, (r, s, k) in nhwc.
+// With a stride only every stride-th tap leads from a pixel to an output. So a block takes pixels of one stride phase, which share their
+// taps: no product is wasted (see Phase). Phases differ in size by one pixel per axis; all get the larger one's blocks.
+//
+// direct: one thread per input; any shape, and what depthwise convolutions take.
+#include "cuda/implicit_gemm.cuh"
+#include "cuda/limits.h"
+
+namespace cnn_ext::cuda {
+namespace {
+
+template <class T, Layout kLayout>
+struct BackwardInputOperands {
+  using Acc = Accumulate<T>;
+  static constexpr bool kRowsAlongDepth = kLayout == Layout::nchw, kColsAlongDepth = kLayout == Layout::nhwc;
+
+  BackwardInputOperands(const Conv2dGeometry& geometry, const Conv2dBuffers& b)
+      : g(geometry),
+        grad_output(static_cast<const T*>(b.grad_output)),
+        weight(static_cast<const T*>(b.weight)),
+        grad_input(static_cast<T*>(b.grad_input)),
+        phase_height(ceil_div(g.in_h, g.stride_h)),
+        phase_width(ceil_div(g.in_w, g.stride_w)),
+        pixels(g.batch * phase_height * phase_width),
+        pixel_decoder(phase_height, phase_width) {}
+
+  __device__ void select_group(int group) {
+    grad_output += group * g.group_out * g.out.c;
+    weight += group * g.group_out * g.filter.n;
+    grad_input += group * g.group_in * g.in.c;
+  }
+
+  struct Row {
+    const T* filter;  // null: none
+  };
+  struct Col {
+    const T* image;  // null: none
+    int h, w;        // the output that the phase's first tap leads to
+  };
+  using Depth = Tap;  // channel k; r and s count the taps of the phase
+
+  __device__ Row row(int c) const { return {c < g.group_in ? weight + c * g.filter.c : nullptr}; }
+  __device__ Col col(int pixel) const {
+    const PlaneIndex p = pixel_decoder.at(pixel);
+    if (!exists(pixel, p)) return {nullptr, 0, 0};
+    return {grad_output + p.outer * g.out.n, phase_h.origin + p.h, phase_w.origin + p.w};
+  }
+  __device__ Depth depth(int term) const { return tap_decoder.at(term); }
+  __device__ Acc load_row(const Row& row, const Depth& tap) const {
+    if (row.filter == nullptr) return Acc{0};
+    const int r = phase_h.first_tap + tap.r * phase_h.tap_step, t = phase_w.first_tap + tap.s * phase_w.tap_step;
+    return widen(row.filter[tap.channel * g.filter.n + r * g.filter.h + t * g.filter.w]);
+  }
+  __device__ bool inside(const Col& col, const Depth& tap) const {
+    const int h = col.h - tap.r * phase_h.step, w = col.w - tap.s * phase_w.step;
+    return col.image != nullptr && h >= 0 && h < g.out_h && w >= 0 && w < g.out_w;
+  }
+  __device__ Acc load_col(const Col& col, const Depth& tap) const {
+    const int h = col.h - tap.r * phase_h.step, w = col.w - tap.s * phase_w.step;
+    return widen(col.image[tap.channel * g.out.c + h * g.out.h + w * g.out.w]);
+  }
+  __device__ void store(int c, int pixel, Acc sum) const {
+    const PlaneIndex p = pixel_decoder.at(pixel);
+    if (c >= g.group_in || !exists(pixel, p)) return;
+    const int h = phase_h.first_position + p.h * g.stride_h, w = phase_w.first_position + p.w * g.stride_w;
+    grad_input[p.outer * g.in.n + c * g.in.c + h * g.in.h + w * g.in.w] = narrow<T>(sum);
+  }
+
+  // The larger phases' last row and column are missing in the others.
+  __device__ bool exists(int pixel, const PlaneIndex& p) const {
+    return pixel < pixels && phase_h.first_position + p.h * g.stride_h < g.in_h && phase_w.first_position + p.w * g.stride_w < g.in_w;
+  }
+
+  Conv2dGeometry g;
+  const T* grad_output;
+  const T* weight;
+  T* grad_input;
+  int phase_height, phase_width, pixels;
+  PlaneDecoder pixel_decoder;
+  Phase phase_h{}, phase_w{};
+  TapDecoder<kLayout> tap_decoder{1, 1, 1};
+};
+
+// Blocks are numbered by row tile, group, phase, column tile.
+template <class Tile, class T, Layout kLayout>
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks<Accumulate<T>>)
+    backward_input_implicit_gemm(BackwardInputOperands<T, kLayout> operands, int row_tiles, int groups, int phases) {
+  const Conv2dGeometry& g = operands.g;
+  const int row_tile = blockIdx.x % row_tiles, tiles = blockIdx.x / row_tiles;
+  const int phase = tiles / groups % phases, col_tile = tiles / groups / phases;
+  operands.select_group(tiles % groups);
+  operands.phase_h = phase_of(phase / g.stride_w, g.stride_h, g.pad_top, g.dilation_h, g.kernel_h);
+  operands.phase_w = phase_of(phase % g.stride_w, g.stride_w, g.pad_left, g.dilation_w, g.kernel_w);
+  operands.tap_decoder = TapDecoder<kLayout>(g.group_out, operands.phase_h.taps, operands.phase_w.taps);
+  const int terms = g.group_out * operands.phase_h.taps * operands.phase_w.taps;
+  ImplicitGemm<Tile, BackwardInputOperands<T, kLayout>> gemm(operands, row_tile * Tile::kRows, col_tile * Tile::kCols, 0, terms);
+  gemm.run();
+}
+
+bool gemm_accepts(const Conv2dShape& s) { return suits_implicit_gemm(s, s.in_channels / s.groups); }
+
+template <class Tile>
+Plan gemm_plan(const Conv2dShape& s) {
+  const int64_t row_tiles = ceil_div<int64_t>(s.in_channels / s.groups, Tile::kRows);
+  const int64_t pixels = s.batch * ceil_div(s.in_h, s.stride_h) * ceil_div(s.in_w, s.stride_w);
+  const int64_t col_tiles = ceil_div<int64_t>(pixels, Tile::kCols);
+  return {Tile::kRows, Tile::kCols, row_tiles * s.groups * s.stride_h * s.stride_w * col_tiles, 0};
+}
+
+template <class Tile, class T, Layout kLayout>
+void launch_gemm(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
+  const Conv2dGeometry g(s);
+  launch(backward_input_implicit_gemm<Tile, T, kLayout>, gemm_plan<Tile>(s).blocks, stream, BackwardInputOperands<T, kLayout>(g, b),
+         ceil_div(g.group_in, Tile::kRows), g.groups, g.stride_h * g.stride_w);
+}
+
+template <class Tile>
+void run_gemm_tile(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
+  with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (s.layout == Layout::nchw) {
+      launch_gemm<Tile, T, Layout::nchw>(s, b, stream);
+    } else {
+      launch_gemm<Tile, T, Layout::nhwc>(s, b, stream);
+    }
+  });
+}
+
+Plan plan_gemm(const Conv2dShape& s) { return has_few_rows(s.in_channels / s.groups) ? gemm_plan<FlatTile>(s) : gemm_plan<SquareTile>(s); }
+
+void run_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
+  (has_few_rows(s.in_channels / s.groups) ? run_gemm_tile<FlatTile> : run_gemm_tile<SquareTile>)(s, b, stream);
+}
+
+template <class T>
+__global__ void backward_input_direct(Conv2dGeometry g, Conv2dBuffers b, int64_t elements) {
+  const int64_t index = element_index();
+  if (index >= elements) return;
+  const Element i = element_at(g.layout, index, g.groups * g.group_in, g.in_h, g.in_w);
+  const int padded_h = i.h + g.pad_top, padded_w = i.w + g.pad_left;
+  const Range rows = windows_over(padded_h, g.stride_h, g.dilation_h, g.kernel_h, g.out_h);
+  const Range cols = windows_over(padded_w, g.stride_w, g.dilation_w, g.kernel_w, g.out_w);
+  const int64_t first_out = i.c / g.group_in * g.group_out;
+  const T* grad_output = static_cast<const T*>(b.grad_output) + i.n * g.out.n + first_out * g.out.c;
+  const T* weight = static_cast<const T*>(b.weight) + first_out * g.filter.n + i.c % g.group_in * g.filter.c;
+  Accumulate<T> sum = 0;
+  for (int k = 0; k < g.group_out; ++k) {
+    for (int oh = rows.begin; oh < rows.end; ++oh) {
+      const int offset_h = padded_h - oh * g.stride_h;
+      if (offset_h % g.dilation_h != 0) continue;
+      const T* out_row = grad_output + k * g.out.c + oh * g.out.h;
+      const T* filter_row = weight + k * g.filter.n + offset_h / g.dilation_h * g.filter.h;
+      for (int ow = cols.begin; ow < cols.end; ++ow) {
+        const int offset_w = padded_w - ow * g.stride_w;
+        if (offset_w % g.dilation_w != 0) continue;
+        sum = fma(widen(filter_row[offset_w / g.dilation_w * g.filter.w]), widen(out_row[ow * g.out.w]), sum);
+      }
+    }
+  }
+  static_cast<T*>(b.grad_input)[index] = narrow<T>(sum);
+}
+
+int64_t input_elements(const Conv2dShape& s) { return s.batch * s.in_channels * s.in_h * s.in_w; }
+
+Plan plan_direct(const Conv2dShape& s) { return {1, 1, ceil_div<int64_t>(input_elements(s), kBlockThreads), 0}; }
+
+void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
+  with_element_type(s.dtype, [&](auto element) {
+    launch_elementwise(backward_input_direct<decltype(element)>, input_elements(s), stream, Conv2dGeometry(s), b, input_elements(s));
+  });
+}
+
+}  // namespace
+
+extern const Conv2dKernel conv2d_backward_input_implicit_gemm_sm80 = {
+    "conv2d_backward_input_implicit_gemm_sm80", 80, Conv2dDirection::backward_input, gemm_accepts, plan_gemm, run_gemm};
+extern const Conv2dKernel conv2d_backward_input_direct_sm80 = {
+    "conv2d_backward_input_direct_sm80", 80, Conv2dDirection::backward_input, has_int_extents, plan_direct, run_direct};
+
+}  // namespace cnn_ext::cuda

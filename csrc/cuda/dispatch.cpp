@@ -1,0 +1,151 @@
+// Chooses the row for a call by what the current device can do, and runs it.
+#include <atomic>
+#include <stdexcept>
+
+#include "cuda/api.h"
+#include "cuda/archs.h"
+#include "cuda/check.h"
+#include "cuda/kernel_table.h"
+
+namespace cnn_ext::cuda {
+namespace {
+
+constexpr const char* kConv2dDirections[] = {"forward", "backward_input", "backward_weight", "backward_bias"};
+constexpr const char* kPool2dDirections[] = {"forward", "backward", "gather"};
+constexpr const char* kPool2dOps[] = {"max_pool2d", "avg_pool2d"};
+
+const char* op_name(const Conv2dKernel&) { return "conv2d"; }
+const char* op_name(const Pool2dKernel& row) { return kPool2dOps[static_cast<int>(row.op)]; }
+const char* direction_name(const Conv2dKernel& row) { return kConv2dDirections[static_cast<int>(row.direction)]; }
+const char* direction_name(const Pool2dKernel& row) { return kPool2dDirections[static_cast<int>(row.direction)]; }
+
+// One slot for each op and direction: the rows of a slot compete for its calls.
+int slot_of(Conv2dDirection direction) { return static_cast<int>(direction); }
+int slot_of(Pool2dOp op, Pool2dDirection direction) { return 3 * static_cast<int>(op) + static_cast<int>(direction); }
+int slot_of(const Conv2dKernel& row) { return slot_of(row.direction); }
+int slot_of(const Pool2dKernel& row) { return slot_of(row.op, row.direction); }
+
+std::atomic<const Conv2dKernel*> forced_conv2d[4];
+std::atomic<const Pool2dKernel*> forced_pool2d[6];
+std::atomic<const Conv2dKernel*>& forced(const Conv2dKernel& row) { return forced_conv2d[slot_of(row)]; }
+std::atomic<const Pool2dKernel*>& forced(const Pool2dKernel& row) { return forced_pool2d[slot_of(row)]; }
+
+int current_device() {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cnn_ext: there is no CUDA device to use: ") + cudaGetErrorString(error));
+  return device;
+}
+
+int capability_of(int device) {
+  int major = 0, minor = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+
+// The compute capability of the current device, for which there is compiled code.
+int usable_capability() {
+  const int device = current_device(), capability = capability_of(device);
+  require_arch(capability, "CUDA device " + std::to_string(device));
+  return capability;
+}
+
+// 0: there is no device.
+int capability_or_none() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 ? capability_of(current_device()) : 0;
+}
+
+template <class Kernel, class Shape>
+const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape) {
+  const int capability = usable_capability();
+  if (forced_row != nullptr) {
+    if (!forced_row->accepts(shape)) throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
+    return *forced_row;
+  }
+  for (const Kernel* row : table) {
+    if (slot_of(*row) == slot && row->min_capability <= capability && row->accepts(shape)) return *row;
+  }
+  throw std::invalid_argument("no CUDA kernel serves this shape and dtype");
+}
+
+const Conv2dKernel& row_for(Conv2dDirection direction, const Conv2dShape& shape) {
+  const int slot = slot_of(direction);
+  return choose_row(conv2d_kernels(), slot, forced_conv2d[slot].load(), shape);
+}
+
+const Pool2dKernel& row_for(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
+  const int slot = slot_of(op, direction);
+  return choose_row(pool2d_kernels(), slot, forced_pool2d[slot].load(), shape);
+}
+
+template <class Kernel>
+const Kernel* find_row(const std::vector<const Kernel*>& table, const std::string& name) {
+  for (const Kernel* row : table) {
+    if (name == row->name) return row;
+  }
+  return nullptr;
+}
+
+template <class Kernel>
+std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
+  const Kernel* previous = forced(slot_member).exchange(row);
+  return previous == nullptr ? "" : previous->name;
+}
+
+template <class Kernel>
+void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>& table, int capability) {
+  for (const Kernel* row : table) {
+    rows.push_back({row->name, op_name(*row), direction_name(*row), row->min_capability, row->min_capability <= capability});
+  }
+}
+
+}  // namespace
+
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream) {
+  row_for(direction, shape).run(shape, buffers, workspace, stream);
+}
+
+void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream) {
+  row_for(op, direction, shape).run(shape, buffers, stream);
+}
+
+size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape) {
+  return row_for(direction, shape).plan(shape).workspace_bytes;
+}
+
+Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) {
+  const Conv2dKernel& row = row_for(direction, shape);
+  return {row.name, row.min_capability, row.plan(shape)};
+}
+
+Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
+  const Pool2dKernel& row = row_for(op, direction, shape);
+  return {row.name, row.min_capability, row.plan(shape)};
+}
+
+std::vector<KernelRow> kernel_rows() {
+  const int capability = capability_or_none();
+  std::vector<KernelRow> rows;
+  append_rows(rows, conv2d_kernels(), capability);
+  append_rows(rows, pool2d_kernels(), capability);
+  return rows;
+}
+
+std::string force_kernel(const std::string& name) {
+  const Conv2dKernel* conv2d = find_row(conv2d_kernels(), name);
+  const Pool2dKernel* pool2d = find_row(pool2d_kernels(), name);
+  if (conv2d == nullptr && pool2d == nullptr) throw std::invalid_argument("name: no kernel is called \"" + name + "\"");
+  if ((conv2d != nullptr ? conv2d->min_capability : pool2d->min_capability) > capability_or_none()) {
+    throw std::invalid_argument("name: this machine has no CUDA device for kernel \"" + name + "\"");
+  }
+  return conv2d != nullptr ? exchange_forced(*conv2d, conv2d) : exchange_forced(*pool2d, pool2d);
+}
+
+void restore_forced_kernel(const std::string& name, const std::string& previous) {
+  if (const Conv2dKernel* row = find_row(conv2d_kernels(), name)) exchange_forced(*row, find_row(conv2d_kernels(), previous));
+  if (const Pool2dKernel* row = find_row(pool2d_kernels(), name)) exchange_forced(*row, find_row(pool2d_kernels(), previous));
+}
+
+}  // namespace cnn_ext::cuda

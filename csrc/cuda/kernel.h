@@ -1,0 +1,44 @@
+// A CUDA kernel is a row of a table, as on the CPU: what it is called, what it needs, what it accepts, how it would run a shape, and how
+// it runs it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/shapes.h"
+
+namespace cnn_ext::cuda {
+
+constexpr int kBlockThreads = 256;  // of every kernel
+
+// How a kernel would run a shape: a function of the shape and the row alone, never of the device, for the order of additions follows it.
+struct Plan {
+  int64_t tile_channels;   // channels of one block's tile
+  int64_t tile_pixels;     // pixels of one block's tile
+  int64_t blocks;          // of the main launch
+  size_t workspace_bytes;  // device memory that the caller provides
+};
+
+// run() queues its launches on the stream of the current device and returns. workspace: plan().workspace_bytes bytes, aligned to 256.
+struct Conv2dKernel {
+  const char* name;    // <op>_<direction>_<algorithm>_sm<minimum compute capability>
+  int min_capability;  // 10 * major + minor
+  Conv2dDirection direction;
+  bool (*accepts)(const Conv2dShape&);
+  Plan (*plan)(const Conv2dShape&);
+  void (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, cudaStream_t);
+};
+
+struct Pool2dKernel {
+  const char* name;
+  int min_capability;
+  Pool2dOp op;
+  Pool2dDirection direction;
+  bool (*accepts)(const Pool2dShape&);
+  Plan (*plan)(const Pool2dShape&);
+  void (*run)(const Pool2dShape&, const Pool2dBuffers&, cudaStream_t);
+};
+
+}  // namespace cnn_ext::cuda

@@ -1,0 +1,39 @@
+#include "cuda/kernel_table.h"
+
+namespace cnn_ext::cuda {
+
+// The most special first.
+#define CNN_EXT_CONV2D_ROWS(ROW)                 \
+  ROW(conv2d_forward_implicit_gemm_sm80)         \
+  ROW(conv2d_forward_direct_sm80)                \
+  ROW(conv2d_backward_input_implicit_gemm_sm80)  \
+  ROW(conv2d_backward_input_direct_sm80)         \
+  ROW(conv2d_backward_weight_implicit_gemm_sm80) \
+  ROW(conv2d_backward_weight_direct_sm80)        \
+  ROW(conv2d_backward_bias_reduction_sm80)
+
+#define CNN_EXT_POOL2D_ROWS(ROW)       \
+  ROW(max_pool2d_forward_direct_sm80)  \
+  ROW(max_pool2d_backward_direct_sm80) \
+  ROW(max_pool2d_gather_direct_sm80)   \
+  ROW(avg_pool2d_forward_direct_sm80)  \
+  ROW(avg_pool2d_backward_direct_sm80)
+
+#define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
+#define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
+CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)
+CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)
+
+#define CNN_EXT_ADDRESS(row) &row,
+
+const std::vector<const Conv2dKernel*>& conv2d_kernels() {
+  static const std::vector<const Conv2dKernel*> table = {CNN_EXT_CONV2D_ROWS(CNN_EXT_ADDRESS)};
+  return table;
+}
+
+const std::vector<const Pool2dKernel*>& pool2d_kernels() {
+  static const std::vector<const Pool2dKernel*> table = {CNN_EXT_POOL2D_ROWS(CNN_EXT_ADDRESS)};
+  return table;
+}
+
+}  // namespace cnn_ext::cuda

@@ -1,0 +1,53 @@
+// Which shapes the kernels' integers hold. One place for all rows' accepts().
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "core/shapes.h"
+
+namespace cnn_ext::cuda {
+
+inline bool all_below(int64_t limit, std::initializer_list<int64_t> values) {
+  for (const int64_t value : values) {
+    if (value >= limit) return false;
+  }
+  return true;
+}
+
+// The product of numbers that are not negative, or INT64_MAX where that is larger.
+inline int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (const int64_t factor : factors) {
+    if (__builtin_mul_overflow(result, factor, &result)) return INT64_MAX;
+  }
+  return result;
+}
+
+// Half of int's range leaves room for the sums of coordinates.
+constexpr int64_t kMaxExtent = int64_t{1} << 30;
+
+// Every extent and every coordinate of the padded tensors fits an int.
+inline bool has_int_extents(const Conv2dShape& s) {
+  return all_below(kMaxExtent, {s.batch, s.in_channels, s.in_h, s.in_w, s.out_channels, s.out_h, s.out_w, s.kernel_h, s.kernel_w,
+                                s.stride_h, s.stride_w, s.pad_top, s.pad_left, s.dilation_h, s.dilation_w}) &&
+         all_below(kMaxExtent, {s.out_h * s.stride_h, s.out_w * s.stride_w, s.kernel_h * s.dilation_h, s.kernel_w * s.dilation_w});
+}
+
+inline bool has_int_extents(const Pool2dShape& s) {
+  return all_below(kMaxExtent, {s.batch, s.channels, s.in_h, s.in_w, s.out_h, s.out_w, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w,
+                                s.pad_top, s.pad_bottom, s.pad_left, s.pad_right, s.dilation_h, s.dilation_w}) &&
+         all_below(kMaxExtent, {s.out_h * s.stride_h, s.out_w * s.stride_w, s.kernel_h * s.dilation_h, s.kernel_w * s.dilation_w,
+                                s.kernel_h * s.kernel_w});
+}
+
+// The implicit GEMMs number pixels and taps with ints. With one or two rows (as in a depthwise convolution) nearly all of their tile would
+// be empty: the direct kernels read less.
+inline bool suits_implicit_gemm(const Conv2dShape& s, int64_t rows) {
+  const int64_t group_in = s.in_channels / s.groups;
+  return rows > 2 && has_int_extents(s) &&
+         all_below(kMaxExtent, {product({s.batch, s.out_h, s.out_w}), product({s.batch, s.in_h + s.stride_h, s.in_w + s.stride_w}),
+                                product({s.out_channels, group_in, s.kernel_h, s.kernel_w})});
+}
+
+}  // namespace cnn_ext::cuda

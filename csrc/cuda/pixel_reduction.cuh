@@ -1,0 +1,133 @@
+// Sums over all pixels (n, oh, ow) of a batch, in two launches: the pixels are divided into splits, whose partial sums go to the workspace,
+// and a second kernel adds the splits up in order. The division depends on the shape alone and there are no atomics: the same bits in every
+// run.
+//
+// workspace: partials[splits][targets], where the targets are the elements of the result in memory order, in the type of sums.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace cnn_ext::cuda {
+
+struct Splits {
+  int64_t count;
+  int64_t size;  // terms of one split; the last may have fewer
+};
+
+// Enough blocks to fill 132 multiprocessors twice, twice over, but at least 1024 terms to a split and at most 2^24 partial sums in all.
+constexpr int64_t kWantedBlocks = 528;
+constexpr int64_t kLeastTerms = 1024;
+constexpr int64_t kMostPartials = int64_t{1} << 24;
+
+// terms: of each sum; blocks: that a single split would launch. The size of a split is a multiple of `multiple`.
+inline Splits split_sum(int64_t terms, int64_t blocks, int64_t targets, int64_t multiple) {
+  if (terms == 0 || targets == 0) return {1, multiple};
+  const int64_t by_blocks = ceil_div(kWantedBlocks, blocks), by_terms = ceil_div(terms, kLeastTerms), by_memory = kMostPartials / targets;
+  int64_t wanted = by_blocks < by_terms ? by_blocks : by_terms;
+  wanted = wanted < by_memory ? wanted : by_memory;
+  const int64_t size = ceil_div(ceil_div(terms, wanted > 0 ? wanted : 1), multiple) * multiple;
+  return {ceil_div(terms, size), size};
+}
+
+inline size_t partials_bytes(DType dtype, const Splits& splits, int64_t targets) {
+  return static_cast<size_t>(splits.count * targets) * (dtype == DType::float64 ? sizeof(double) : sizeof(float));
+}
+
+template <class T>
+__global__ void sum_partials(const Accumulate<T>* partials, int64_t splits, int64_t targets, T* result) {
+  const int64_t target = element_index();
+  if (target >= targets) return;
+  Accumulate<T> sum = 0;
+  for (int64_t split = 0; split < splits; ++split) sum += partials[split * targets + target];
+  result[target] = narrow<T>(sum);
+}
+
+template <class T>
+void launch_sum_partials(const void* partials, const Splits& splits, int64_t targets, void* result, cudaStream_t stream) {
+  launch_elementwise(sum_partials<T>, targets, stream, static_cast<const Accumulate<T>*>(partials), splits.count, targets,
+                     static_cast<T*>(result));
+}
+
+// Walks over pixels at a fixed distance without a division.
+class PixelCursor {
+ public:
+  __device__ PixelCursor(const Conv2dGeometry& g, int64_t pixel, int distance)
+      : height_(g.out_h), width_(g.out_w), at_(position(pixel)), step_(position(distance)) {}
+  __device__ const PlaneIndex& at() const { return at_; }
+  __device__ void advance() {
+    at_.w += step_.w;
+    if (at_.w >= width_) at_.w -= width_, ++at_.h;
+    at_.h += step_.h;
+    if (at_.h >= height_) at_.h -= height_, ++at_.outer;
+    at_.outer += step_.outer;
+  }
+
+ private:
+  __device__ PlaneIndex position(int64_t pixel) const {
+    const int64_t row = pixel / width_;
+    return {static_cast<int>(row / height_), static_cast<int>(row % height_), static_cast<int>(pixel % width_)};
+  }
+  int height_, width_;
+  PlaneIndex at_, step_;
+};
+
+// A block of 256 threads sums up one split: in nchw of a single target, with neighbouring threads on neighbouring pixels; in nhwc of 32
+// neighbouring targets, eight pixels at a time. Then the threads of a target add up their sums as a tree.
+CNN_EXT_HOST_DEVICE constexpr int reduction_targets(Layout layout) { return layout == Layout::nchw ? 1 : 32; }
+
+// Terms offers
+//   Acc                                    the type of sums
+//   int64_t targets                        how many sums, numbered so that neighbours lie together in nhwc
+//   Target target(int64_t)                 what a thread remembers of its target
+//   Acc term(Target, PlaneIndex)           what a pixel adds to it
+//   int64_t offset(Target)                 where the result lies in memory
+template <class Terms, Layout kLayout>
+__global__ void __launch_bounds__(kBlockThreads)
+    reduce_pixels(Terms terms, Conv2dGeometry g, int64_t pixels, Splits splits, typename Terms::Acc* partials) {
+  constexpr int kTargets = reduction_targets(kLayout), kLanes = kBlockThreads / kTargets;
+  __shared__ typename Terms::Acc sums[kBlockThreads];
+  const int64_t target_blocks = ceil_div<int64_t>(terms.targets, kTargets);
+  const int64_t split = blockIdx.x / target_blocks;
+  const int64_t index = blockIdx.x % target_blocks * kTargets + threadIdx.x % kTargets;
+  const bool exists = index < terms.targets;
+  const typename Terms::Target target = terms.target(exists ? index : 0);
+  const int64_t begin = split * splits.size + threadIdx.x / kTargets;
+  const int64_t end = pixels < (split + 1) * splits.size ? pixels : (split + 1) * splits.size;
+  typename Terms::Acc sum = 0;
+  PixelCursor cursor(g, begin, kLanes);
+  for (int64_t pixel = begin; pixel < end; pixel += kLanes, cursor.advance()) sum += terms.term(target, cursor.at());
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+#pragma unroll
+  for (int half = kBlockThreads / 2; half >= kTargets; half /= 2) {
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x < kTargets && exists) partials[split * terms.targets + terms.offset(target)] = sums[threadIdx.x];
+}
+
+inline int64_t reduction_blocks(const Conv2dShape& s, int64_t targets) { return ceil_div<int64_t>(targets, reduction_targets(s.layout)); }
+
+inline int64_t pixels_of(const Conv2dShape& s) { return s.batch * s.out_h * s.out_w; }
+
+inline Splits reduction_splits(const Conv2dShape& s, int64_t targets) {
+  return split_sum(pixels_of(s), reduction_blocks(s, targets), targets, kBlockThreads);
+}
+
+inline Plan plan_reduction(const Conv2dShape& s, int64_t targets) {
+  const Splits splits = reduction_splits(s, targets);
+  return {reduction_targets(s.layout), kBlockThreads / reduction_targets(s.layout), reduction_blocks(s, targets) * splits.count,
+          partials_bytes(s.dtype, splits, targets)};
+}
+
+// Both launches: the sums of Terms over all pixels, rounded to T, in result.
+template <class T, class Terms>
+void run_reduction(const Conv2dShape& s, const Terms& terms, void* workspace, void* result, cudaStream_t stream) {
+  const Splits splits = reduction_splits(s, terms.targets);
+  const auto kernel = s.layout == Layout::nchw ? reduce_pixels<Terms, Layout::nchw> : reduce_pixels<Terms, Layout::nhwc>;
+  launch(kernel, reduction_blocks(s, terms.targets) * splits.count, stream, terms, Conv2dGeometry(s), pixels_of(s), splits,
+         static_cast<Accumulate<T>*>(workspace));
+  launch_sum_partials<T>(workspace, splits, terms.targets, result, stream);
+}
+
+}  // namespace cnn_ext::cuda
