@@ -15,13 +15,18 @@ ROOT = Path(__file__).resolve().parent
 source_hash = runpy.run_path(str(ROOT / "cnn_ext" / "_source_hash.py"))["source_hash"]
 
 
+def built_files(directory: Path) -> list[Path]:
+    """What CMake installs: the modules, the summary of the build and the figures of the CUDA kernels."""
+    return [path for pattern in ("_C.*.so", "_cuda.*.so", "_*.txt") for path in directory.glob(pattern)]
+
+
 class CMakeBuild(build_ext):
     """Runs CMake in a fresh directory (a cached one would point into a vanished isolated environment) and keeps what it installs."""
 
     def build_extension(self, ext: Extension) -> None:
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         destination.mkdir(parents=True, exist_ok=True)
-        for stale in [*destination.glob("_C.*.so"), *destination.glob("_cuda.*.so")]:
+        for stale in built_files(destination):
             stale.unlink()
         build_dir = Path(tempfile.mkdtemp(prefix="cnn_ext-build-"))
         try:
@@ -29,8 +34,16 @@ class CMakeBuild(build_ext):
             self._cmake("--build", str(build_dir), *self._jobs())
             self._cmake("--install", str(build_dir), "--prefix", str(destination))
             shutil.copy(build_dir / "compile_commands.json", ROOT / "compile_commands.json")
+            print((build_dir / "_build_summary.txt").read_text())
         finally:
             shutil.rmtree(build_dir)
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place builds: everything that CMake has installed, of which setuptools knows _C alone."""
+        for stale in built_files(ROOT / "cnn_ext"):
+            stale.unlink()
+        for built in built_files(Path(self.build_lib) / "cnn_ext"):
+            shutil.copy(built, ROOT / "cnn_ext")
 
     @staticmethod
     def _cmake(*arguments: str) -> None:
