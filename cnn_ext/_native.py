@@ -85,6 +85,15 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
             getattr(cuda(), kernel)(shape, *addresses, torch.cuda.current_stream(device).cuda_stream)
 
 
+def _workspace(direction: str, shape, device: torch.device) -> list[torch.Tensor]:
+    """The memory that a CUDA kernel wants for a direction, from torch's allocator; CPU kernels bring their own."""
+    if device.type == "cpu":
+        return []
+    with torch.cuda.device(device):
+        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), shape)
+        return [torch.empty(wanted, dtype=torch.uint8, device=device)]
+
+
 def conv2d_forward(shape, input, weight, bias, output):
     _run("conv2d_forward", shape, input, weight, bias, output)
 
@@ -94,11 +103,13 @@ def conv2d_backward_input(shape, grad_output, weight, grad_input):
 
 
 def conv2d_backward_weight(shape, grad_output, input, grad_weight):
-    _run("conv2d_backward_weight", shape, grad_output, input, grad_weight)
+    workspace = _workspace("backward_weight", shape, input.device)
+    _run("conv2d_backward_weight", shape, grad_output, input, grad_weight, *workspace)
 
 
 def conv2d_backward_bias(shape, grad_output, grad_bias):
-    _run("conv2d_backward_bias", shape, grad_output, grad_bias)
+    workspace = _workspace("backward_bias", shape, grad_output.device)
+    _run("conv2d_backward_bias", shape, grad_output, grad_bias, *workspace)
 
 
 def max_pool2d_forward(shape, input, output, offsets):
