@@ -13,7 +13,7 @@ export CNN_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help train test test-all install bench report lint format kernel-check cuda-resources sizes clean
+.PHONY: help train test install bench report lint kernel-check cuda-resources sizes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +36,10 @@ kernel-check:  ## every CPU kernel against the naive one, without Python or torc
 	cmake -S . -B build/kernel-check -G Ninja -DCNN_EXT_PYTHON=OFF -DCNN_EXT_CUDA=off -DCNN_EXT_KERNEL_CHECK=ON
 	cmake --build build/kernel-check
 	build/kernel-check/kernel_check tests/cases/conv2d.csv tests/cases/pool2d.csv
+
+cuda-resources:  ## registers, shared memory and spills of every CUDA kernel, as the compiler reports them
+	cmake -S . -B build/cuda -G Ninja -DCNN_EXT_PYTHON=OFF -DCNN_EXT_CUDA=on
+	cmake --build build/cuda --target cuda_resources
 
 lint: $(VENV)/.installed  ## formatters and linters, as pre-commit runs them
 	$(BIN)/pip install -q -e '.[dev]'
@@ -63,5 +67,6 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	$(BIN)/pip install -e '.[test]'
+	@cat cnn_ext/_build_summary.txt
 	$(BIN)/python -m cnn_ext.info
 	@touch $@
