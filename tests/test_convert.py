@@ -119,3 +119,19 @@ def test_what_torch_cannot_do_is_not_reverted(layer):
     with pytest.raises(ValueError, match="padding"):
         cnn_ext.revert(net)
     assert type(net[0]) is cnn_ext.MaxPool2d  # nothing was changed
+
+
+def test_the_report_says_who_computes_what():
+    net = nn.Sequential(model(), nn.AdaptiveAvgPool2d(1), nn.Conv1d(1, 1, 1))
+    cnn_ext.convert(net, skip={"0.2"})
+    report = cnn_ext.conversion_report(net)
+    assert [(row.name, row.layer, row.converted) for row in report] == [
+        ("0.0", "Conv2d", True),
+        ("0.2", "MaxPool2d", False),
+        ("0.3.0", "OwnForward", False),
+        ("0.3.1", "AvgPool2d", True),
+        ("1", "AdaptiveAvgPool2d", False),
+        ("2", "Conv1d", False),
+    ]
+    for line, words in zip(str(report).splitlines(), ["cnn_ext", "not", "own", "cnn_ext", "no", "no"], strict=True):
+        assert words in line

@@ -5,8 +5,9 @@ are made of each other: with F(x, w), I(g, w), W(g, x) for the three,
     dF: I(g, w) to the input,        W(g, x) to the weight
     dI: F(v, w) to the grad_output,  W(g, v) to the weight      (v: gradient of the grad_input)
     dW: F(x, v) to the grad_output,  I(g, v) to the input       (v: gradient of the grad_weight)
-Each saves and computes what the inputs that require gradients ask for, nothing else. ``geometry`` is (stride, padding,
-dilation, groups).
+Each saves and computes what the inputs that require gradients ask for, nothing else; torch does not tell a Function
+which of them torch.autograd.grad(output, weight) leaves out, so that computes the input's as well. ``geometry`` is
+(stride, padding, dilation, groups).
 """
 
 from torch.autograd import Function

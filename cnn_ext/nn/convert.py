@@ -5,6 +5,7 @@ stays the same, so whatever refers to it (an optimiser, a hook handle, weight ty
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Container
 
 import torch
@@ -13,8 +14,10 @@ from cnn_ext._arguments import is_per_side
 from cnn_ext.nn.conv import Conv2d
 from cnn_ext.nn.pooling import AvgPool2d, MaxPool2d
 
+_POOL_KINDS = ("MaxPool", "AvgPool", "LPPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "MaxUnpool")
 _REPLACEMENTS = {torch.nn.Conv2d: Conv2d, torch.nn.MaxPool2d: MaxPool2d, torch.nn.AvgPool2d: AvgPool2d}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+_KINDS = (torch.nn.modules.conv._ConvNd, *(getattr(torch.nn.modules.pooling, f"_{kind}Nd") for kind in _POOL_KINDS))
 
 Selection = Container[str] | Callable[[str, torch.nn.Module], bool] | None
 
@@ -85,3 +88,41 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
     for _, module in ours:
         module.__class__ = _ORIGINALS[type(module)]
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One convolution or pooling of a model: who computes it, and why not this package."""
+
+    name: str
+    layer: str
+    converted: bool
+    reason: str  # empty where converted
+
+
+class ConversionReport(tuple[LayerReport, ...]):
+    """The layers in the order of the model; prints as a table."""
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self), default=0)
+        return "\n".join(f"{row.name:{width}}  {row.layer:20}  {row.reason or 'cnn_ext'}" for row in self)
+
+
+def _reason(module: torch.nn.Module) -> str:
+    """Why torch computes a layer; empty where this package does."""
+    if type(module) in _ORIGINALS:
+        return ""
+    if type(module) in _REPLACEMENTS:
+        return "torch: not converted"
+    if isinstance(module, tuple(_REPLACEMENTS)):
+        return "left alone: a subclass, which may have a forward of its own"
+    return "torch: this package has no such layer"
+
+
+def conversion_report(model: torch.nn.Module) -> ConversionReport:
+    """Which convolutions and pools of ``model`` this package computes, which torch does, and why."""
+    return ConversionReport(
+        LayerReport(name, type(module).__name__, not _reason(module), _reason(module))
+        for name, module in model.named_modules()
+        if isinstance(module, _KINDS)
+    )
