@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 OURS, TORCH, ROOF = "tab:blue", "0.55", "0.25"
 LAYOUT_COLORS = {"nchw": "tab:blue", "channels_last": "tab:orange"}
@@ -135,7 +135,7 @@ def _set_speed_axis(axes, slowest: float, fastest: float) -> None:
         inside = [0.7, *inside, 1.5]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(FixedLocator(inside if len(inside) < 9 else inside[inside.index(1) % 2 :: 2]))
+    axes.xaxis.set_major_locator(FixedLocator(inside if len(inside) < 7 else inside[inside.index(1) % 2 :: 2]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.grid(axis="x", alpha=0.3)
@@ -173,6 +173,7 @@ def mnist_curves(histories: dict[str, list[dict]]) -> Figure:
                     label = f"{backend}, {part}" if number == 0 else None
                     axes.plot(range(1, len(values) + 1), values, style, color=color, lw=1.2, alpha=0.8, label=label)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(quantity)
         axes.grid(alpha=0.3)
         axes.legend()
