@@ -21,7 +21,10 @@ def built_files(directory: Path) -> list[Path]:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in a fresh directory (a cached one would point into a vanished isolated environment) and keeps what it installs."""
+    """Runs CMake in a fresh directory and keeps what it installs.
+
+    A cached build directory would point into the isolated environment of the last build, which is gone.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -51,7 +54,9 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def _definitions() -> list[str]:
-        forwarded = [f"-D{name}={os.environ[name]}" for name in ("CNN_EXT_CUDA", "CNN_EXT_CUDA_ARCHS") if name in os.environ]
+        forwarded = [
+            f"-D{name}={os.environ[name]}" for name in ("CNN_EXT_CUDA", "CNN_EXT_CUDA_ARCHS") if name in os.environ
+        ]
         pybind11_dir = subprocess.run(
             [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
         ).stdout.strip()

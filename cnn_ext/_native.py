@@ -1,7 +1,7 @@
 """The only importer of the compiled modules: tensors in, kernels run, nothing checked.
 
-The floor above (``cnn_ext.ops``) has checked every argument and allocated every output; here tensors become addresses, and the device
-decides which module serves: ``_C`` (CPU) or ``_cuda`` (loaded at its first use).
+The floor above (``cnn_ext.ops``) has checked every argument and allocated every output; here tensors become addresses,
+and the device decides which module serves: ``_C`` (CPU) or ``_cuda`` (loaded at its first use).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ _REBUILD = "rebuild with `pip install -e .` (or install with `pip install .` and
 
 
 def _share_openmp_runtime() -> str:
-    """Makes the OpenMP runtime that torch has loaded visible to ``_C``, which names none of its own, and returns its path.
+    """Makes the OpenMP runtime that torch has loaded visible to ``_C``, which names none of its own; returns its path.
 
     Two runtimes in one process would oversubscribe the cores and, after a fork, hang.
     """
@@ -35,7 +35,9 @@ def _load(name: str) -> ModuleType:
     try:
         module = importlib.import_module(f"cnn_ext.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"cnn_ext: the compiled module {name} is not in {Path(__file__).parent}: {_REBUILD}") from error
+        raise ImportError(
+            f"cnn_ext: the compiled module {name} is not in {Path(__file__).parent}: {_REBUILD}"
+        ) from error
     csrc = Path(__file__).resolve().parent.parent / "csrc"
     if csrc.is_dir() and module.source_hash != source_hash(csrc):
         raise ImportError(
@@ -75,7 +77,10 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
-    """Runs ``kernel`` of the module for the tensors' device: ``shape``, the addresses in the binding's order, then threads or stream."""
+    """Runs ``kernel`` of the module for the tensors' device.
+
+    Its arguments are the shape, the addresses in the binding's order, then the number of threads or the stream.
+    """
     device = tensors[0].device
     addresses = [_address(tensor) for tensor in tensors]
     if device.type == "cpu":
