@@ -1,8 +1,9 @@
 // Direct convolution, forward and backward_input, for every stride, padding, dilation and number of groups, in both layouts.
 //
-// Both directions are gather convolutions (conv2d_direct_gather.inl). A block of the source is staged into scratch (_stage), the weights are
-// packed once per call (_pack), and a register tile of output channels in the lanes x grid points sums over channels and taps (_tile, with
-// the tile's sizes and their reasons); _run cuts the work. Few output channels fill few lanes of the tile: see conv2d_direct_pixels.cpp.
+// Both directions are gather convolutions (conv2d_direct_gather.inl). A block of the source is staged into scratch (_stage), the weights
+// are packed once per call (_pack), and a register tile of output channels in the lanes x grid points sums over channels and taps (_tile,
+// with the tile's sizes and their reasons); _run cuts the work. Few output channels fill few lanes of the tile: see
+// conv2d_direct_pixels.cpp.
 #include "cpu/kernels/conv2d_direct_run.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {

@@ -1,7 +1,7 @@
 // Packing: the weights of one unit (the output channels of one register tile) and one block of channels as [step][unit width], so that a
-// kernel reads them from beginning to end. The steps of a block are [tap row][channel][tap column]: tap rows outermost, so that grid rows at
-// the edge leave out those that lie in the padding altogether. Weights that are not finite are noticed on the way: a staged zero times one of
-// them would be NaN.
+// kernel reads them from beginning to end. The steps of a block are [tap row][channel][tap column]: tap rows outermost, so that grid rows
+// at the edge leave out those that lie in the padding altogether. Weights that are not finite are noticed on the way: a staged zero times
+// one of them would be NaN.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_gather.inl"
@@ -68,7 +68,11 @@ class Packer {
 
   struct TapOrder {
     TapOrder(const Gather& g, int64_t channels, int64_t width, T* first)
-        : dst(first), rows(g.h.taps), cols(g.w.taps), step(width), row_distance((channels * cols - (cols - 1)) * width),
+        : dst(first),
+          rows(g.h.taps),
+          cols(g.w.taps),
+          step(width),
+          row_distance((channels * cols - (cols - 1)) * width),
           channel_distance(width - (rows - 1) * channels * cols * width) {}
     T* next() {
       T* place = dst;

@@ -36,9 +36,12 @@ using BackwardInput = GatherRow<PixelTile, Conv2dDirection::backward_input>;
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_forward_pixels = {CNN_EXT_KERNEL_NAME("conv2d_forward_pixels"), Isa::CNN_EXT_ISA,
-                                                   Conv2dDirection::forward,                     accepts<Conv2dDirection::forward>,
-                                                   Forward::plan,                                Forward::run};
+extern const Conv2dKernel conv2d_forward_pixels = {CNN_EXT_KERNEL_NAME("conv2d_forward_pixels"),
+                                                   Isa::CNN_EXT_ISA,
+                                                   Conv2dDirection::forward,
+                                                   accepts<Conv2dDirection::forward>,
+                                                   Forward::plan,
+                                                   Forward::run};
 extern const Conv2dKernel conv2d_backward_input_pixels = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_pixels"),
                                                           Isa::CNN_EXT_ISA,
                                                           Conv2dDirection::backward_input,

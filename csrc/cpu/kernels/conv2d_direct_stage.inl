@@ -69,23 +69,6 @@ inline void fill_offsets(const Gather& g, const StagedLayout& l, int64_t channel
   }
 }
 
-template <class T>
-inline void fill_zero(T* dst, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) store(dst + i, Vec<T>{});
-}
-
-// dst[i] = src[i * step]
-template <class T>
-inline void copy_strided(T* dst, const T* src, int64_t count, int64_t step) {
-  if (step == 1) {
-    int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) store(dst + i, load(src + i));
-    if (i < count) store(dst + i, load_first(src + i, static_cast<int>(count - i)));
-  } else {
-    for (int64_t i = 0; i < count; ++i) dst[i] = src[i * step];
-  }
-}
-
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // Columns [begin, end) of a phase lie inside the source: source column first + j * step for staged column j.
@@ -96,6 +79,22 @@ struct Inside {
 inline Inside inside(int64_t first, int64_t step, int64_t count, int64_t size) {
   const int64_t begin = clamp(first >= 0 ? 0 : (-first + step - 1) / step, 0, count);
   return {begin, clamp(first >= size ? 0 : (size - first + step - 1) / step, begin, count)};
+}
+
+// Lanes j of the result are src[(first + j) * step] for begin <= first + j < end, and zero elsewhere.
+template <class T>
+inline Vec<T> load_strided(const T* src, int64_t step, int64_t first, const Inside& cols) {
+  constexpr int kV = kLanes<T>;
+  const int begin = static_cast<int>(cols.begin - first), end = static_cast<int>(cols.end - first);
+  const T* p = src + first * step;
+  if (step == 1) return begin <= 0 && end >= kV ? load(p) : load_between(p, begin, end);
+  if (step == 2) {
+    const Vec<T> low = load_between(p, 2 * begin, 2 * end - 1), high = load_between(p + kV, 2 * begin - kV, 2 * end - 1 - kV);
+    return every_second<T>(low, high, typename CountedLanes<kV>::type{});
+  }
+  Vec<T> v{};
+  for (int j = begin < 0 ? 0 : begin; j < end && j < kV; ++j) v[j] = p[j * step];
+  return v;
 }
 
 // Which part of the source a block reads.
@@ -120,9 +119,7 @@ inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask
       const T* row = src + y * g.source.h + first;
       T* dst = staged + r * l.row_pitch + phase * l.cols;
       for (int64_t c = 0; c < task.channels; ++c, row += g.source.c, dst += l.channel_pitch) {
-        fill_zero(dst, cols.begin);
-        copy_strided(dst + cols.begin, row + cols.begin * step, cols.end - cols.begin, step);
-        fill_zero(dst + cols.end, l.cols - cols.end);
+        for (int64_t j = 0; j < l.cols; j += kLanes<T>) store(dst + j, load_strided(row, step, j, cols));
       }
     }
   }

@@ -22,8 +22,13 @@ struct TileTask {
   const int32_t* offsets;  // [steps]
   int64_t steps;
   int64_t row_step;  // from a grid point to the one below it in the staged block
-  const T* bias;     // [width]: what the sums are added to; null: what `sums` holds already
-  T* sums;           // [grid point][width] of a channel tile, [row][width][2 vectors] of a pixel tile
+  const T* bias;     // [width]: what the sums are added to; null: what `out` holds already
+  // Where the sums go, in scratch or in the destination itself: for every row, vectors of channels for each grid point (channel tile) or
+  // vectors of grid points for each channel (pixel tile).
+  T* out;
+  int64_t pitch;      // from one of these to the next
+  int64_t row_pitch;  // from a row to the next
+  int last;           // of a pixel tile: lanes to write of a row's last vector
 };
 
 template <class T, int kVectors, int kRows, int kCols>
@@ -46,13 +51,14 @@ void channel_tile(const TileTask<T>& task) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
     }
   }
-  T* const sums = task.sums;
-  if (const T* bias = task.bias) {
-#pragma GCC unroll 28
-    for (int i = 0; i < kPoints * kVectors; ++i) store(sums + i * kV, load(bias + i % kVectors * kV) + sum[i / kVectors][i % kVectors]);
-  } else {
-#pragma GCC unroll 28
-    for (int i = 0; i < kPoints * kVectors; ++i) store(sums + i * kV, load(sums + i * kV) + sum[i / kVectors][i % kVectors]);
+  T* const out = task.out;
+  const int64_t pitch = task.pitch, row_pitch = task.row_pitch;
+  const T* const bias = task.bias;
+#pragma GCC unroll 14
+  for (int i = 0; i < kPoints; ++i) {
+    T* place = out + i / kCols * row_pitch + i % kCols * pitch;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(place + v * kV, load(bias != nullptr ? bias + v * kV : place + v * kV) + sum[i][v]);
   }
 }
 
@@ -129,13 +135,21 @@ void pixel_tile(const TileTask<T>& task) {
       }
     }
   }
+  const T* const bias = task.bias;
+  const int last = task.last;
 #pragma GCC unroll 14
   for (int k = 0; k < kWidth; ++k) {
-    const Vec<T> bias = task.bias != nullptr ? broadcast_from(task.bias + k) : Vec<T>{};
+    const Vec<T> before = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
 #pragma GCC unroll 8
     for (int p = 0; p < kPoints; ++p) {
-      T* place = task.sums + ((p / kVectors * kWidth + k) * 2 + p % kVectors) * kV;
-      store(place, (task.bias != nullptr ? bias : load(place)) + sum[p][k]);
+      T* place = task.out + p / kVectors * task.row_pitch + k * task.pitch + p % kVectors * kV;
+      if (bias == nullptr) {
+        store(place, load(place) + sum[p][k]);
+      } else if (p % kVectors + 1 < kVectors || last == kV) {
+        store(place, before + sum[p][k]);
+      } else {
+        store_first(place, before + sum[p][k], last);
+      }
     }
   }
 }

@@ -1,4 +1,4 @@
-// Transposes a square of vectors in registers: row i, lane j becomes row j, lane i.
+// Rearrangements of vectors in registers.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -16,6 +16,12 @@ struct CountedLanes<0, J...> {
   using type = Lanes<J...>;
 };
 
+// Elements 0, 2, 4, ... of a followed by b.
+template <class T, int... J>
+inline Vec<T> every_second(Vec<T> a, Vec<T> b, Lanes<J...>) {
+  return __builtin_shufflevector(a, b, 2 * J...);
+}
+
 // Of the 2 x 2 blocks of kStep x kStep elements in rows a and b (kStep rows apart), exchanges the two off the diagonal.
 template <class T, int kStep, int... J>
 inline void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
@@ -26,6 +32,7 @@ inline void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
   b = lower;
 }
 
+// A square of vectors: row i, lane j becomes row j, lane i.
 template <class T, int kStep = kLanes<T> / 2>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
 #pragma GCC unroll 16

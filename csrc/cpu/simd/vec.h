@@ -95,8 +95,8 @@ inline Vec<double> broadcast_from(const double* p) {
 }
 #endif
 
-// a * b + c, rounded once where the instruction set has FMA. Written out, so that no kernel's rounding depends on what the compiler contracts
-// (every source is compiled with -ffp-contract=off).
+// a * b + c, rounded once where the instruction set has FMA. Written out, so that no kernel's rounding depends on what the compiler
+// contracts (every source is compiled with -ffp-contract=off).
 #if defined(__AVX512F__)
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
@@ -108,6 +108,34 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b +
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 #endif
 
+// The elements at p that belong to lanes begin to end - 1, zeros in the other lanes; no other memory is touched. begin and end may lie
+// beyond the lanes, up to 2^30 away.
+#if defined(__AVX512F__)
+inline uint32_t first_bits(int count) { return (1u << (count < 0 ? 0 : count > 16 ? 16 : count)) - 1u; }
+inline Vec<float> load_between(const float* p, int begin, int end) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(end) & ~first_bits(begin)), p);
+}
+inline Vec<double> load_between(const double* p, int begin, int end) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_bits(end) & ~first_bits(begin)), p);
+}
+#elif defined(__AVX2__)
+inline __m256i lanes_between_32(int begin, int end) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane), _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+}
+inline Vec<float> load_between(const float* p, int begin, int end) { return _mm256_maskload_ps(p, lanes_between_32(begin, end)); }
+inline Vec<double> load_between(const double* p, int begin, int end) {
+  return _mm256_maskload_pd(p, _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes_between_32(begin, end))));
+}
+#else
+template <class T>
+inline Vec<T> load_between(const T* p, int begin, int end) {
+  Vec<T> v{};
+  for (int i = begin < 0 ? 0 : begin; i < end && i < kLanes<T>; ++i) v[i] = p[i];
+  return v;
+}
+#endif
+
 // The first `count` elements at p, 0 <= count <= lanes, zeros in the other lanes; memory past them is not touched.
 #if defined(__AVX512F__)
 inline Vec<float> load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p); }
@@ -115,9 +143,7 @@ inline Vec<double> load_first(const double* p, int count) { return _mm512_maskz_
 inline void store_first(float* p, Vec<float> v, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), v); }
 inline void store_first(double* p, Vec<double> v, int count) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), v); }
 #elif defined(__AVX2__)
-inline __m256i first_lanes_32(int count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+inline __m256i first_lanes_32(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 inline __m256i first_lanes_64(int count) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3)); }
 inline Vec<float> load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes_32(count)); }
 inline Vec<double> load_first(const double* p, int count) { return _mm256_maskload_pd(p, first_lanes_64(count)); }

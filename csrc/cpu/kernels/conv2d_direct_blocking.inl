@@ -1,0 +1,137 @@
+// How a gather convolution is cut into tasks, and what scratch they need.
+//
+// The reduction is cut into blocks of channels of about kReductionTerms terms, a function of the kernel's size alone: each block is summed
+// from zero and then added to the bias or to the blocks before, which keeps a block's weights in the nearest cache and the error of long
+// sums small. A task is a block of the grid, of several images where these are small, for all or some units of output channels; how tasks
+// are cut changes no sum.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/conv2d_direct_stage.inl"
+#include "cpu/kernels/conv2d_direct_tile.inl"
+
+namespace {
+
+using cnn_ext::cpu::Plan;
+
+constexpr int64_t kReductionTerms = 256;
+constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
+constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
+constexpr int64_t kFewestPoints = 28;
+constexpr int64_t kTasksPerThread = 8;  // with fewer, the last one to finish is waited for too long
+constexpr int64_t kReadingCost = 6;     // of a unit's packed weight, relative to the staging of a source element
+constexpr int64_t kAlignment = 64;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How one gather convolution is cut. A task is `images` x `rows` x `cols` grid points x `units` units of output channels of one group.
+struct Blocking {
+  int64_t channels, channel_blocks;  // of a block of the reduction
+  int64_t images, image_blocks;
+  int64_t rows, row_blocks;
+  int64_t cols, col_blocks;
+  int64_t units, unit_blocks;
+  int64_t tasks;
+};
+
+template <class T>
+int64_t staged_bytes(const Gather& g, const Blocking& b) {
+  return b.images * staged_layout<T>(g, b.channels, b.rows, b.cols).image_pitch * static_cast<int64_t>(sizeof(T));
+}
+
+inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
+  b.image_blocks = ceil_div(g.batch, b.images);
+  b.row_blocks = ceil_div(g.h.count, b.rows);
+  b.col_blocks = ceil_div(g.w.count, b.cols);
+  b.unit_blocks = ceil_div(units, b.units);
+  b.tasks = b.image_blocks * g.groups * b.row_blocks * b.col_blocks * b.unit_blocks;
+}
+
+// The largest block of grid points whose source fits, of several images where one is small.
+template <class T, class Tile>
+void fit_points(const Gather& g, Blocking& b) {
+  const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && staged_bytes<T>(g, b) <= kStagedBytes; };
+  b.images = 1, b.rows = g.h.count, b.cols = g.w.count;
+  while (b.rows > 1 && !fits()) b.rows = ceil_div(b.rows, 2);
+  while (b.cols > 4 * Tile::kMaxPoints && !fits()) b.cols = ceil_div(ceil_div(b.cols, 2), Tile::kMaxPoints) * Tile::kMaxPoints;
+  if (b.rows < g.h.count || b.cols < g.w.count) return;
+  b.images = smaller(g.batch, kTaskPoints);
+  while (b.images > 1 && !fits()) b.images = ceil_div(b.images, 2);
+}
+
+// Halves tasks until there are enough. Fewer points per task read the weights more often, fewer units stage the source more often.
+template <class Tile>
+void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
+  const int64_t units = b.units;
+  for (count_blocks(g, units, b); b.tasks < wanted; count_blocks(g, units, b)) {
+    const int64_t points = b.images * b.rows * b.cols;
+    const bool may_split_points = b.images > 1 || (b.rows > 1 && points >= 2 * kFewestPoints);
+    if (b.units > 1 && (!may_split_points || kReadingCost * points < b.units * Tile::kMaxWidth * g.taps())) {
+      b.units = ceil_div(b.units, 2);
+    } else if (may_split_points) {
+      int64_t& part = b.images > 1 ? b.images : b.rows;
+      part = ceil_div(part, 2);
+    } else {
+      return;
+    }
+  }
+}
+
+template <class T, class Tile>
+Blocking make_blocking(const Gather& g, int threads) {
+  Blocking b{};
+  b.channel_blocks = at_least_1(ceil_div(g.terms(), kReductionTerms));
+  b.channels = at_least_1(ceil_div(g.channels, b.channel_blocks));
+  b.channel_blocks = at_least_1(ceil_div(g.channels, b.channels));
+  fit_points<T, Tile>(g, b);
+  b.units = Tile::units(g.outputs);
+  split_tasks<Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
+  if (b.rows < g.h.count && 2 * b.cols <= Tile::kMaxPoints) b.rows += b.rows % 2;
+  count_blocks(g, Tile::units(g.outputs), b);
+  return b;
+}
+
+// Where things lie in the workspace, in bytes.
+struct Scratch {
+  int64_t group_weights;  // packed weights of one group, in elements
+  int64_t group_bias;
+  int64_t bias, offsets, workers;  // offsets into the workspace
+  int64_t staged_bytes, worker_bytes;
+  int64_t total(int threads) const { return workers + threads * worker_bytes; }
+};
+
+inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+template <class T, class Tile>
+Scratch make_scratch(const Gather& g, const Blocking& b) {
+  constexpr int64_t kSize = sizeof(T);
+  Scratch s{};
+  const int64_t units = Tile::units(g.outputs);
+  for (int64_t u = 0; u < units; ++u) s.group_bias += Tile::width(g.outputs, u);
+  s.group_weights = s.group_bias * g.terms();
+  s.bias = aligned(g.groups * s.group_weights * kSize);
+  s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
+  s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
+  s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
+  const int64_t tiles = b.channel_blocks == 1 ? 1 : b.images * b.units * Tile::tiles(b.cols) * b.rows;
+  s.worker_bytes = s.staged_bytes + aligned(tiles * Tile::kSums * kSize);
+  return s;
+}
+
+template <class T, template <class> class Tile>
+Plan plan_gathers(Conv2dDirection direction, const Conv2dShape& s, int threads) {
+  Plan plan{Tile<T>::kMaxWidth, Tile<T>::kMaxPoints, 0, 0};
+  for (int64_t i = 0; i < gather_count(direction, s); ++i) {
+    const Gather g = make_gather(direction, s, i);
+    if (g.is_empty()) continue;
+    const Blocking b = make_blocking<T, Tile<T>>(g, threads);
+    const size_t bytes = static_cast<size_t>(make_scratch<T, Tile<T>>(g, b).total(threads));
+    plan.tasks += b.tasks;
+    if (bytes > plan.workspace_bytes) plan.workspace_bytes = bytes;
+  }
+  return plan;
+}
+
+}  // namespace
