@@ -1,0 +1,293 @@
+// Depthwise convolution, forward and backward_input, for any number of output channels per channel, kernel, stride and dilation.
+//
+// Both are one gather: a target pixel adds up taps of a staged source (conv2d_depthwise.inl). The forward reads input rows `stride` apart. The
+// backward_input of stride s falls into s * s phases (target position plus padding, modulo s), in each of which the source pixels of a tap are
+// neighbours. A list per phase says where its taps lie in the stage and which weights they take.
+//
+// Tile: up to 14 pixels of a row times one vector of channels. The weights of a tap stay in a register while 14 multiplications read the stage
+// from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of memory operands; two FMA ports of latency 4
+// want 8 sums or more. A target is one chain: bias, then its taps in row-major order (backward_input: from the last to the first).
+//
+// The zeros staged for padding meet weights, which must be finite. Channels come in blocks of a vector: a rest leaves lanes idle.
+#include "cpu/kernels/conv2d_depthwise.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+constexpr int kTilePixels = 14;
+
+// One axis of the gather. Target t has the phase (t + target_pad) % phases and the place q = (t + target_pad) / phases; tap k, if it belongs to the
+// phase, reads source position q * source_step + offset(k, phase).
+struct Axis {
+  int64_t source, target, taps;
+  int64_t stride, pad, dilation;
+  bool forward;
+
+  int64_t phases() const { return forward ? 1 : stride; }
+  int64_t source_step() const { return forward ? stride : 1; }
+  int64_t target_pad() const { return forward ? 0 : pad; }
+  int64_t phase(int64_t t) const { return (t + target_pad()) % phases(); }
+  int64_t place(int64_t t) const { return (t + target_pad()) / phases(); }
+  bool has_tap(int64_t k, int64_t phase) const { return forward || k * dilation % stride == phase; }
+  int64_t offset(int64_t k, int64_t phase) const { return forward ? k * dilation - pad : -((k * dilation - phase) / stride); }
+  // The source positions that the targets [t, last) read, unclipped.
+  int64_t first_source(int64_t t) const { return place(t) * source_step() + (forward ? -pad : -((taps - 1) * dilation / stride)); }
+  int64_t last_source(int64_t last) const { return place(last - 1) * source_step() + (forward ? (taps - 1) * dilation - pad : 0) + 1; }
+};
+
+struct Tap {
+  int64_t offset;  // elements of the stage, from the pixel at the target's place
+  int64_t weight;  // elements of the channel block's packed weights
+};
+
+// The sizes and scratch of one call.
+template <class T>
+struct Job {
+  Conv2dShape s;
+  bool forward;
+  Axis h, w;
+  int64_t blocks;         // channel blocks
+  int64_t rows_per_task;  // target rows
+  int64_t row_tasks;
+  int64_t stage_columns, stage_rows;  // of the source
+  Tap* taps;              // [phase of h, phase of w] lists, one behind the other
+  int64_t* list_begin;    // [phases + 1]
+  T* weights;             // [blocks, multiplier, taps, lanes]
+  T* scratch;             // per worker: source stage, target stage, bias
+  int64_t scratch_size;   // elements
+
+  int64_t tasks() const { return s.batch * blocks * row_tasks; }
+  int64_t source_elements() const { return stage_rows * stage_columns * kLanes<T>; }
+  int64_t target_elements() const { return rows_per_task * w.target * kLanes<T>; }
+};
+
+// Target rows per task: a stage of at most 128 KB (with the target's it stays in L2) but not much more halo than rows, and enough tasks.
+template <class T>
+int64_t rows_per_task(const Job<T>& job, int threads) {
+  constexpr int64_t kStageBytes = 128 << 10;
+  const int64_t row_bytes = job.stage_columns * kVectorBytes;
+  const int64_t halo = job.h.last_source(1) - job.h.first_source(0);
+  const int64_t fitting = larger((kStageBytes / row_bytes - halo) / job.h.source_step(), halo * job.h.phases() / job.h.source_step());
+  const int64_t wanted_tasks = threads > 1 ? 4 * static_cast<int64_t>(threads) : 1;
+  const int64_t fair = ceil_div(job.h.target * job.s.batch * job.blocks, wanted_tasks);
+  return larger(1, smaller(job.h.target, smaller(fitting, fair)));
+}
+
+// Lays out the call's scratch from `workspace` on (null: sizes only) and returns its bytes.
+template <class T>
+Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, int64_t* bytes) {
+  Job<T> job{};
+  job.s = s;
+  job.forward = forward;
+  job.h = {forward ? s.in_h : s.out_h, forward ? s.out_h : s.in_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h, forward};
+  job.w = {forward ? s.in_w : s.out_w, forward ? s.out_w : s.in_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w, forward};
+  job.blocks = ceil_div(s.groups, kLanes<T>);
+  job.stage_columns = job.w.last_source(job.w.target) - job.w.first_source(0);
+  job.rows_per_task = rows_per_task(job, threads);
+  job.row_tasks = ceil_div(job.h.target, job.rows_per_task);
+  job.stage_rows = (job.rows_per_task / job.h.phases() + 1) * job.h.source_step() + job.h.last_source(1) - job.h.first_source(0);
+  job.scratch_size = job.source_elements() + job.target_elements() + kLanes<T>;
+  const int64_t scalar = sizeof(T);
+  const int64_t sizes[] = {align_64(taps_of(s) * static_cast<int64_t>(sizeof(Tap))), align_64((job.h.phases() * job.w.phases() + 1) * 8),
+                           align_64(job.blocks * multiplier_of(s) * taps_of(s) * kLanes<T> * scalar), job.scratch_size * threads * scalar};
+  char* at = static_cast<char*>(workspace);
+  if (at != nullptr) {
+    job.taps = reinterpret_cast<Tap*>(at);
+    job.list_begin = reinterpret_cast<int64_t*>(at + sizes[0]);
+    job.weights = reinterpret_cast<T*>(at + sizes[0] + sizes[1]);
+    job.scratch = reinterpret_cast<T*>(at + sizes[0] + sizes[1] + sizes[2]);
+  }
+  *bytes = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+  return job;
+}
+
+template <class T>
+void fill_taps(const Job<T>& job) {
+  const Conv2dShape& s = job.s;
+  int64_t used = 0, list = 0;
+  for (int64_t ph = 0; ph < job.h.phases(); ++ph) {
+    for (int64_t pw = 0; pw < job.w.phases(); ++pw) {
+      job.list_begin[list++] = used;
+      for (int64_t i = 0; i < taps_of(s); ++i) {
+        const int64_t tap = job.forward ? i : taps_of(s) - 1 - i;
+        const int64_t r = tap / s.kernel_w, c = tap % s.kernel_w;
+        if (!job.h.has_tap(r, ph) || !job.w.has_tap(c, pw)) continue;
+        job.taps[used++] = {(job.h.offset(r, ph) * job.stage_columns + job.w.offset(c, pw)) * kLanes<T>, tap * kLanes<T>};
+      }
+    }
+  }
+  job.list_begin[list] = used;
+}
+
+// Packs the weights of each channel block and multiple j as [tap][lane], zeros in idle lanes. Whether all are finite.
+template <class T>
+bool pack_weights(const Job<T>& job, const T* weight, int threads) {
+  const int64_t multiplier = multiplier_of(job.s), taps = taps_of(job.s);
+  int32_t infinite = 0;
+  parallel_for(threads, job.blocks * multiplier, [&](int, int64_t i) {
+    const int64_t first = i / multiplier * kLanes<T>, j = i % multiplier;
+    const LaneSet lanes = first_lanes<T>(job.s.groups - first);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const Vec<T> v = load_strided(weight + (first * multiplier + j) * taps + tap, multiplier * taps, lanes, Vec<T>{});
+      store(job.weights + (i * taps + tap) * kLanes<T>, v);
+      if (!is_finite<T>(v)) __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);
+    }
+  });
+  return infinite == 0;
+}
+
+// kPixels pixels of one row of one phase, added to `initial`. kStep: distance of their sources in the stage, in vectors, 0 for any.
+template <class T, int kPixels, int kStep>
+void compute_tile(const T* source, int64_t source_step, const Tap* tap, const Tap* last_tap, const T* weights, const T* initial,
+                  int64_t initial_step, T* target, int64_t target_step) {
+  const int64_t step = kStep != 0 ? kStep * kLanes<T> : source_step;
+  Vec<T> sum[kPixels];
+  for (int i = 0; i < kPixels; ++i) sum[i] = load(initial + i * initial_step);
+  for (; tap < last_tap; ++tap) {
+    const Vec<T> w = load(weights + tap->weight);
+    const T* p = source + tap->offset;
+#pragma GCC unroll 14
+    for (int i = 0; i < kPixels; ++i) sum[i] = fma(load(p + i * step), w, sum[i]);
+  }
+  for (int i = 0; i < kPixels; ++i) store(target + i * target_step, sum[i]);
+}
+
+template <class T>
+using Tile = void (*)(const T*, int64_t, const Tap*, const Tap*, const T*, const T*, int64_t, T*, int64_t);
+
+template <class T, int kStep>
+Tile<T> tile_of(int64_t pixels) {
+  static constexpr Tile<T> tiles[kTilePixels] = {
+      compute_tile<T, 1, kStep>,  compute_tile<T, 2, kStep>,  compute_tile<T, 3, kStep>,  compute_tile<T, 4, kStep>,
+      compute_tile<T, 5, kStep>,  compute_tile<T, 6, kStep>,  compute_tile<T, 7, kStep>,  compute_tile<T, 8, kStep>,
+      compute_tile<T, 9, kStep>,  compute_tile<T, 10, kStep>, compute_tile<T, 11, kStep>, compute_tile<T, 12, kStep>,
+      compute_tile<T, 13, kStep>, compute_tile<T, 14, kStep>};
+  return tiles[pixels - 1];
+}
+
+template <class T>
+Tile<T> tile_of(int64_t pixels, int64_t source_step) {
+  return source_step == 1 ? tile_of<T, 1>(pixels) : source_step == 2 ? tile_of<T, 2>(pixels) : tile_of<T, 0>(pixels);
+}
+
+// The columns of one phase in one target row; `initial` as for the tile, but null for the target itself.
+template <class T>
+void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t phase_w, const T* initial, T* target_row) {
+  const Axis &h = job.h, &w = job.w;
+  const int64_t list = h.phase(row) * w.phases() + phase_w;
+  const Tap *first_tap = job.taps + job.list_begin[list], *last_tap = job.taps + job.list_begin[list + 1];
+  int64_t column = (phase_w - w.target_pad() % w.phases() + w.phases()) % w.phases();
+  const int64_t target_step = w.phases() * kLanes<T>, source_step = w.source_step() * kLanes<T>;
+  int64_t left = column < w.target ? ceil_div(w.target - column, w.phases()) : 0;
+  while (left > 0) {
+    const int64_t pixels = ceil_div(left, ceil_div(left, kTilePixels));  // even shares: 28 = 14 + 14, 20 = 10 + 10
+    T* target = target_row + column * kLanes<T>;
+    tile_of<T>(pixels, w.source_step())(source.at(h.place(row) * h.source_step(), w.place(column) * w.source_step()), source_step, first_tap,
+                                        last_tap, weights, initial != nullptr ? initial : target, initial != nullptr ? 0 : target_step, target,
+                                        target_step);
+    column += pixels * w.phases();
+    left -= pixels;
+  }
+}
+
+template <class T>
+void compute_rows(const Job<T>& job, const Stage<T>& source, const T* weights, const T* initial, const Stage<T>& target) {
+  for (int64_t row = target.row; row < target.row + target.rows; ++row) {
+    for (int64_t phase = 0; phase < job.w.phases(); ++phase) compute_phase(job, source, weights, row, phase, initial, target.at(row, 0));
+  }
+}
+
+// A task: some target rows of one channel block of one image.
+template <class T>
+class Task {
+ public:
+  Task(const Job<T>& job, const Conv2dBuffers& buffers, int worker, int64_t index) : job_(job), buffers_(buffers) {
+    const int64_t row = index % job.row_tasks * job.rows_per_task;
+    const int64_t last_row = smaller(job.h.target, row + job.rows_per_task);
+    block_ = index / job.row_tasks % job.blocks;
+    image_ = index / job.row_tasks / job.blocks;
+    T* scratch = job.scratch + worker * job.scratch_size;
+    const int64_t source_row = job.h.first_source(row);
+    source_ = {scratch, source_row, job.w.first_source(0), job.h.last_source(last_row) - source_row, job.stage_columns};
+    target_ = {scratch + job.source_elements(), row, 0, last_row - row, job.w.target};
+    initial_ = target_.data + job.target_elements();
+    store(initial_, Vec<T>{});
+  }
+
+  void run() {
+    const int64_t multiplier = multiplier_of(job_.s);
+    const T* tensor = static_cast<const T*>(job_.forward ? buffers_.input : buffers_.grad_output);
+    T* result = static_cast<T*>(job_.forward ? buffers_.output : buffers_.grad_input);
+    for (int64_t j = 0; j < multiplier; ++j) {
+      if (!job_.forward || j == 0) fill_stage(channels(tensor, j, job_.h.source, job_.w.source, job_.forward), source_);
+      if (job_.forward) load_bias(j);
+      compute_rows(job_, source_, job_.weights + (block_ * multiplier + j) * taps_of(job_.s) * kLanes<T>,
+                   job_.forward || j == 0 ? initial_ : nullptr, target_);
+      if (job_.forward || j == multiplier - 1) write_stage(target_, channels(result, j, job_.h.target, job_.w.target, !job_.forward));
+    }
+  }
+
+ private:
+  // The block's channels of the task's image, of the input's side or those with multiple j of the output's.
+  template <class U>
+  ChannelBlock<U> channels(U* tensor, int64_t j, int64_t height, int64_t width, bool of_input) const {
+    const int64_t step = of_input ? 1 : multiplier_of(job_.s), first = block_ * kLanes<T>, channels = job_.s.groups * step;
+    return {tensor + image_ * channels * height * width,
+            first * step + (of_input ? 0 : j),
+            step,
+            smaller(kLanes<T>, job_.s.groups - first),
+            channels,
+            height,
+            width,
+            job_.s.layout};
+  }
+
+  void load_bias(int64_t j) {
+    if (buffers_.bias == nullptr) return;
+    const int64_t multiplier = multiplier_of(job_.s), first = block_ * kLanes<T>;
+    store(initial_, load_strided(static_cast<const T*>(buffers_.bias) + first * multiplier + j, multiplier,
+                                 first_lanes<T>(job_.s.groups - first), Vec<T>{}));
+  }
+
+  const Job<T>& job_;
+  const Conv2dBuffers& buffers_;
+  int64_t image_, block_;
+  Stage<T> source_, target_;
+  T* initial_;  // one vector: the bias or zeros
+};
+
+template <class T>
+Outcome run_job(const Conv2dShape& s, const Conv2dBuffers& b, bool forward, void* workspace, int threads) {
+  int64_t bytes;
+  const Job<T> job = make_job<T>(s, forward, threads, workspace, &bytes);
+  fill_taps(job);
+  if (!pack_weights(job, static_cast<const T*>(b.weight), threads)) return Outcome::not_finite;
+  parallel_for(threads, job.tasks(), [&](int worker, int64_t i) { Task<T>(job, b, worker, i).run(); });
+  return Outcome::done;
+}
+
+template <class T>
+Plan plan_job(const Conv2dShape& s, bool forward, int threads) {
+  int64_t bytes;
+  const Job<T> job = make_job<T>(s, forward, threads, nullptr, &bytes);
+  return {kLanes<T>, kTilePixels, job.tasks(), static_cast<size_t>(bytes)};
+}
+
+template <bool kForward>
+Plan plan(const Conv2dShape& s, int threads) {
+  return s.dtype == DType::float32 ? plan_job<float>(s, kForward, threads) : plan_job<double>(s, kForward, threads);
+}
+
+template <bool kForward>
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  return s.dtype == DType::float32 ? run_job<float>(s, b, kForward, workspace, threads) : run_job<double>(s, b, kForward, workspace, threads);
+}
+
+}  // namespace
+
+extern const Conv2dKernel conv2d_forward_depthwise = {
+    CNN_EXT_KERNEL_NAME("conv2d_forward_depthwise"), Isa::CNN_EXT_ISA, Conv2dDirection::forward, accepts_depthwise, plan<true>, run<true>};
+extern const Conv2dKernel conv2d_backward_input_depthwise = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_depthwise"), Isa::CNN_EXT_ISA,
+                                                             Conv2dDirection::backward_input, accepts_depthwise, plan<false>, run<false>};
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,0 +1,163 @@
+// What the depthwise kernels share. Each channel is convolved by itself, so a vector holds one channel in each lane, kLanes neighbouring ones: a
+// channel block. A block of rows is staged as [row][column][lane] with zeros around it; nchw is transposed on the way in and out, nhwc copied.
+// From there on layouts, padding, and maps narrower than a vector make no difference.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/transpose.h"
+
+namespace {
+
+using cnn_ext::Conv2dBuffers;
+using cnn_ext::Conv2dDirection;
+using cnn_ext::Conv2dShape;
+using cnn_ext::DType;
+using cnn_ext::Layout;
+using cnn_ext::cpu::Conv2dKernel;
+using cnn_ext::cpu::Isa;
+using cnn_ext::cpu::Outcome;
+using cnn_ext::cpu::Plan;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t align_64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline int64_t multiplier_of(const Conv2dShape& s) { return s.out_channels / s.groups; }
+inline int64_t taps_of(const Conv2dShape& s) { return s.kernel_h * s.kernel_w; }
+
+// Fewer channels than half a vector leave more lanes idle than the other kernels do.
+inline bool accepts_depthwise(const Conv2dShape& s) {
+  const int lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
+  return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.groups > 1 && s.groups == s.in_channels && 2 * s.groups >= lanes;
+}
+
+// The channels first + i * step, i < count <= lanes, of one image of a tensor of height x width maps.
+template <class T>
+struct ChannelBlock {
+  T* image;
+  int64_t first, step, count;
+  int64_t channels, height, width;
+  Layout layout;
+};
+
+// A rectangle of a staged tensor: rows of `columns` pixels of kLanes channels each, whose first pixel is (row, column) of the tensor.
+template <class T>
+struct Stage {
+  T* data;
+  int64_t row, column;  // may lie before the tensor
+  int64_t rows, columns;
+  T* at(int64_t r, int64_t c) const { return data + ((r - row) * columns + (c - column)) * kLanes<T>; }
+};
+
+template <class T>
+void clear_pixels(T* first, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store(first + i * kLanes<T>, Vec<T>{});
+}
+
+// Zeros for the pixels of the stage outside the tensor.
+template <class T>
+void clear_border(const Stage<T>& stage, int64_t height, int64_t width) {
+  const int64_t left = smaller(stage.columns, larger(0, -stage.column));
+  const int64_t right = smaller(stage.columns, larger(left, width - stage.column));
+  for (int64_t r = stage.row; r < stage.row + stage.rows; ++r) {
+    T* row = stage.at(r, stage.column);
+    const bool inside = r >= 0 && r < height;
+    clear_pixels(row, inside ? left : stage.columns);
+    if (inside) clear_pixels(row + right * kLanes<T>, stage.columns - right);
+  }
+}
+
+// One vector of the channels of one pixel.
+template <class T>
+Vec<T> load_pixel(const ChannelBlock<const T>& b, int64_t pixel) {
+  const T* p = b.image + pixel * b.channels + b.first;
+  const LaneSet lanes = first_lanes<T>(b.count);
+  return b.step == 1 ? load_lanes(p, lanes, Vec<T>{}) : load_strided(p, b.step, lanes, Vec<T>{});
+}
+
+template <class T>
+void store_pixel(const ChannelBlock<T>& b, int64_t pixel, Vec<T> v) {
+  T* p = b.image + pixel * b.channels + b.first;
+  if (b.step == 1) return store_lanes(p, v, first_lanes<T>(b.count));
+  for (int64_t i = 0; i < b.count; ++i) p[i * b.step] = v[i];
+}
+
+// kLanes neighbouring pixels (in memory, also across rows; `pixels` of them exist) of nchw maps, transposed to one vector per pixel.
+template <class T>
+void load_pixels(const ChannelBlock<const T>& b, int64_t pixel, int64_t pixels, Vec<T> (&vectors)[kLanes<T>]) {
+  const LaneSet lanes = first_lanes<T>(pixels);
+  for (int i = 0; i < kLanes<T>; ++i) {
+    const T* map = b.image + (b.first + i * b.step) * b.height * b.width;
+    vectors[i] = i < b.count ? load_lanes(map + pixel, lanes, Vec<T>{}) : Vec<T>{};
+  }
+  transpose<T>(vectors);
+}
+
+// Copies the pixels [column, last_column) of a row, in pieces of vectors that may continue in the next rows (nchw).
+template <class T>
+void stage_rows_nchw(const ChannelBlock<const T>& b, const Stage<T>& stage, int64_t first_row, int64_t last_row) {
+  const int64_t last_pixel = last_row * b.width;
+  int64_t r = first_row, c = 0;
+  for (int64_t pixel = first_row * b.width; pixel < last_pixel; pixel += kLanes<T>) {
+    const int64_t count = smaller(kLanes<T>, last_pixel - pixel);
+    Vec<T> vectors[kLanes<T>];
+    load_pixels<T>(b, pixel, count, vectors);
+    for (int64_t i = 0; i < count; ++i) {
+      if (c >= stage.column && c < stage.column + stage.columns) store(stage.at(r, c), vectors[i]);
+      if (++c == b.width) c = 0, ++r;
+    }
+  }
+}
+
+template <class T>
+void stage_rows_nhwc(const ChannelBlock<const T>& b, const Stage<T>& stage, int64_t first_row, int64_t last_row) {
+  const int64_t first = larger(0, stage.column), last = smaller(b.width, stage.column + stage.columns);
+  for (int64_t r = first_row; r < last_row; ++r) {
+    for (int64_t c = first; c < last; ++c) store(stage.at(r, c), load_pixel(b, r * b.width + c));
+  }
+}
+
+// Fills the stage from the tensor, zeros where it reaches outside.
+template <class T>
+void fill_stage(const ChannelBlock<const T>& b, const Stage<T>& stage) {
+  clear_border(stage, b.height, b.width);
+  const int64_t first_row = larger(0, stage.row), last_row = smaller(b.height, stage.row + stage.rows);
+  (b.layout == Layout::nchw ? stage_rows_nchw<T> : stage_rows_nhwc<T>)(b, stage, first_row, last_row);
+}
+
+// Writes a stage that covers whole rows of the tensor.
+template <class T>
+void write_stage(const Stage<T>& stage, const ChannelBlock<T>& b) {
+  const int64_t first_pixel = stage.row * b.width, pixels = stage.rows * b.width;
+  if (b.layout == Layout::nhwc) {
+    for (int64_t p = 0; p < pixels; ++p) store_pixel(b, first_pixel + p, load(stage.data + p * kLanes<T>));
+    return;
+  }
+  for (int64_t p = 0; p < pixels; p += kLanes<T>) {
+    const LaneSet lanes = first_lanes<T>(pixels - p);
+    Vec<T> vectors[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) vectors[i] = p + i < pixels ? load(stage.data + (p + i) * kLanes<T>) : Vec<T>{};
+    transpose<T>(vectors);
+    for (int i = 0; i < b.count; ++i) {
+      store_lanes(b.image + (b.first + i * b.step) * b.height * b.width + first_pixel + p, vectors[i], lanes);
+    }
+  }
+}
+
+// A product with 0 is NaN for an infinity or a NaN, else 0.
+template <class T>
+bool is_finite(Vec<T> v) {
+  const auto nan = is_nan(v * broadcast(T{0}));
+#if defined(__AVX512F__)
+  return nan == 0;
+#else
+  bool finite = true;
+  for (int i = 0; i < kLanes<T>; ++i) finite = finite && nan[i] == 0;
+  return finite;
+#endif
+}
+
+}  // namespace
