@@ -5,8 +5,9 @@
 
 namespace {
 
-// One axis's factor of the divisor of output `out`: the taps inside the input, or with count_include_pad those inside the padded input (what hangs
-// over because of ceil_mode never counts). An override stands in place of both factors. Empty windows have a sum of 0 and get a harmless 1.
+// One axis's factor of the divisor of output `out`: the taps inside the input, or with count_include_pad those inside the padded input
+// (what hangs over because of ceil_mode never counts). An override stands in place of both factors. Empty windows have a sum of 0 and get a
+// harmless 1.
 inline int64_t axis_divisor(const Pool2dShape& s, int64_t start, int64_t kernel, int64_t dilation, int64_t in, int64_t pad_after,
                             int64_t divisor_override) {
   const Taps inside = taps_inside(start, kernel, dilation, in);

@@ -1,8 +1,10 @@
-// The gradient of average pooling as a gather: each row of grad_input adds up what the rows of outputs over it contribute, in ascending order, and is
-// written once. What a row of outputs contributes is prepared when the first input row needs it, and kept in a ring of rows while others may:
+// The gradient of average pooling as a gather: each row of grad_input adds up what the rows of outputs over it contribute, in ascending
+// order, and is written once. What a row of outputs contributes is prepared when the first input row needs it, and kept in a ring of rows
+// while others may:
 //
-// nchw: a whole row as wide as the input, the shares (grad_output / divisor) already spread and added along the row. A vector holds the columns of
-// one phase (column modulo stride), interleaved at the store, for strides 1 and 2; larger ones spread their few outputs one by one.
+// nchw: a whole row as wide as the input, the shares (grad_output / divisor) already spread and added along the row. A vector holds the
+// columns of one phase (column modulo stride), interleaved at the store, for strides 1 and 2; larger ones spread their few outputs one by
+// one.
 //
 // nhwc: the shares alone; a vector holds neighbouring channels of one pixel.
 //
@@ -228,8 +230,12 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel avg_pool2d_backward_direct = {
-    CNN_EXT_KERNEL_NAME("avg_pool2d_backward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::avg, Pool2dDirection::backward, accepts_float_and_double,
-    plan, run};
+extern const Pool2dKernel avg_pool2d_backward_direct = {CNN_EXT_KERNEL_NAME("avg_pool2d_backward_direct"),
+                                                        Isa::CNN_EXT_ISA,
+                                                        Pool2dOp::avg,
+                                                        Pool2dDirection::backward,
+                                                        accepts_float_and_double,
+                                                        plan,
+                                                        run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,11 +1,11 @@
 // Average pooling: sums down the columns of a window first, then along its row of column sums, then one division.
 //
-// nchw: the column sums of one row of outputs go to a scratch row in L1, padded with zeros, so that the sums along the row need no borders. They
-// are shared by all windows of the row, and the rows of the input are read in order. Along the row a vector holds neighbouring outputs; where
-// windows are wide (7 and more) and far apart, as in global pooling, it holds neighbouring columns of one window instead.
+// nchw: the column sums of one row of outputs go to a scratch row in L1, padded with zeros, so that the sums along the row need no borders.
+// They are shared by all windows of the row, and the rows of the input are read in order. Along the row a vector holds neighbouring
+// outputs; where windows are wide (7 and more) and far apart, as in global pooling, it holds neighbouring columns of one window instead.
 //
-// nhwc: a vector holds neighbouring channels of one output, four of them at a time to hide the latency of the additions; each row of a window is
-// summed by itself first.
+// nhwc: a vector holds neighbouring channels of one output, four of them at a time to hide the latency of the additions; each row of a
+// window is summed by itself first.
 //
 // Every output is added up in the same order wherever its window lies: borders add zeros or nothing.
 #include "cpu/kernels/avg_pool2d.inl"
@@ -16,7 +16,7 @@ namespace {
 template <class T>
 struct Scratch {
   T* column_divisors;
-  T* column_sums;             // nchw: one row per worker
+  T* column_sums;  // nchw: one row per worker
   int64_t column_sums_size;
 };
 
@@ -93,9 +93,7 @@ void average_row(const Pool2dShape& s, const T* column_divisors, const T* sums, 
 }
 
 // Whether a vector along the window serves better than one along the outputs.
-bool has_wide_windows(const Pool2dShape& s) {
-  return s.dilation_w == 1 && s.kernel_w >= 7 && (s.stride_w > 2 || s.out_w < s.kernel_w);
-}
+bool has_wide_windows(const Pool2dShape& s) { return s.dilation_w == 1 && s.kernel_w >= 7 && (s.stride_w > 2 || s.out_w < s.kernel_w); }
 
 template <class T>
 T sum_lanes(Vec<T> v) {
@@ -126,7 +124,8 @@ void forward_row_nchw(const Pool2dShape& s, const T* column_divisors, T* sums, c
   average_row<T, 0>(s, column_divisors, sums, broadcast(divisor), output);
 }
 
-// kVectors neighbouring vectors of channels of one output; `lanes` are those of the last of them. window: the channels' values at the first tap.
+// kVectors neighbouring vectors of channels of one output; `lanes` are those of the last of them. window: the channels' values at the first
+// tap.
 template <class T, int kVectors>
 void average_channels(const Pool2dShape& s, const T* window, int64_t rows, int64_t columns, T divisor, T* output, LaneSet lanes) {
   const LaneSet all = first_lanes<T>(kLanes<T>);
@@ -210,8 +209,12 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel avg_pool2d_forward_direct = {
-    CNN_EXT_KERNEL_NAME("avg_pool2d_forward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::avg, Pool2dDirection::forward, accepts_float_and_double,
-    plan, run};
+extern const Pool2dKernel avg_pool2d_forward_direct = {CNN_EXT_KERNEL_NAME("avg_pool2d_forward_direct"),
+                                                       Isa::CNN_EXT_ISA,
+                                                       Pool2dOp::avg,
+                                                       Pool2dDirection::forward,
+                                                       accepts_float_and_double,
+                                                       plan,
+                                                       run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

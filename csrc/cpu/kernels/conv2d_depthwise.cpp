@@ -1,12 +1,13 @@
 // Depthwise convolution, forward and backward_input, for any number of output channels per channel, kernel, stride and dilation.
 //
-// Both are one gather: a target pixel adds up taps of a staged source (conv2d_depthwise.inl). The forward reads input rows `stride` apart. The
-// backward_input of stride s falls into s * s phases (target position plus padding, modulo s), in each of which the source pixels of a tap are
-// neighbours. A list per phase says where its taps lie in the stage and which weights they take.
+// Both are one gather: a target pixel adds up taps of a staged source (conv2d_depthwise.inl). The forward reads input rows `stride` apart.
+// The backward_input of stride s falls into s * s phases (target position plus padding, modulo s), in each of which the source pixels of a
+// tap are neighbours. A list per phase says where its taps lie in the stage and which weights they take.
 //
-// Tile: up to 14 pixels of a row times one vector of channels. The weights of a tap stay in a register while 14 multiplications read the stage
-// from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of memory operands; two FMA ports of latency 4
-// want 8 sums or more. A target is one chain: bias, then its taps in row-major order (backward_input: from the last to the first).
+// Tile: up to 14 pixels of a row times one vector of channels. The weights of a tap stay in a register while 14 multiplications read the
+// stage from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of memory operands; two FMA ports
+// of latency 4 want 8 sums or more. A target is one chain: bias, then its taps in row-major order (backward_input: from the last to the
+// first).
 //
 // The zeros staged for padding meet weights, which must be finite. Channels come in blocks of a vector: a rest leaves lanes idle.
 #include "cpu/kernels/conv2d_depthwise.inl"
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int kTilePixels = 14;
 
-// One axis of the gather. Target t has the phase (t + target_pad) % phases and the place q = (t + target_pad) / phases; tap k, if it belongs to the
-// phase, reads source position q * source_step + offset(k, phase).
+// One axis of the gather. Target t has the phase (t + target_pad) % phases and the place q = (t + target_pad) / phases; tap k, if it
+// belongs to the phase, reads source position q * source_step + offset(k, phase).
 struct Axis {
   int64_t source, target, taps;
   int64_t stride, pad, dilation;
@@ -50,11 +51,11 @@ struct Job {
   int64_t rows_per_task;  // target rows
   int64_t row_tasks;
   int64_t stage_columns, stage_rows;  // of the source
-  Tap* taps;              // [phase of h, phase of w] lists, one behind the other
-  int64_t* list_begin;    // [phases + 1]
-  T* weights;             // [blocks, multiplier, taps, lanes]
-  T* scratch;             // per worker: source stage, target stage, bias
-  int64_t scratch_size;   // elements
+  Tap* taps;                          // [phase of h, phase of w] lists, one behind the other
+  int64_t* list_begin;                // [phases + 1]
+  T* weights;                         // [blocks, multiplier, taps, lanes]
+  T* scratch;                         // per worker: source stage, target stage, bias
+  int64_t scratch_size;               // elements
 
   int64_t tasks() const { return s.batch * blocks * row_tasks; }
   int64_t source_elements() const { return stage_rows * stage_columns * kLanes<T>; }
@@ -157,11 +158,11 @@ using Tile = void (*)(const T*, int64_t, const Tap*, const Tap*, const T*, const
 
 template <class T, int kStep>
 Tile<T> tile_of(int64_t pixels) {
-  static constexpr Tile<T> tiles[kTilePixels] = {
-      compute_tile<T, 1, kStep>,  compute_tile<T, 2, kStep>,  compute_tile<T, 3, kStep>,  compute_tile<T, 4, kStep>,
-      compute_tile<T, 5, kStep>,  compute_tile<T, 6, kStep>,  compute_tile<T, 7, kStep>,  compute_tile<T, 8, kStep>,
-      compute_tile<T, 9, kStep>,  compute_tile<T, 10, kStep>, compute_tile<T, 11, kStep>, compute_tile<T, 12, kStep>,
-      compute_tile<T, 13, kStep>, compute_tile<T, 14, kStep>};
+  static constexpr Tile<T> tiles[kTilePixels] = {compute_tile<T, 1, kStep>,  compute_tile<T, 2, kStep>,  compute_tile<T, 3, kStep>,
+                                                 compute_tile<T, 4, kStep>,  compute_tile<T, 5, kStep>,  compute_tile<T, 6, kStep>,
+                                                 compute_tile<T, 7, kStep>,  compute_tile<T, 8, kStep>,  compute_tile<T, 9, kStep>,
+                                                 compute_tile<T, 10, kStep>, compute_tile<T, 11, kStep>, compute_tile<T, 12, kStep>,
+                                                 compute_tile<T, 13, kStep>, compute_tile<T, 14, kStep>};
   return tiles[pixels - 1];
 }
 
@@ -172,7 +173,8 @@ Tile<T> tile_of(int64_t pixels, int64_t source_step) {
 
 // The columns of one phase in one target row; `initial` as for the tile, but null for the target itself.
 template <class T>
-void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t phase_w, const T* initial, T* target_row) {
+void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t phase_w, const T* initial,
+                   T* target_row) {
   const Axis &h = job.h, &w = job.w;
   const int64_t list = h.phase(row) * w.phases() + phase_w;
   const Tap *first_tap = job.taps + job.list_begin[list], *last_tap = job.taps + job.list_begin[list + 1];
@@ -182,9 +184,9 @@ void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, 
   while (left > 0) {
     const int64_t pixels = ceil_div(left, ceil_div(left, kTilePixels));  // even shares: 28 = 14 + 14, 20 = 10 + 10
     T* target = target_row + column * kLanes<T>;
-    tile_of<T>(pixels, w.source_step())(source.at(h.place(row) * h.source_step(), w.place(column) * w.source_step()), source_step, first_tap,
-                                        last_tap, weights, initial != nullptr ? initial : target, initial != nullptr ? 0 : target_step, target,
-                                        target_step);
+    tile_of<T>(pixels, w.source_step())(source.at(h.place(row) * h.source_step(), w.place(column) * w.source_step()), source_step,
+                                        first_tap, last_tap, weights, initial != nullptr ? initial : target,
+                                        initial != nullptr ? 0 : target_step, target, target_step);
     column += pixels * w.phases();
     left -= pixels;
   }
@@ -280,14 +282,19 @@ Plan plan(const Conv2dShape& s, int threads) {
 
 template <bool kForward>
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? run_job<float>(s, b, kForward, workspace, threads) : run_job<double>(s, b, kForward, workspace, threads);
+  return s.dtype == DType::float32 ? run_job<float>(s, b, kForward, workspace, threads)
+                                   : run_job<double>(s, b, kForward, workspace, threads);
 }
 
 }  // namespace
 
 extern const Conv2dKernel conv2d_forward_depthwise = {
     CNN_EXT_KERNEL_NAME("conv2d_forward_depthwise"), Isa::CNN_EXT_ISA, Conv2dDirection::forward, accepts_depthwise, plan<true>, run<true>};
-extern const Conv2dKernel conv2d_backward_input_depthwise = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_depthwise"), Isa::CNN_EXT_ISA,
-                                                             Conv2dDirection::backward_input, accepts_depthwise, plan<false>, run<false>};
+extern const Conv2dKernel conv2d_backward_input_depthwise = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_depthwise"),
+                                                             Isa::CNN_EXT_ISA,
+                                                             Conv2dDirection::backward_input,
+                                                             accepts_depthwise,
+                                                             plan<false>,
+                                                             run<false>};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,6 +1,6 @@
-// What the depthwise kernels share. Each channel is convolved by itself, so a vector holds one channel in each lane, kLanes neighbouring ones: a
-// channel block. A block of rows is staged as [row][column][lane] with zeros around it; nchw is transposed on the way in and out, nhwc copied.
-// From there on layouts, padding, and maps narrower than a vector make no difference.
+// What the depthwise kernels share. Each channel is convolved by itself, so a vector holds one channel in each lane, kLanes neighbouring
+// ones: a channel block. A block of rows is staged as [row][column][lane] with zeros around it; nchw is transposed on the way in and out,
+// nhwc copied. From there on layouts, padding, and maps narrower than a vector make no difference.
 #pragma once
 
 #include "cpu/kernel.h"

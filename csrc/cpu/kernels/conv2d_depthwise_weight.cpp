@@ -1,13 +1,13 @@
 // The gradient of depthwise weights, for any number of output channels per channel, kernel, stride and dilation.
 //
-// Input and grad_output are staged as [row][column][lane], a channel in each lane (conv2d_depthwise.inl); then a tap's gradient is a vector that adds
-// up grad_output[pixel] * input[pixel shifted by the tap] over all pixels, without a horizontal sum.
+// Input and grad_output are staged as [row][column][lane], a channel in each lane (conv2d_depthwise.inl); then a tap's gradient is a vector
+// that adds up grad_output[pixel] * input[pixel shifted by the tap] over all pixels, without a horizontal sum.
 //
-// Tile: 2 or 3 tap rows times up to 7 tap columns, at most 14 sums, so that a vector of grad_output is read once for 14 multiplications whose other
-// operand comes from L1; with the vector of grad_output they leave one of avx2's 16 registers.
+// Tile: 2 or 3 tap rows times up to 7 tap columns, at most 14 sums, so that a vector of grad_output is read once for 14 multiplications
+// whose other operand comes from L1; with the vector of grad_output they leave one of avx2's 16 registers.
 //
-// Order: pixels of a block of rows in a register, blocks and images of a chunk in memory, then the chunks in ascending order. Blocks and chunks are a
-// function of the shape and the instruction set, never of the threads.
+// Order: pixels of a block of rows in a register, blocks and images of a chunk in memory, then the chunks in ascending order. Blocks and
+// chunks are a function of the shape and the instruction set, never of the threads.
 //
 // The zeros staged for padding meet grad_output, which must be finite.
 #include "cpu/kernels/conv2d_depthwise.inl"
@@ -25,11 +25,11 @@ struct Job {
   Conv2dShape s;
   int64_t blocks, multiplier;
   int64_t images_per_chunk, chunks;
-  int64_t rows;  // output rows staged at a time
+  int64_t rows;                       // output rows staged at a time
   int64_t stage_rows, stage_columns;  // of the input
-  T* sums;       // [chunks, blocks, multiplier, taps, lanes]
-  T* scratch;    // per worker: input stage, grad_output stage
-  int64_t scratch_size;  // elements
+  T* sums;                            // [chunks, blocks, multiplier, taps, lanes]
+  T* scratch;                         // per worker: input stage, grad_output stage
+  int64_t scratch_size;               // elements
 
   int64_t input_elements() const { return stage_rows * stage_columns * kLanes<T>; }
   int64_t block_sums() const { return multiplier * taps_of(s) * kLanes<T>; }
@@ -116,8 +116,14 @@ Tile<T> tile_of(int64_t rows, int64_t columns) {
 template <class T>
 void compute_taps(const Job<T>& job, const Stage<T>& input, const Stage<T>& grad, T* sums) {
   const Conv2dShape& s = job.s;
-  Pixels<T> p{grad.data, nullptr, grad.rows, grad.columns, s.stride_h * input.columns * kLanes<T>, s.stride_w * kLanes<T>,
-              s.dilation_h * input.columns * kLanes<T>, s.dilation_w * kLanes<T>};
+  Pixels<T> p{grad.data,
+              nullptr,
+              grad.rows,
+              grad.columns,
+              s.stride_h * input.columns * kLanes<T>,
+              s.stride_w * kLanes<T>,
+              s.dilation_h * input.columns * kLanes<T>,
+              s.dilation_w * kLanes<T>};
   for (int64_t c = 0, columns; c < s.kernel_w; c += columns) {
     columns = ceil_div(s.kernel_w - c, ceil_div(s.kernel_w - c, kTileColumns));
     const int64_t most_rows = smaller(kTileRows, kTileSums / columns);
@@ -176,7 +182,8 @@ void write_block(const Job<T>& job, int64_t block, T* grad_weight) {
       for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
         total += load(job.sums + (chunk * job.blocks + block) * job.block_sums() + (j * taps + tap) * kLanes<T>);
       }
-      for (int i = 0; i < smaller(kLanes<T>, job.s.groups - first); ++i) grad_weight[((first + i) * job.multiplier + j) * taps + tap] = total[i];
+      for (int i = 0; i < smaller(kLanes<T>, job.s.groups - first); ++i)
+        grad_weight[((first + i) * job.multiplier + j) * taps + tap] = total[i];
     }
   }
 }
@@ -211,7 +218,11 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_backward_weight_depthwise = {
-    CNN_EXT_KERNEL_NAME("conv2d_backward_weight_depthwise"), Isa::CNN_EXT_ISA, Conv2dDirection::backward_weight, accepts_depthwise, plan, run};
+extern const Conv2dKernel conv2d_backward_weight_depthwise = {CNN_EXT_KERNEL_NAME("conv2d_backward_weight_depthwise"),
+                                                              Isa::CNN_EXT_ISA,
+                                                              Conv2dDirection::backward_weight,
+                                                              accepts_depthwise,
+                                                              plan,
+                                                              run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

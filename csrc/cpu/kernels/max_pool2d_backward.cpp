@@ -1,13 +1,15 @@
-// The gradient of max pooling as a gather: every element of grad_input adds up the grad_outputs whose offset names it, in ascending order of the
-// outputs, and is written once. No zero-fill, no scatter, no two tasks that write one element.
+// The gradient of max pooling as a gather: every element of grad_input adds up the grad_outputs whose offset names it, in ascending order
+// of the outputs, and is written once. No zero-fill of the tensor, no two tasks that write one element.
 //
 // nchw, stride 1 or 2: a vector holds the columns of one phase (column modulo stride), so that the outputs that a tap connects them to are
 // neighbours; the two phases of stride 2 are interleaved at the store. Where the vectors begin depends on the column alone and is computed
-// once per call. Larger strides have few outputs per input: the row is cleared and its outputs are scattered into it, one by one, in L1.
+// once per call. The two rows of a 2x2 window of stride 2 are done together: offsets and gradients are loaded once for four elements.
 //
 // nhwc: a vector holds neighbouring channels of one pixel.
 //
-// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition; the 2x2 windows of stride 2 are bound by memory.
+// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition. Where more than nine taps meet in an element, and
+// in nchw for larger strides, it is cheaper to clear a few rows and to add their outputs one by one, in L1: the same additions in the same
+// order.
 #include "cpu/kernels/pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -19,16 +21,20 @@ struct VectorCover {
   LaneSet lanes;
 };
 
-// For each vector of input columns (stride_w * lanes of them) and each phase the covers by ascending output. Every vector has the same number of
-// covers, kernel_w, and phase p those from begin[p] on.
+// For each vector of input columns (stride_w * lanes of them) and each phase the covers by ascending output. Every vector has the same
+// number of covers, kernel_w, and phase p those from begin[p] on.
 struct Tables {
   AxisCovers rows;
-  AxisCovers columns;       // nhwc
-  VectorCover* covers;      // nchw: [vectors, kernel_w]
-  int64_t begin[3];         // nchw
+  AxisCovers columns;   // nhwc
+  VectorCover* covers;  // nchw: [vectors, kernel_w]
+  int64_t begin[3];     // nchw
 };
 
-bool by_phases(const Pool2dShape& s) { return s.layout == Layout::nchw && s.stride_w <= 2; }
+bool by_outputs(const Pool2dShape& s) {
+  return (s.layout == Layout::nchw && s.stride_w > 2) || s.kernel_h * s.kernel_w > 9 * s.stride_h * s.stride_w;
+}
+
+bool by_phases(const Pool2dShape& s) { return s.layout == Layout::nchw && !by_outputs(s); }
 
 // A vector q covers columns from q * lanes * stride_w - pad_left on.
 template <class T>
@@ -110,16 +116,46 @@ void backward_row_by_phases(const Pool2dShape& s, const Tables& t, Outputs<T, Of
   }
 }
 
+// Whether rows ih and ih + 1 are the two rows of one row of 2x2 windows with stride 2.
+bool is_row_pair(const Pool2dShape& s, const Tables& t, int64_t ih) {
+  if (s.stride_w != 2 || s.kernel_w != 2 || s.dilation_w != 1 || s.stride_h != 2 || s.kernel_h != 2 || s.dilation_h != 1) return false;
+  return ih + 1 < s.in_h && t.rows.begin[ih] < t.rows.begin[ih + 1] && t.rows.covers[t.rows.begin[ih]].tap == 0;
+}
+
 template <class T, class Offset>
-void backward_row_by_outputs(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
-  for (int64_t iw = 0; iw < s.in_w; ++iw) grad_input[iw] = T{0};
-  for (int64_t i = t.rows.begin[ih]; i < t.rows.begin[ih + 1]; ++i) {
-    const Cover row = t.rows.covers[i];
+void backward_row_pair(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
+  const int64_t out = t.rows.covers[t.rows.begin[ih]].out * s.out_w;
+  const VectorCover* cover = t.covers;
+  for (int64_t column = -s.pad_left; column < s.in_w; column += 2 * kLanes<T>, cover += 2) {
+    const Vec<T> grad = load_lanes(outputs.grad + out + cover->out, cover->lanes, Vec<T>{});
+    const IntVec<T> offset = load_offsets<T>(outputs.offsets + out + cover->out, cover->lanes);
+    for (int r = 0; r < 2; ++r) {
+      const Vec<T> even = Vec<T>{} + select(equal(offset, broadcast(static_cast<Int<T>>(2 * r))), grad, Vec<T>{});
+      const Vec<T> odd = Vec<T>{} + select(equal(offset, broadcast(static_cast<Int<T>>(2 * r + 1))), grad, Vec<T>{});
+      store_columns(grad_input + r * s.in_w, column, interleave_lower<T>(even, odd), s);
+      store_columns(grad_input + r * s.in_w, column + kLanes<T>, interleave_upper<T>(even, odd), s);
+    }
+  }
+}
+
+// The rows [first, last) of one plane, output by output: those that lie in between get their gradients added in ascending order.
+template <class T, class Offset>
+void backward_by_outputs(const Pool2dShape& s, Outputs<T, Offset> outputs, int64_t first, int64_t last, T* plane, int64_t channel,
+                         int64_t last_channel) {
+  const int64_t pixel = pixel_of(s), begin = s.layout == Layout::nchw ? 0 : channel, end = s.layout == Layout::nchw ? 1 : last_channel;
+  for (int64_t i = first * s.in_w; i < last * s.in_w; ++i) {
+    for (int64_t c = begin; c < end; ++c) plane[i * pixel + c] = T{0};
+  }
+  const int64_t from = first + s.pad_top - (s.kernel_h - 1) * s.dilation_h;
+  const int64_t last_out = smaller(s.out_h - 1, (last - 1 + s.pad_top) / s.stride_h);
+  for (int64_t oh = from > 0 ? ceil_div(from, s.stride_h) : 0; oh <= last_out; ++oh) {
     for (int64_t ow = 0; ow < s.out_w; ++ow) {
-      const int64_t tap = outputs.offsets[row.out * s.out_w + ow] - row.tap * s.kernel_w;
-      const int64_t column = ow * s.stride_w - s.pad_left + tap * s.dilation_w;
-      const bool here = tap >= 0 && tap < s.kernel_w && column >= 0 && column < s.in_w;
-      if (here) grad_input[column] += outputs.grad[row.out * s.out_w + ow];
+      const int64_t at = (oh * s.out_w + ow) * pixel, top = oh * s.stride_h - s.pad_top, left = ow * s.stride_w - s.pad_left;
+      for (int64_t c = begin; c < end; ++c) {
+        const uint32_t tap = static_cast<uint32_t>(outputs.offsets[at + c]), kernel_w = static_cast<uint32_t>(s.kernel_w);
+        const int64_t ih = top + tap / kernel_w * s.dilation_h, iw = left + tap % kernel_w * s.dilation_w;
+        if (ih >= first && ih < last && iw >= 0 && iw < s.in_w) plane[(ih * s.in_w + iw) * pixel + c] += outputs.grad[at + c];
+      }
     }
   }
 }
@@ -137,13 +173,32 @@ void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
         for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
           const Cover column = t.columns.covers[j];
           const int64_t at = (row.out * s.out_w + column.out) * s.channels + c;
-          const auto here = equal(load_offsets<T>(outputs.offsets + at, lanes),
-                                  broadcast(static_cast<Int<T>>(row.tap * s.kernel_w + column.tap)));
+          const auto here =
+              equal(load_offsets<T>(outputs.offsets + at, lanes), broadcast(static_cast<Int<T>>(row.tap * s.kernel_w + column.tap)));
           sum += select(here, load_lanes(outputs.grad + at, lanes, Vec<T>{}), Vec<T>{});
         }
       }
       store_lanes(grad_input + iw * s.channels + c, sum, lanes);
     }
+  }
+}
+
+// The rows [ih, last) of one plane.
+template <class T, class Offset>
+void backward_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t last, T* grad_input,
+                   int64_t channel, int64_t last_channel) {
+  while (ih < last) {
+    T* row = grad_input + ih * s.in_w * pixel_of(s);
+    if (s.layout == Layout::nhwc) {
+      backward_row_nhwc(s, t, outputs, ih, row, channel, last_channel);
+    } else if (s.stride_w == 1) {
+      backward_row_by_phases<T, Offset, 1>(s, t, outputs, ih, row);
+    } else if (ih + 1 < last && is_row_pair(s, t, ih)) {
+      backward_row_pair(s, t, outputs, ih++, row);
+    } else {
+      backward_row_by_phases<T, Offset, 2>(s, t, outputs, ih, row);
+    }
+    ++ih;
   }
 }
 
@@ -157,22 +212,19 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
   Carver carver(workspace);
   Tables tables = carve_tables<T>(s, carver);
   fill_tables<T>(s, tables);
-  const int64_t plane_outputs = s.out_h * s.out_w * pixel_of(s), row_elements = s.in_w * pixel_of(s);
   for_each_task(s, split_of<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t channel, int64_t last_channel) {
-    for (; row < last_row; ++row) {
-      const int64_t plane = row / s.in_h, ih = row % s.in_h;
+    for (int64_t plane = row / s.in_h; row < last_row; ++plane) {
+      const int64_t first = row - plane * s.in_h, last = smaller(s.in_h, last_row - plane * s.in_h);
+      const int64_t plane_outputs = s.out_h * s.out_w * pixel_of(s);
       const Outputs<T, Offset> outputs{static_cast<const T*>(b.grad_output) + plane * plane_outputs,
                                        static_cast<const Offset*>(b.offsets) + plane * plane_outputs};
-      T* grad_input = static_cast<T*>(b.grad_input) + row * row_elements;
-      if (s.layout == Layout::nhwc) {
-        backward_row_nhwc(s, tables, outputs, ih, grad_input, channel, last_channel);
-      } else if (s.stride_w == 1) {
-        backward_row_by_phases<T, Offset, 1>(s, tables, outputs, ih, grad_input);
-      } else if (s.stride_w == 2) {
-        backward_row_by_phases<T, Offset, 2>(s, tables, outputs, ih, grad_input);
+      T* grad_input = static_cast<T*>(b.grad_input) + plane * s.in_h * s.in_w * pixel_of(s);
+      if (by_outputs(s)) {
+        backward_by_outputs(s, outputs, first, last, grad_input, channel, last_channel);
       } else {
-        backward_row_by_outputs(s, tables, outputs, ih, grad_input);
+        backward_rows(s, tables, outputs, first, last, grad_input, channel, last_channel);
       }
+      row += last - first;
     }
   });
 }
@@ -199,8 +251,12 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel max_pool2d_backward_direct = {
-    CNN_EXT_KERNEL_NAME("max_pool2d_backward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::max, Pool2dDirection::backward, accepts_float_and_double,
-    plan, run};
+extern const Pool2dKernel max_pool2d_backward_direct = {CNN_EXT_KERNEL_NAME("max_pool2d_backward_direct"),
+                                                        Isa::CNN_EXT_ISA,
+                                                        Pool2dOp::max,
+                                                        Pool2dDirection::backward,
+                                                        accepts_float_and_double,
+                                                        plan,
+                                                        run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

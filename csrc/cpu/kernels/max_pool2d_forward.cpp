@@ -1,9 +1,9 @@
 // Max pooling, tap by tap, with the best value and its offset side by side in registers.
 //
-// nchw: a vector holds neighbouring outputs of one row. A tap's values come from one masked load (stride 1), two and a shuffle (stride 2) or
-// a strided load (other strides). Where each vector begins and which of its lanes are inside the input depends on the column alone: a call
-// computes that once, and the loop over rows has neither border code nor scalar tails. Lanes outside load as -inf, and each lane's offset
-// starts at its first tap inside the input: no -inf is greater, so a border can neither win nor claim the offset of an -inf inside.
+// nchw: a vector holds neighbouring outputs of one row. A tap's values come from one masked load (stride 1), two and a shuffle (stride 2)
+// or a strided load (other strides). Where each vector begins and which of its lanes are inside the input depends on the column alone: a
+// call computes that once, and the loop over rows has neither border code nor scalar tails. Lanes outside load as -inf, and each lane's
+// offset starts at its first tap inside the input: no -inf is greater, so a border can neither win nor claim the offset of an -inf inside.
 //
 // nhwc: a vector holds neighbouring channels of one output, up to four of them at a time (value and offset in 8 registers); windows are
 // clipped, so every tap is inside.
@@ -138,8 +138,8 @@ void forward_nchw(const Pool2dShape& s, const Pool2dBuffers& b, const Tables<T>&
   });
 }
 
-// kVectors neighbouring vectors of channels of one output; `lanes` are those of the last of them. input: the channels' values at the image's
-// pixel 0.
+// kVectors neighbouring vectors of channels of one output; `lanes` are those of the last of them. input: the channels' values at the
+// image's pixel 0.
 template <class T, class Offset, int kVectors>
 void forward_channels(const Pool2dShape& s, const T* input, int64_t top, Taps rows, int64_t left, Taps columns, T* output, Offset* offsets,
                       LaneSet lanes) {
@@ -237,8 +237,12 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel max_pool2d_forward_direct = {
-    CNN_EXT_KERNEL_NAME("max_pool2d_forward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::max, Pool2dDirection::forward, accepts_float_and_double,
-    plan, run};
+extern const Pool2dKernel max_pool2d_forward_direct = {CNN_EXT_KERNEL_NAME("max_pool2d_forward_direct"),
+                                                       Isa::CNN_EXT_ISA,
+                                                       Pool2dOp::max,
+                                                       Pool2dDirection::forward,
+                                                       accepts_float_and_double,
+                                                       plan,
+                                                       run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

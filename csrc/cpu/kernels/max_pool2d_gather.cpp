@@ -1,6 +1,6 @@
-// Gathers the input at given offsets: the derivative of max pooling's backward, so only double backward needs it. One look-up per output: a table
-// turns an offset into a row and a column of the window, a load fetches the value. Offsets that point outside the input or the window (empty
-// windows do) give 0.
+// Gathers the input at given offsets: the derivative of max pooling's backward, so only double backward needs it. One look-up per output: a
+// table turns an offset into a row and a column of the window, a load fetches the value. Offsets that point outside the input or the window
+// (empty windows do) give 0.
 #include "cpu/kernels/pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -69,8 +69,12 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel max_pool2d_gather_direct = {
-    CNN_EXT_KERNEL_NAME("max_pool2d_gather_direct"), Isa::CNN_EXT_ISA, Pool2dOp::max, Pool2dDirection::gather, accepts_float_and_double, plan,
-    run};
+extern const Pool2dKernel max_pool2d_gather_direct = {CNN_EXT_KERNEL_NAME("max_pool2d_gather_direct"),
+                                                      Isa::CNN_EXT_ISA,
+                                                      Pool2dOp::max,
+                                                      Pool2dDirection::gather,
+                                                      accepts_float_and_double,
+                                                      plan,
+                                                      run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

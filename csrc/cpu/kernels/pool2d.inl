@@ -38,13 +38,13 @@ inline Taps taps_inside(int64_t start, int64_t kernel, int64_t dilation, int64_t
 inline bool accepts_float_and_double(const Pool2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
 inline bool has_small_offsets(const Pool2dShape& s) { return s.kernel_h * s.kernel_w <= 256; }
 
-// Planes: what the rows of a layout are counted through, all channels of all images (nchw) or all images (nhwc). A row has `pixel_of` elements
-// for each position.
+// Planes: what the rows of a layout are counted through, all channels of all images (nchw) or all images (nhwc). A row has `pixel_of`
+// elements for each position.
 inline int64_t planes_of(const Pool2dShape& s) { return s.layout == Layout::nchw ? s.batch * s.channels : s.batch; }
 inline int64_t pixel_of(const Pool2dShape& s) { return s.layout == Layout::nchw ? 1 : s.channels; }
 
-// All rows of all planes, cut into tasks of consecutive rows, and each row's channels into parts where the rows are too few to go round (nhwc
-// only). Every row is computed by itself, so the cut does not show in the result.
+// All rows of all planes, cut into tasks of consecutive rows, and each row's channels into parts where the rows are too few to go round
+// (nhwc only). Every row is computed by itself, so the cut does not show in the result.
 struct Split {
   int64_t rows, rows_per_task, parts, channels_per_part, tasks;
 };

@@ -1,5 +1,5 @@
-// What kernels with borders, strides and choices need beside vec.h: runs of lanes, masked and strided loads, comparisons and selections, even
-// and odd lanes, and vectors of integers beside those of scalars. Internal linkage throughout, as in vec.h.
+// What kernels with borders, strides and choices need beside vec.h: runs of lanes, masked and strided loads, comparisons and selections,
+// even and odd lanes, and vectors of integers beside those of scalars. Internal linkage throughout, as in vec.h.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -54,9 +54,9 @@ inline LaneSet lanes_inside(int64_t position, int64_t stride, int64_t size) {
   return lanes_between(static_cast<int>(first < end ? first : end), static_cast<int>(end));
 }
 
-// Masked memory access touches nothing outside the set; a load takes the other lanes from `other`. load_strided reads lane j at p[j * stride].
-// load_offsets and store_offsets convert between the bytes (or int32) of pooling offsets and the lanes of an IntVec<T>; lanes outside the set
-// load as 0.
+// Masked memory access touches nothing outside the set; a load takes the other lanes from `other`. load_strided reads lane j at p[j *
+// stride]. load_offsets and store_offsets convert between the bytes (or int32) of pooling offsets and the lanes of an IntVec<T>; lanes
+// outside the set load as 0.
 #if defined(__AVX512F__)
 inline Vec<float> load_lanes(const float* p, LaneSet set, Vec<float> other) {
   return _mm512_mask_loadu_ps(other, static_cast<__mmask16>(set.bits), p);
@@ -85,7 +85,8 @@ template <class T, class Offset>
 inline void store_offsets(Offset* p, IntVec<T> v, LaneSet set) {
   const __mmask16 mask = static_cast<__mmask16>(set.bits);
   if constexpr (sizeof(Offset) == 1 && sizeof(T) == 4) _mm_mask_storeu_epi8(p, mask, _mm512_maskz_cvtepi32_epi8(mask, (__m512i)v));
-  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 8) _mm_mask_storeu_epi8(p, mask, _mm512_maskz_cvtepi64_epi8(static_cast<__mmask8>(mask), (__m512i)v));
+  if constexpr (sizeof(Offset) == 1 && sizeof(T) == 8)
+    _mm_mask_storeu_epi8(p, mask, _mm512_maskz_cvtepi64_epi8(static_cast<__mmask8>(mask), (__m512i)v));
   if constexpr (sizeof(Offset) == 4 && sizeof(T) == 4) _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
   if constexpr (sizeof(Offset) == 4 && sizeof(T) == 8) {
     _mm256_mask_storeu_epi32(p, static_cast<__mmask8>(mask), _mm512_maskz_cvtepi64_epi32(static_cast<__mmask8>(mask), (__m512i)v));
