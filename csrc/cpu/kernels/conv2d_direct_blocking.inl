@@ -115,8 +115,10 @@ Scratch make_scratch(const Gather& g, const Blocking& b) {
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
   s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
-  const int64_t tiles = b.channel_blocks == 1 ? 1 : b.images * b.units * Tile::tiles(b.cols) * b.rows;
-  s.worker_bytes = s.staged_bytes + aligned(tiles * Tile::kSums * kSize);
+  // One tile's sums, or, while blocks of channels add to them, those of the whole task.
+  const int64_t cols = Tile::kChannelsInner ? b.cols : Tile::tiles(b.cols) * Tile::kMaxPoints;
+  const int64_t sums = b.channel_blocks == 1 ? Tile::kSums : b.images * b.rows * cols * b.units * Tile::kMaxWidth;
+  s.worker_bytes = s.staged_bytes + aligned(sums * kSize);
   return s;
 }
 

@@ -175,7 +175,7 @@ class GatherRun {
           const int64_t x = Tile::tile_begin(p.cols, t), cols = Tile::tile_begin(p.cols, t + 1) - x;
           tile.staged = staged(worker) + image * layout_.image_pitch + y * tile.row_step + x;
           run_tile(tile, channel_block, unit, rows, cols, sums, grid_point(p, unit, p.n + image, p.y + y, p.x + x));
-          if (b_.channel_blocks > 1) sums += Tile::kSums;
+          if (b_.channel_blocks > 1) sums += rows * tile.row_pitch;
         }
       }
     }
