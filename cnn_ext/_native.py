@@ -31,14 +31,15 @@ def _share_openmp_runtime() -> str:
 
 
 def _load(name: str) -> ModuleType:
-    """Imports a compiled module and makes sure that it was built from the sources beside it, where there are any."""
+    """Imports a compiled module and makes sure that it is this package's own, built from the sources beside it."""
+    package = Path(__file__).resolve().parent
     try:
         module = importlib.import_module(f"cnn_ext.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"cnn_ext: the compiled module {name} is not in {Path(__file__).parent}: {_REBUILD}"
-        ) from error
-    csrc = Path(__file__).resolve().parent.parent / "csrc"
+        raise ImportError(f"cnn_ext: the compiled module {name} is not in {package}: {_REBUILD}") from error
+    if Path(module.__file__).resolve().parent != package:  # an editable installation answers for every cnn_ext
+        raise ImportError(f"cnn_ext: the compiled module {module.__file__} is not in {package}: {_REBUILD}")
+    csrc = package.parent / "csrc"
     if csrc.is_dir() and module.source_hash != source_hash(csrc):
         raise ImportError(
             f"cnn_ext: {module.__file__} was built from other sources (hash {module.source_hash}) than {csrc} "
