@@ -134,13 +134,17 @@ class BackwardWeight {
 
   void pack_grad_output(const T* grad_output, const Channels& channels, const Block& block, T* packed) const {
     const int64_t plane = s_.out_h * s_.out_w, pixels = block.rows.size() * s_.out_w;
-    for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) {
-      const int64_t first = b * work_.out_block, count = smaller(work_.out_block, work_.group_out - first);
-      const int64_t step = vectors_of(b) * kLanes<T>;
-      for (int64_t n = block.images.begin; n < block.images.end; ++n) {
-        pack_run<true>(s_.layout, grad_output + n * s_.out_channels * plane, s_.out_channels, plane,
-                       channels.group * work_.group_out + first, count, block.rows.begin * s_.out_w, pixels, packed, step);
-        packed += pixels * step;
+    const int64_t run = s_.layout == Layout::nchw ? pixels : kPackPixels;
+    for (int64_t n = 0; n < block.images.size(); ++n) {
+      const T* image = grad_output + (block.images.begin + n) * s_.out_channels * plane;
+      for (int64_t pixel = 0; pixel < pixels; pixel += run) {
+        for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) {
+          const int64_t first = b * work_.out_block, count = smaller(work_.out_block, work_.group_out - first);
+          const int64_t step = vectors_of(b) * kLanes<T>, offset = (b - channels.out_blocks.begin) * work_.out_block;
+          pack_run<true>(s_.layout, image, s_.out_channels, plane, channels.group * work_.group_out + first, count,
+                         block.rows.begin * s_.out_w + pixel, smaller(run, pixels - pixel),
+                         packed + block.images.size() * pixels * offset + (n * pixels + pixel) * step, step);
+        }
       }
     }
   }
@@ -150,8 +154,14 @@ class BackwardWeight {
     int64_t vectors = 0;
     for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) vectors += vectors_of(b);
     vectors *= block.images.size() * block.rows.size() * s_.out_w;
-    Vec<T> zeros{};
-    for (int64_t i = 0; i < vectors; ++i) zeros = fma(load(packed + i * kLanes<T>), Vec<T>{}, zeros);
+    constexpr int chains = 4;  // the latency of an addition
+    Vec<T> chain[chains] = {};
+    int64_t i = 0;
+    for (; i + chains <= vectors; i += chains) {
+      for (int j = 0; j < chains; ++j) chain[j] = fma(load(packed + (i + j) * kLanes<T>), Vec<T>{}, chain[j]);
+    }
+    for (; i < vectors; ++i) chain[0] = fma(load(packed + i * kLanes<T>), Vec<T>{}, chain[0]);
+    const Vec<T> zeros = (chain[0] + chain[1]) + (chain[2] + chain[3]);
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       if (!(zeros[lane] == 0)) return false;
     }
@@ -159,12 +169,17 @@ class BackwardWeight {
   }
 
   void pack_input(const T* input, const Channels& channels, const Block& block, const Window& window, T* packed) const {
-    const int64_t image = s_.in_channels * s_.in_h * s_.in_w;
-    for (int64_t b = channels.in_blocks.begin; b < channels.in_blocks.end; ++b) {
-      const int64_t first = first_in(b), count = first_in(b + 1) - first;
-      for (int64_t n = block.images.begin; n < block.images.end; ++n) {
-        pack_window(s_, input + n * image, channels.group * work_.group_in + first, count, window, packed);
-        packed += window.rows * window.columns * count;
+    const int64_t image = s_.in_channels * s_.in_h * s_.in_w, pixels = block.images.size() * window.rows * window.columns;
+    const int64_t run = s_.layout == Layout::nchw ? larger(1, window.rows) : divide_up(kPackPixels, window.columns);
+    const int64_t first_channel = first_in(channels.in_blocks.begin);
+    for (int64_t n = 0; n < block.images.size(); ++n) {
+      for (int64_t row = 0; row < window.rows; row += run) {
+        const Window part{window.row + row, smaller(run, window.rows - row), window.column, window.columns};
+        for (int64_t b = channels.in_blocks.begin; b < channels.in_blocks.end; ++b) {
+          const int64_t first = first_in(b), count = first_in(b + 1) - first;
+          pack_window(s_, input + (block.images.begin + n) * image, channels.group * work_.group_in + first, count, part,
+                      packed + pixels * (first - first_channel) + (n * window.rows + row) * window.columns * count);
+        }
       }
     }
   }

@@ -21,15 +21,19 @@ inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pi
     const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
     Vec<T> rows[lanes];
     if (count == lanes) {
+#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) rows[i] = i < channels ? load(source + i * plane + first) : Vec<T>{};
     } else {
+#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) rows[i] = i < channels ? load_first(source + i * plane + first, count) : Vec<T>{};
     }
     transpose<T>(rows);
     T* to = destination + first * step;
     if (count == lanes && written == lanes) {
+#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) store(to + i * step, rows[i]);
     } else {
+#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
         if (i < count) store_first(to + i * step, rows[i], written);
       }

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kPlannedTeam = 8;
 constexpr int64_t kBlockBytes = 512 << 10;  // packed data of one block: a part of the level-2 cache
 constexpr int64_t kPatchPixels = 208;       // with 32 + 14 floats for each, a patch stays in the level-1 cache over all taps
+constexpr int64_t kPackPixels = 32;         // channels_last: all channel blocks of so many pixels are packed in turn
 constexpr int64_t kPartialBytes = 8 << 20;  // partial sums of all jobs
 
 struct Range {

@@ -25,8 +25,8 @@ struct Patch {
 // is summed in registers first, so that a long sum is made of short ones.
 template <class T, int kVectors, int kRows, int kColumns>
 void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums, int64_t sums_row) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kColumns][kVectors] = {};
+  constexpr int lanes = kLanes<T>, entries = kRows * kColumns;
+  Vec<T> sum[entries][kVectors] = {};
   for (int64_t image = 0; image < patch.images; ++image) {
     for (int64_t row = 0; row < patch.rows; ++row) {
       const T* g = grad_output + image * patch.grad_output_image + row * patch.grad_output_row;
@@ -34,24 +34,20 @@ void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums
       for (int64_t column = 0; column < patch.columns; ++column) {
         Vec<T> channels[kVectors];
         for (int v = 0; v < kVectors; ++v) channels[v] = load(g + v * lanes);
-        for (int r = 0; r < kRows; ++r) {
-          for (int e = 0; e < kColumns; ++e) {
-            const Vec<T> element = broadcast_from(x + r * patch.input_tap_row + e);
-            for (int v = 0; v < kVectors; ++v) sum[r][e][v] = fma(element, channels[v], sum[r][e][v]);
-          }
+#pragma GCC unroll 14
+        for (int e = 0; e < entries; ++e) {
+          const Vec<T> element = broadcast_from(x + e / kColumns * patch.input_tap_row + e % kColumns);
+          for (int v = 0; v < kVectors; ++v) sum[e][v] = fma(element, channels[v], sum[e][v]);
         }
         g += kVectors * lanes;
         x += patch.input_column;
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int e = 0; e < kColumns; ++e) {
-      for (int v = 0; v < kVectors; ++v) {
-        T* to = sums + r * sums_row + (e * kVectors + v) * lanes;
-        store(to, load(to) + sum[r][e][v]);
-      }
-    }
+#pragma GCC unroll 14
+  for (int e = 0; e < entries; ++e) {
+    T* to = sums + e / kColumns * sums_row + e % kColumns * kVectors * lanes;
+    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, load(to + v * lanes) + sum[e][v]);
   }
 }
 
