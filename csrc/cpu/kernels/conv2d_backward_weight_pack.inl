@@ -8,6 +8,9 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
+// channels_last is read as one stream, which the processor's own prefetching follows to the end of a page only.
+constexpr int64_t kPrefetchBytes = 4096;
+
 // The first `channels` <= lanes channels of `pixels` neighbours, from planes `plane` elements apart, to destination[pixel * step +
 // channel]. Of each pixel `written` <= lanes elements are written, those above `channels` as zeros.
 template <class T>
@@ -44,10 +47,17 @@ inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pi
 // The same from pixels that lie `pixel` elements apart with their channels side by side.
 template <class T>
 inline void pack_pixels(const T* source, int64_t pixel, int channels, int64_t pixels, T* destination, int64_t step, int written) {
+  const int64_t ahead = (kPrefetchBytes / static_cast<int64_t>(sizeof(T)) / pixel + 1) * pixel;
   if (channels == kLanes<T>) {
-    for (int64_t i = 0; i < pixels; ++i) store(destination + i * step, load(source + i * pixel));
+    for (int64_t i = 0; i < pixels; ++i) {
+      __builtin_prefetch(source + i * pixel + ahead);
+      store(destination + i * step, load(source + i * pixel));
+    }
   } else {
-    for (int64_t i = 0; i < pixels; ++i) store_first(destination + i * step, load_first(source + i * pixel, channels), written);
+    for (int64_t i = 0; i < pixels; ++i) {
+      __builtin_prefetch(source + i * pixel + ahead);
+      store_first(destination + i * step, load_first(source + i * pixel, channels), written);
+    }
   }
 }
 
