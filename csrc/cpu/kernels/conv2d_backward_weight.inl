@@ -20,6 +20,21 @@ struct Block {
   Range images, rows;
 };
 
+// What Tiles::add() sums: a patch of a packed block, of one output block times one input block.
+template <class T>
+struct PackedPatch {
+  Window window;        // of the packed input
+  Range rows, columns;  // of the patch; images are counted from the block's first
+  Range images;
+  int64_t block_row;     // the first packed row of grad_output
+  int64_t image_pixels;  // of grad_output, packed
+  int vectors;           // of output channels
+  int channels;          // input channels
+  const T* grad_output;
+  const T* input;
+  T* sums;
+};
+
 template <class T, class Tiles>
 class BackwardWeight {
  public:
@@ -212,10 +227,17 @@ class BackwardWeight {
       const int vectors = vectors_of(b);
       for (int64_t c = channels.in_blocks.begin; c < channels.in_blocks.end; ++c) {
         const int64_t offset = first_in(c) - first_channel, count = first_in(c + 1) - first_in(c);
-        Tiles::template add<T>(s_, window, block.rows.begin, images.begin - block.images.begin, images.size(), rows, columns, vectors,
-                               static_cast<int>(count), grad_output + pixels * out_offset, block.rows.size() * s_.out_w,
-                               input + input_pixels * offset,
-                               sums + (out_offset * in_channels + vectors * kLanes<T> * offset) * work_.taps);
+        Tiles::add(s_, PackedPatch<T>{window,
+                                      rows,
+                                      columns,
+                                      {images.begin - block.images.begin, images.end - block.images.begin},
+                                      block.rows.begin,
+                                      block.rows.size() * s_.out_w,
+                                      vectors,
+                                      static_cast<int>(count),
+                                      grad_output + pixels * out_offset,
+                                      input + input_pixels * offset,
+                                      sums + (out_offset * in_channels + vectors * kLanes<T> * offset) * work_.taps});
       }
     }
   }

@@ -24,22 +24,23 @@ struct ChannelTiles {
   }
 
   template <class T>
-  static void add(const Conv2dShape& s, const Window& window, int64_t block_row, int64_t image, int64_t images, Range rows, Range columns,
-                  int vectors, int channels, const T* grad_output, int64_t image_pixels, const T* input, T* sums) {
-    const int64_t step = vectors * kLanes<T>;
-    const int64_t input_row = window.columns * channels, input_image = window.rows * input_row;
-    const AddPatch<T> tile = tile_of<T>(vectors, 1, channels);
-    Patch patch{images, 0, 0, image_pixels * step, s.out_w * step, input_image, s.stride_h * input_row, s.stride_w * channels, 0};
+  static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
+    const int64_t step = p.vectors * kLanes<T>;
+    const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
+    const AddPatch<T> tile = tile_of<T>(p.vectors, 1, p.channels);
+    Patch patch{p.images.size(),         0, 0, p.image_pixels * step, s.out_w * step, input_image, s.stride_h * input_row,
+                s.stride_w * p.channels, 0};
     for (int64_t r = 0; r < s.kernel_h; ++r) {
-      const Range oh = common(rows, inside(s.out_h, s.in_h, s.stride_h, s.pad_top, r * s.dilation_h));
-      const int64_t ih = oh.begin * s.stride_h - s.pad_top + r * s.dilation_h - window.row;
+      const Range oh = common(p.rows, inside(s.out_h, s.in_h, s.stride_h, s.pad_top, r * s.dilation_h));
+      const int64_t ih = oh.begin * s.stride_h - s.pad_top + r * s.dilation_h - p.window.row;
       for (int64_t t = 0; t < s.kernel_w; ++t) {
-        const Range ow = common(columns, inside(s.out_w, s.in_w, s.stride_w, s.pad_left, t * s.dilation_w));
+        const Range ow = common(p.columns, inside(s.out_w, s.in_w, s.stride_w, s.pad_left, t * s.dilation_w));
         if (oh.size() <= 0 || ow.size() <= 0) continue;
         const int64_t iw = ow.begin * s.stride_w - s.pad_left + t * s.dilation_w;
         patch.rows = oh.size(), patch.columns = ow.size();
-        tile(patch, grad_output + (image * image_pixels + (oh.begin - block_row) * s.out_w + ow.begin) * step,
-             input + image * input_image + ih * input_row + iw * channels, sums + (r * s.kernel_w + t) * channels * step, 0);
+        tile(patch, p.grad_output + (p.images.begin * p.image_pixels + (oh.begin - p.block_row) * s.out_w + ow.begin) * step,
+             p.input + p.images.begin * input_image + ih * input_row + iw * p.channels, p.sums + (r * s.kernel_w + t) * p.channels * step,
+             0);
       }
     }
   }

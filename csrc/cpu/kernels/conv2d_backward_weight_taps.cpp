@@ -27,32 +27,25 @@ struct TapTiles {
   }
 
   template <class T>
-  static void add(const Conv2dShape& s, const Window& window, int64_t block_row, int64_t image, int64_t images, Range rows, Range columns,
-                  int vectors, int channels, const T* grad_output, int64_t image_pixels, const T* input, T* sums) {
-    const int64_t step = vectors * kLanes<T>;
-    const int64_t input_row = window.columns * channels, input_image = window.rows * input_row;
-    const int64_t length = s.kernel_w * channels;  // elements of a tap row
+  static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
+    const int64_t step = p.vectors * kLanes<T>;
+    const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
+    const int64_t length = s.kernel_w * p.channels;  // elements of a tap row
     const int64_t whole_rows = smaller(kTileRows, kTileEntries / length);
     const int64_t row_parts = whole_rows > 1 ? divide_up(s.kernel_h, whole_rows) : s.kernel_h;
     const int64_t length_parts = divide_up(length, kTileEntries);
-    const Patch patch{images,
-                      rows.size(),
-                      columns.size(),
-                      image_pixels * step,
-                      s.out_w * step,
-                      input_image,
-                      s.stride_h * input_row,
-                      s.stride_w * channels,
-                      s.dilation_h * input_row};
-    const T* first_output = grad_output + (image * image_pixels + (rows.begin - block_row) * s.out_w + columns.begin) * step;
-    const T* first_input =
-        input + image * input_image + (rows.begin - block_row) * s.stride_h * input_row + columns.begin * s.stride_w * channels;
+    const Patch patch{p.images.size(), p.rows.size(),          p.columns.size(),        p.image_pixels * step,   s.out_w * step,
+                      input_image,     s.stride_h * input_row, s.stride_w * p.channels, s.dilation_h * input_row};
+    const T* first_output =
+        p.grad_output + (p.images.begin * p.image_pixels + (p.rows.begin - p.block_row) * s.out_w + p.columns.begin) * step;
+    const T* first_input = p.input + p.images.begin * input_image + (p.rows.begin - p.block_row) * s.stride_h * input_row +
+                           p.columns.begin * s.stride_w * p.channels;
     for (int64_t i = 0; i < row_parts; ++i) {
       const Range r = part_of(s.kernel_h, row_parts, i);
       for (int64_t j = 0; j < length_parts; ++j) {
         const Range e = part_of(length, length_parts, j);
-        const AddPatch<T> tile = tile_of<T>(vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
-        tile(patch, first_output, first_input + r.begin * s.dilation_h * input_row + e.begin, sums + (r.begin * length + e.begin) * step,
+        const AddPatch<T> tile = tile_of<T>(p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
+        tile(patch, first_output, first_input + r.begin * s.dilation_h * input_row + e.begin, p.sums + (r.begin * length + e.begin) * step,
              length * step);
       }
     }
