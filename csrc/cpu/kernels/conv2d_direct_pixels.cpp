@@ -15,11 +15,11 @@ bool is_cheaper(const Gather& g, bool nchw) {
   // What is paid beside each sum, as steps: writing it as it lies, or through a transposed square.
   constexpr int64_t kWrite = 2, kTransposed = 12;
   const int64_t cols = g.w.count, channel_vectors = ceil_div(g.outputs, kV), pixel_vectors = ceil_div(cols, kV);
-  // A step of a pixel tile loads an unaligned vector for each `width` FMAs; a load that crosses cache lines takes two slots.
-  const int64_t width = Pixel::width(g.outputs, 0);
-  const int64_t load_slots = 2 * width < 4 ? 4 : 2 * width;
+  // A step of a pixel tile loads an unaligned vector for the FMAs of a unit; a load that crosses cache lines takes two slots.
+  const int64_t load_slots = 4 * Pixel::units(g.outputs), fma_slots = 2 * g.outputs;
   const int64_t channel_cost = 2 * channel_vectors * cols * (g.terms() + (nchw ? kTransposed : kWrite));
-  const int64_t pixel_cost = load_slots * Pixel::units(g.outputs) * pixel_vectors * (g.terms() + (nchw ? kWrite : kTransposed));
+  const int64_t pixel_cost =
+      (load_slots > fma_slots ? load_slots : fma_slots) * pixel_vectors * (g.terms() + (nchw ? kWrite : kTransposed));
   return pixel_cost < channel_cost;
 }
 
