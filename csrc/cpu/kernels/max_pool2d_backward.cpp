@@ -31,7 +31,7 @@ struct Tables {
 };
 
 bool by_outputs(const Pool2dShape& s) {
-  return (s.layout == Layout::nchw && s.stride_w > 2) || s.kernel_h * s.kernel_w > 9 * s.stride_h * s.stride_w;
+  return s.layout == Layout::nchw && (s.stride_w > 2 || s.kernel_h * s.kernel_w > 32 * s.stride_h * s.stride_w);
 }
 
 bool by_phases(const Pool2dShape& s) { return s.layout == Layout::nchw && !by_outputs(s); }
@@ -138,24 +138,20 @@ void backward_row_pair(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
   }
 }
 
-// The rows [first, last) of one plane, output by output: those that lie in between get their gradients added in ascending order.
+// The rows [first, last) of one nchw plane, output by output: those that lie in between get their gradients added in ascending order.
 template <class T, class Offset>
-void backward_by_outputs(const Pool2dShape& s, Outputs<T, Offset> outputs, int64_t first, int64_t last, T* plane, int64_t channel,
-                         int64_t last_channel) {
-  const int64_t pixel = pixel_of(s), begin = s.layout == Layout::nchw ? 0 : channel, end = s.layout == Layout::nchw ? 1 : last_channel;
-  for (int64_t i = first * s.in_w; i < last * s.in_w; ++i) {
-    for (int64_t c = begin; c < end; ++c) plane[i * pixel + c] = T{0};
-  }
+void backward_by_outputs(const Pool2dShape& s, Outputs<T, Offset> outputs, int64_t first, int64_t last, T* plane) {
+  for (int64_t i = first * s.in_w; i < last * s.in_w; ++i) plane[i] = T{0};
   const int64_t from = first + s.pad_top - (s.kernel_h - 1) * s.dilation_h;
   const int64_t last_out = smaller(s.out_h - 1, (last - 1 + s.pad_top) / s.stride_h);
+  const uint32_t kernel_w = static_cast<uint32_t>(s.kernel_w);
   for (int64_t oh = from > 0 ? ceil_div(from, s.stride_h) : 0; oh <= last_out; ++oh) {
+    const int64_t top = oh * s.stride_h - s.pad_top;
     for (int64_t ow = 0; ow < s.out_w; ++ow) {
-      const int64_t at = (oh * s.out_w + ow) * pixel, top = oh * s.stride_h - s.pad_top, left = ow * s.stride_w - s.pad_left;
-      for (int64_t c = begin; c < end; ++c) {
-        const uint32_t tap = static_cast<uint32_t>(outputs.offsets[at + c]), kernel_w = static_cast<uint32_t>(s.kernel_w);
-        const int64_t ih = top + tap / kernel_w * s.dilation_h, iw = left + tap % kernel_w * s.dilation_w;
-        if (ih >= first && ih < last && iw >= 0 && iw < s.in_w) plane[(ih * s.in_w + iw) * pixel + c] += outputs.grad[at + c];
-      }
+      const uint32_t tap = static_cast<uint32_t>(outputs.offsets[oh * s.out_w + ow]);
+      const int64_t ih = top + tap / kernel_w * s.dilation_h;
+      const int64_t iw = ow * s.stride_w - s.pad_left + tap % kernel_w * s.dilation_w;
+      if (ih >= first && ih < last && iw >= 0 && iw < s.in_w) plane[ih * s.in_w + iw] += outputs.grad[oh * s.out_w + ow];
     }
   }
 }
@@ -220,7 +216,7 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
                                        static_cast<const Offset*>(b.offsets) + plane * plane_outputs};
       T* grad_input = static_cast<T*>(b.grad_input) + plane * s.in_h * s.in_w * pixel_of(s);
       if (by_outputs(s)) {
-        backward_by_outputs(s, outputs, first, last, grad_input, channel, last_channel);
+        backward_by_outputs(s, outputs, first, last, grad_input);
       } else {
         backward_rows(s, tables, outputs, first, last, grad_input, channel, last_channel);
       }
