@@ -1,10 +1,10 @@
 // The shape structs for Python, constructed from keywords named as their fields.
+#include "core/shapes.h"
+
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
-
-#include "core/shapes.h"
 
 namespace py = pybind11;
 
@@ -18,7 +18,7 @@ class FromKeywords {
   explicit FromKeywords(const py::kwargs& keywords) : keywords_(keywords) {}
 
   template <class T>
-  FromKeywords& set(const char* name, T Shape::*field) {
+  FromKeywords& set(const char* name, T Shape::* field) {
     if (!keywords_.contains(name)) throw py::type_error(std::string("missing field ") + name);
     shape_.*field = keywords_[name].template cast<T>();
     ++used_;
@@ -62,7 +62,7 @@ template <class Shape>
 struct ReadOnlyFields {
   py::class_<Shape>& type;
   template <class T>
-  ReadOnlyFields& set(const char* name, T Shape::*field) {
+  ReadOnlyFields& set(const char* name, T Shape::* field) {
     type.def_readonly(name, field);
     return *this;
   }

@@ -56,7 +56,7 @@ struct Pool2dShape {
   int64_t stride_h, stride_w;
   int64_t pad_top, pad_bottom, pad_left, pad_right;
   int64_t dilation_h, dilation_w;
-  int64_t divisor_override;  // 0: none; average pooling only
+  int64_t divisor_override;   // 0: none; average pooling only
   int32_t count_include_pad;  // 0 or 1; average pooling only
   DType dtype;
   Layout layout;  // of input, output, offsets and their gradients

@@ -14,10 +14,10 @@ enum class Isa : int32_t { baseline, avx2, avx512 };
 // How a kernel would run a shape, for the workspace that the caller provides and for explain(). The numbers below are a function of the
 // shape, the row and the number of threads; the order of additions must not depend on the latter (DESIGN.md, order of additions).
 struct Plan {
-  int64_t tile_channels;    // channels of one register tile
-  int64_t tile_pixels;      // pixels of one register tile
-  int64_t tasks;            // independent pieces of work
-  size_t workspace_bytes;   // scratch for the whole call, all threads together
+  int64_t tile_channels;   // channels of one register tile
+  int64_t tile_pixels;     // pixels of one register tile
+  int64_t tasks;           // independent pieces of work
+  size_t workspace_bytes;  // scratch for the whole call, all threads together
 };
 
 // A fast kernel multiplies the zeros that it stages for padding, which is only right where the other operand is finite. A run that met an

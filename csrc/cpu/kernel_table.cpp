@@ -2,24 +2,25 @@
 
 namespace cnn_ext::cpu {
 
-// The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of them.)
-#define CNN_EXT_CONV2D_ROWS(ROW)    \
-  ROW(conv2d_forward_depthwise)     \
-  ROW(conv2d_backward_input_depthwise) \
+// The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of
+// them.)
+#define CNN_EXT_CONV2D_ROWS(ROW)        \
+  ROW(conv2d_forward_depthwise)         \
+  ROW(conv2d_backward_input_depthwise)  \
   ROW(conv2d_backward_weight_depthwise) \
-  ROW(conv2d_forward_pixels)        \
-  ROW(conv2d_backward_input_pixels) \
-  ROW(conv2d_forward_direct)        \
-  ROW(conv2d_backward_input_direct) \
-  ROW(conv2d_backward_weight_taps) \
-  ROW(conv2d_backward_weight_direct) \
+  ROW(conv2d_forward_pixels)            \
+  ROW(conv2d_backward_input_pixels)     \
+  ROW(conv2d_forward_direct)            \
+  ROW(conv2d_backward_input_direct)     \
+  ROW(conv2d_backward_weight_taps)      \
+  ROW(conv2d_backward_weight_direct)    \
   ROW(conv2d_backward_bias_direct)
 
-#define CNN_EXT_POOL2D_ROWS(ROW) \
-  ROW(max_pool2d_forward_direct) \
+#define CNN_EXT_POOL2D_ROWS(ROW)  \
+  ROW(max_pool2d_forward_direct)  \
   ROW(max_pool2d_backward_direct) \
-  ROW(max_pool2d_gather_direct) \
-  ROW(avg_pool2d_forward_direct) \
+  ROW(max_pool2d_gather_direct)   \
+  ROW(avg_pool2d_forward_direct)  \
   ROW(avg_pool2d_backward_direct)
 
 #if defined(__x86_64__)
@@ -30,10 +31,10 @@ namespace cnn_ext::cpu {
 
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
-#define CNN_EXT_DECLARE(isa)                    \
-  namespace isa {                               \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)   \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)   \
+#define CNN_EXT_DECLARE(isa)                  \
+  namespace isa {                             \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D) \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D) \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
@@ -44,23 +45,23 @@ extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_ga
 }  // namespace naive
 
 #define CNN_EXT_ADD(row) rows.push_back(&row);
-#define CNN_EXT_ADD_CONV2D(isa)              \
-  {                                          \
-    using namespace isa;                     \
-    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD)         \
+#define CNN_EXT_ADD_CONV2D(isa)      \
+  {                                  \
+    using namespace isa;             \
+    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD) \
   }
-#define CNN_EXT_ADD_POOL2D(isa)              \
-  {                                          \
-    using namespace isa;                     \
-    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD)         \
+#define CNN_EXT_ADD_POOL2D(isa)      \
+  {                                  \
+    using namespace isa;             \
+    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD) \
   }
 
 const std::vector<const Conv2dKernel*>& conv2d_kernels() {
   static const std::vector<const Conv2dKernel*> table = [] {
     std::vector<const Conv2dKernel*> rows;
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
-    for (const Conv2dKernel* row : {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight,
-                                    &naive::conv2d_backward_bias}) {
+    for (const Conv2dKernel* row :
+         {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {
       rows.push_back(row);
     }
     return rows;

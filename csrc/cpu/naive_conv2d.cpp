@@ -1,7 +1,8 @@
 // The definition of the convolution and of its gradients, as loop nests: slow, for any shape, and the truth that every other row is tested
 // against. Sums are kept in double, also for float32. Only taps inside the input are multiplied.
 //
-// Letters: n image, g group, k output channel and c input channel within the group, r and s tap, oh and ow output, ih and iw input position.
+// Letters: n image, g group, k output channel and c input channel within the group, r and s tap, oh and ow output, ih and iw input
+// position.
 #include <algorithm>
 
 #include "cpu/kernel.h"
@@ -150,7 +151,8 @@ bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype
 
 Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch * s.out_channels, 0}; }
 
-template <void (*run_float)(const Conv2dShape&, const Conv2dBuffers&, int), void (*run_double)(const Conv2dShape&, const Conv2dBuffers&, int)>
+template <void (*run_float)(const Conv2dShape&, const Conv2dBuffers&, int),
+          void (*run_double)(const Conv2dShape&, const Conv2dBuffers&, int)>
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void*, int threads) {
   (s.dtype == DType::float32 ? run_float : run_double)(s, b, threads);
   return Outcome::done;
@@ -158,13 +160,22 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void*, int threads) {
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_forward = {"conv2d_forward_naive_baseline", Isa::baseline, Conv2dDirection::forward, accepts, plan,
+extern const Conv2dKernel conv2d_forward = {"conv2d_forward_naive_baseline",     Isa::baseline, Conv2dDirection::forward, accepts, plan,
                                             run<forward<float>, forward<double>>};
-extern const Conv2dKernel conv2d_backward_input = {"conv2d_backward_input_naive_baseline", Isa::baseline, Conv2dDirection::backward_input,
-                                                   accepts, plan, run<backward_input<float>, backward_input<double>>};
-extern const Conv2dKernel conv2d_backward_weight = {"conv2d_backward_weight_naive_baseline", Isa::baseline, Conv2dDirection::backward_weight,
-                                                    accepts, plan, run<backward_weight<float>, backward_weight<double>>};
-extern const Conv2dKernel conv2d_backward_bias = {"conv2d_backward_bias_naive_baseline", Isa::baseline, Conv2dDirection::backward_bias,
-                                                  accepts, plan, run<backward_bias<float>, backward_bias<double>>};
+extern const Conv2dKernel conv2d_backward_input = {"conv2d_backward_input_naive_baseline",
+                                                   Isa::baseline,
+                                                   Conv2dDirection::backward_input,
+                                                   accepts,
+                                                   plan,
+                                                   run<backward_input<float>, backward_input<double>>};
+extern const Conv2dKernel conv2d_backward_weight = {"conv2d_backward_weight_naive_baseline",
+                                                    Isa::baseline,
+                                                    Conv2dDirection::backward_weight,
+                                                    accepts,
+                                                    plan,
+                                                    run<backward_weight<float>, backward_weight<double>>};
+extern const Conv2dKernel conv2d_backward_bias = {
+    "conv2d_backward_bias_naive_baseline",           Isa::baseline, Conv2dDirection::backward_bias, accepts, plan,
+    run<backward_bias<float>, backward_bias<double>>};
 
 }  // namespace cnn_ext::cpu::naive

@@ -1,5 +1,5 @@
-// The definition of max and average pooling and of their derivatives, as loop nests: slow, for any shape, and the truth that every other row
-// is tested against. Sums are kept in double, also for float32.
+// The definition of max and average pooling and of their derivatives, as loop nests: slow, for any shape, and the truth that every other
+// row is tested against. Sums are kept in double, also for float32.
 #include <limits>
 
 #include "cpu/kernel.h"
@@ -51,7 +51,8 @@ void for_each_output(const Pool2dShape& s, const Body& body) {
 }
 
 // Taps of one axis before the end of the input and its padding.
-int64_t taps_within_padding(int64_t out, int64_t stride, int64_t pad_before, int64_t pad_after, int64_t kernel, int64_t dilation, int64_t in) {
+int64_t taps_within_padding(int64_t out, int64_t stride, int64_t pad_before, int64_t pad_after, int64_t kernel, int64_t dilation,
+                            int64_t in) {
   int64_t taps = 0;
   for (int64_t r = 0; r < kernel; ++r) taps += out * stride - pad_before + r * dilation < in + pad_after;
   return taps;
@@ -190,17 +191,42 @@ void run_avg(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
 }  // namespace
 
 extern const Pool2dKernel max_pool2d_forward = {
-    "max_pool2d_forward_naive_baseline", Isa::baseline, Pool2dOp::max, Pool2dDirection::forward, accepts, plan,
+    "max_pool2d_forward_naive_baseline",
+    Isa::baseline,
+    Pool2dOp::max,
+    Pool2dDirection::forward,
+    accepts,
+    plan,
     run_max<max_forward<float, uint8_t>, max_forward<float, int32_t>, max_forward<double, uint8_t>, max_forward<double, int32_t>>};
 extern const Pool2dKernel max_pool2d_backward = {
-    "max_pool2d_backward_naive_baseline", Isa::baseline, Pool2dOp::max, Pool2dDirection::backward, accepts, plan,
+    "max_pool2d_backward_naive_baseline",
+    Isa::baseline,
+    Pool2dOp::max,
+    Pool2dDirection::backward,
+    accepts,
+    plan,
     run_max<max_backward<float, uint8_t>, max_backward<float, int32_t>, max_backward<double, uint8_t>, max_backward<double, int32_t>>};
 extern const Pool2dKernel max_pool2d_gather = {
-    "max_pool2d_gather_naive_baseline", Isa::baseline, Pool2dOp::max, Pool2dDirection::gather, accepts, plan,
+    "max_pool2d_gather_naive_baseline",
+    Isa::baseline,
+    Pool2dOp::max,
+    Pool2dDirection::gather,
+    accepts,
+    plan,
     run_max<max_gather<float, uint8_t>, max_gather<float, int32_t>, max_gather<double, uint8_t>, max_gather<double, int32_t>>};
-extern const Pool2dKernel avg_pool2d_forward = {"avg_pool2d_forward_naive_baseline", Isa::baseline, Pool2dOp::avg, Pool2dDirection::forward,
-                                                accepts, plan, run_avg<avg_forward<float>, avg_forward<double>>};
-extern const Pool2dKernel avg_pool2d_backward = {"avg_pool2d_backward_naive_baseline", Isa::baseline, Pool2dOp::avg,
-                                                 Pool2dDirection::backward, accepts, plan, run_avg<avg_backward<float>, avg_backward<double>>};
+extern const Pool2dKernel avg_pool2d_forward = {"avg_pool2d_forward_naive_baseline",
+                                                Isa::baseline,
+                                                Pool2dOp::avg,
+                                                Pool2dDirection::forward,
+                                                accepts,
+                                                plan,
+                                                run_avg<avg_forward<float>, avg_forward<double>>};
+extern const Pool2dKernel avg_pool2d_backward = {"avg_pool2d_backward_naive_baseline",
+                                                 Isa::baseline,
+                                                 Pool2dOp::avg,
+                                                 Pool2dDirection::backward,
+                                                 accepts,
+                                                 plan,
+                                                 run_avg<avg_backward<float>, avg_backward<double>>};
 
 }  // namespace cnn_ext::cpu::naive

@@ -1,5 +1,5 @@
-// How fast this machine multiplies and adds when nothing else holds it up: what benchmarks measure beside each kernel, for the rate of a shared
-// machine changes from second to second.
+// How fast this machine multiplies and adds when nothing else holds it up: what benchmarks measure beside each kernel, for the rate of a
+// shared machine changes from second to second.
 #pragma once
 
 #include "core/shapes.h"
@@ -16,7 +16,8 @@ struct FmaLoop {
   void (*run_float64)(int64_t rounds, int threads);
 };
 
-// GFLOP/s of the best instruction set's loop on `threads` threads, measured for about `seconds`. Throws std::invalid_argument for a half type.
+// GFLOP/s of the best instruction set's loop on `threads` threads, measured for about `seconds`. Throws std::invalid_argument for a half
+// type.
 double fma_gflops(DType dtype, int threads, double seconds);
 
 }  // namespace cnn_ext::cpu
