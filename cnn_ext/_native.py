@@ -24,7 +24,10 @@ def _share_openmp_runtime() -> str:
     """
     with open("/proc/self/maps") as maps:
         mapped = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
-    runtimes = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+    runtimes = [path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]
+    # Another package may have brought a second one: torch's lies in torch/lib, or in torch.libs beside it.
+    torch_folder = str(Path(torch.__file__).parent)
+    runtimes.sort(key=lambda path: (not path.startswith(torch_folder), path))
     path = runtimes[0] if runtimes else "libgomp.so.1"
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return path
