@@ -1,7 +1,7 @@
 """How the package's autograd.Functions are called.
 
 Each is written once, in the style that torch.func needs (``forward`` without a context, then ``setup_context``). Plain
-eager mode runs a twin in the older style, ``forward(ctx, ...)``, which torch calls in half the time.
+eager mode runs a twin in the older style, ``forward(ctx, ...)``, which torch calls faster.
 """
 
 from collections.abc import Callable
