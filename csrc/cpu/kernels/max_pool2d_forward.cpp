@@ -9,37 +9,10 @@
 // clipped, so every tap is inside.
 //
 // Windows that are wide and few leave most lanes of the nchw path idle.
-#include "cpu/kernels/pool2d.inl"
+#include "cpu/kernels/max_pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
-
-// Stands for the type of offsets where none are asked for.
-struct NoOffset {};
-template <class Offset>
-constexpr bool kTracksOffsets = true;
-template <>
-constexpr bool kTracksOffsets<NoOffset> = false;
-
-template <class T>
-constexpr T kLowest = -static_cast<T>(__builtin_inff());
-
-// The maximum so far in each lane and the offset of the tap that it came from. Ties go to the first tap, NaNs to the last.
-template <class T, class Offset>
-struct Best {
-  Vec<T> value = broadcast(kLowest<T>);
-  IntVec<T> offset{};
-
-  void take(Vec<T> candidate, IntVec<T> candidate_offset) {
-    const auto wins = greater(candidate, value) | is_nan(candidate);
-    value = select(wins, candidate, value);
-    if constexpr (kTracksOffsets<Offset>) offset = select(wins, candidate_offset, offset);
-  }
-  void store_to(T* output, Offset* offsets, LaneSet lanes) const {
-    store_lanes(output, value, lanes);
-    if constexpr (kTracksOffsets<Offset>) store_offsets<T>(offsets, offset, lanes);
-  }
-};
 
 // A tap of a vector of outputs: lane j reads column `column + j * stride_w`, if that is inside the input.
 struct VectorTap {

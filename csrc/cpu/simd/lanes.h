@@ -16,6 +16,14 @@ template <>
 struct IntegerOf<double> {
   using type = int64_t;
 };
+template <>
+struct IntegerOf<int32_t> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<int64_t> {
+  using type = int64_t;
+};
 
 // Integers as wide as T, as many as a Vec<T> has lanes.
 template <class T>
@@ -210,6 +218,16 @@ inline Vec<T> interleave_upper(Vec<T> a, Vec<T> b) {
   if constexpr (kLanes<T> == 8) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
   if constexpr (kLanes<T> == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
   if constexpr (kLanes<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
+}
+
+// Lane i of the result is element index[i] of a, or of the 2 * lanes elements of a, then b.
+template <class T>
+inline Vec<T> pick(Vec<T> a, IntVec<T> index) {
+  return __builtin_shuffle(a, index);
+}
+template <class T>
+inline Vec<T> pick(Vec<T> a, Vec<T> b, IntVec<T> index) {
+  return __builtin_shuffle(a, b, index);
 }
 
 }  // namespace

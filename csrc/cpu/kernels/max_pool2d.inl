@@ -1,0 +1,35 @@
+// The running maximum that the rows of max pooling share.
+#pragma once
+
+#include "cpu/kernels/pool2d.inl"
+
+namespace {
+
+// Stands for the type of offsets where none are asked for.
+struct NoOffset {};
+template <class Offset>
+constexpr bool kTracksOffsets = true;
+template <>
+constexpr bool kTracksOffsets<NoOffset> = false;
+
+template <class T>
+constexpr T kLowest = -static_cast<T>(__builtin_inff());
+
+// The maximum so far in each lane and the offset of the tap that it came from. Ties go to the first tap, NaNs to the last.
+template <class T, class Offset>
+struct Best {
+  Vec<T> value = broadcast(kLowest<T>);
+  IntVec<T> offset{};
+
+  void take(Vec<T> candidate, IntVec<T> candidate_offset) {
+    const auto wins = greater(candidate, value) | is_nan(candidate);
+    value = select(wins, candidate, value);
+    if constexpr (kTracksOffsets<Offset>) offset = select(wins, candidate_offset, offset);
+  }
+  void store_to(T* output, Offset* offsets, LaneSet lanes) const {
+    store_lanes(output, value, lanes);
+    if constexpr (kTracksOffsets<Offset>) store_offsets<T>(offsets, offset, lanes);
+  }
+};
+
+}  // namespace
