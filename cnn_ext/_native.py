@@ -62,6 +62,7 @@ def cuda() -> ModuleType:
 
 
 Conv2dShape = cpu.Conv2dShape
+Conv2dReluPoolShape = cpu.Conv2dReluPoolShape
 Pool2dShape = cpu.Pool2dShape
 Layout = cpu.Layout
 Conv2dDirection = cpu.Conv2dDirection
@@ -119,6 +120,22 @@ def conv2d_backward_weight(shape, grad_output, input, grad_weight):
 def conv2d_backward_bias(shape, grad_output, grad_bias):
     workspace = _workspace("backward_bias", shape, grad_output.device)
     _run("conv2d_backward_bias", shape, grad_output, grad_bias, *workspace)
+
+
+def conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets):
+    _run("conv2d_relu_max_pool2d_forward", shape, input, weight, bias, output, offsets)
+
+
+def conv2d_relu_max_pool2d_backward_input(shape, grad_output, mask, weight, grad_input):
+    _run("conv2d_relu_max_pool2d_backward_input", shape, grad_output, mask, weight, grad_input)
+
+
+def conv2d_relu_max_pool2d_backward_weight(shape, grad_output, mask, input, grad_weight):
+    _run("conv2d_relu_max_pool2d_backward_weight", shape, grad_output, mask, input, grad_weight)
+
+
+def conv2d_relu_max_pool2d_backward_bias(shape, grad_output, mask, grad_bias):
+    _run("conv2d_relu_max_pool2d_backward_bias", shape, grad_output, mask, grad_bias)
 
 
 def max_pool2d_forward(shape, input, output, offsets):

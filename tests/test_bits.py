@@ -10,18 +10,27 @@ import pytest
 import torch
 
 from tests.support import nonfinite, reference
-from tests.support.cases import Conv2dCase, Pool2dCase, conv2d_cases, generator, pool2d_cases, shared_tensors
+from tests.support.cases import (
+    Conv2dCase,
+    FusedCase,
+    Pool2dCase,
+    cases_of,
+    conv2d_cases,
+    fused_cases,
+    generator,
+    pool2d_cases,
+    shared_tensors,
+)
 from tests.support.rows import (
     CONV2D_LAYOUTS,
     DTYPES,
-    POOL2D_LAYOUTS,
     Row,
     accepts,
     choice,
     forced,
+    layouts_of,
     rows,
-    run_conv2d,
-    run_pool2d,
+    run,
     shape_of,
 )
 from tests.support.tolerances import violation
@@ -30,19 +39,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = rows()
 CONV2D_ROWS = rows(op="conv2d")
+FUSED_ROWS = rows(op="conv2d_relu_max_pool2d")
 POOL2D_ROWS = rows(op="max_pool2d") + rows(op="avg_pool2d")
 MIXED_LAYOUTS = (("nhwc", "nchw"), ("nchw", "nhwc"))
 SMALL = 200_000  # multiplications of a case that may be computed in Python, or many times
 
 
-def cases_of(row: Row) -> tuple:
-    return conv2d_cases() if row.op == "conv2d" else pool2d_cases()
-
-
 def variants(row: Row, cases) -> Iterator[tuple]:
     """Every case, dtype and layout that ``row`` accepts."""
     for dtype in DTYPES:
-        for layouts in CONV2D_LAYOUTS if row.op == "conv2d" else POOL2D_LAYOUTS:
+        for layouts in layouts_of(row.op):
             for case in cases:
                 if accepts(row, shape_of(case, dtype, layouts)):
                     yield case, dtype, layouts
@@ -54,12 +60,6 @@ def operands(row: Row, case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if row.op == "max_pool2d" and row.direction != "forward":
         found["offsets"] = reference.max_pool2d_forward(case, found["input"])[1].to(case.offsets_dtype)
     return found
-
-
-def run(row: Row, case, layouts, tensors: dict[str, torch.Tensor], shift: int = 0) -> tuple[torch.Tensor, ...]:
-    if row.op == "conv2d":
-        return (run_conv2d(row, case, layouts, **tensors, shift=shift),)
-    return run_pool2d(row, case, layouts, **tensors, shift=shift)
 
 
 def same_bits(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
@@ -76,20 +76,22 @@ def report(problems: list, row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_same_bits_for_any_number_of_threads_and_every_run(row):
     teams, problems = set(), []
-    for case, dtype, layouts in variants(row, [case for case in cases_of(row) if case.name.startswith("threads_")]):
+    for case, dtype, layouts in variants(row, [case for case in cases_of(row.op) if case.name.startswith("threads_")]):
         if layouts in MIXED_LAYOUTS:
             continue
         tensors = operands(row, case, dtype)
         torch.set_num_threads(1)
-        alone = run(row, case, layouts, tensors)
+        alone = run(row, case, layouts, **tensors)
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             with forced(row):
                 teams.add(choice(row, shape_of(case, dtype, layouts), threads)["threads"])
-            if not same_bits(run(row, case, layouts, tensors), alone):
+            if not same_bits(run(row, case, layouts, **tensors), alone):
                 problems.append((case.name, dtype, layouts, f"{threads} threads"))
     report(problems, row)
-    assert teams >= {1, 2, 3, 5} or not list(variants(row, [case for case in cases_of(row) if "threads_" in case.name]))
+    assert teams >= {1, 2, 3, 5} or not list(
+        variants(row, [case for case in cases_of(row.op) if "threads_" in case.name])
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,17 +99,17 @@ def test_same_bits_for_any_number_of_threads_and_every_run(row):
 )
 def test_same_bits_for_any_slice_of_the_batch(row):
     problems = []
-    for case, dtype, layouts in variants(row, [case for case in cases_of(row) if case.batch > 1]):
+    for case, dtype, layouts in variants(row, [case for case in cases_of(row.op) if case.batch > 1]):
         tensors = operands(row, case, dtype)
-        whole = run(row, case, layouts, tensors)
+        whole = run(row, case, layouts, **tensors)
         for start, count in ((0, 1), (case.batch - 1, 1), (1, case.batch - 1)):
-            part = replace(case, batch=count)
+            part = case.with_batch(count)
             if not accepts(row, shape_of(part, dtype, layouts)):
                 problems.append((case.name, dtype, layouts, f"refuses a batch of {count}"))
                 continue
-            batched = {"input", "grad_output", "offsets"}
+            batched = {"input", "grad_output", "offsets", "mask"}
             slices = {name: t[start : start + count] if name in batched else t for name, t in tensors.items()}
-            if not same_bits(run(row, part, layouts, slices), tuple(t[start : start + count] for t in whole)):
+            if not same_bits(run(row, part, layouts, **slices), tuple(t[start : start + count] for t in whole)):
                 problems.append((case.name, dtype, layouts, f"images {start} to {start + count}"))
     report(problems, row)
 
@@ -115,9 +117,9 @@ def test_same_bits_for_any_slice_of_the_batch(row):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_same_bits_at_misaligned_addresses(row):
     problems = []
-    for case, dtype, layouts in variants(row, [case for case in cases_of(row) if case.multiplications < SMALL]):
+    for case, dtype, layouts in variants(row, [case for case in cases_of(row.op) if case.multiplications < SMALL]):
         tensors = operands(row, case, dtype)
-        if not same_bits(run(row, case, layouts, tensors), run(row, case, layouts, tensors, shift=1)):
+        if not same_bits(run(row, case, layouts, **tensors), run(row, case, layouts, **tensors, shift=1)):
             problems.append((case.name, dtype, layouts))
     report(problems, row)
 
@@ -139,7 +141,7 @@ def test_every_pixel_and_channel_of_a_tile_adds_in_the_same_order(row):
         )
         filter = torch.randn(1, *case.weight_size[1:], generator=g, dtype=dtype)
         tensors = {"input": pixel.flatten(1, 2), "weight": filter.expand(case.weight_size)}
-        (output,) = run(row, case, layouts, tensors)
+        (output,) = run(row, case, layouts, **tensors)
         if not same_bits((output,), (output[:1, :1, :1, :1].expand_as(output),)):
             problems.append((case.name, dtype, layouts))
     report(problems, row)
@@ -152,7 +154,7 @@ def test_every_channel_of_a_gradient_adds_in_the_same_order(row):
     for case, dtype, layouts in variants(row, [case for case in conv2d_cases() if 0 < case.multiplications < SMALL]):
         data = shared_tensors(case, dtype)
         weight = data.weight[:, :1].expand(case.weight_size)
-        (grad_input,) = run(row, case, layouts, {"grad_output": data.grad_output, "weight": weight})
+        (grad_input,) = run(row, case, layouts, grad_output=data.grad_output, weight=weight)
         by_group = grad_input.unflatten(1, (case.groups, -1))
         if not same_bits((by_group,), (by_group[:, :, :1].expand_as(by_group),)):
             problems.append((case.name, dtype, layouts))
@@ -170,7 +172,7 @@ def test_every_pixel_of_an_average_adds_in_the_same_order(row):
         pattern = torch.randn(1, 1, case.stride_h, case.stride_w, generator=generator(case.name), dtype=dtype)
         repeats = -(-case.in_h // case.stride_h), -(-case.in_w // case.stride_w)
         input = pattern.tile(1, 1, *repeats)[..., : case.in_h, : case.in_w].expand(case.input_size)
-        (output,) = run(row, case, layout, {"input": input})
+        (output,) = run(row, case, layout, input=input)
         if not same_bits((output,), (output[:1, :1, :1, :1].expand_as(output),)):
             problems.append((case.name, dtype, layout))
     report(problems, row)
@@ -228,7 +230,45 @@ def test_conv2d_multiplies_data_and_never_padding(row, spoiled):
                 truth = spoiled_truth(row.direction, case, dtype, name, key)
                 for layouts in CONV2D_LAYOUTS:
                     if accepts(row, shape_of(case, dtype, layouts)):
-                        found = violation(*run(row, case, layouts, tensors), truth)
+                        found = violation(*run(row, case, layouts, **tensors), truth)
+                        problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
+    report(problems, row)
+
+
+@functools.cache
+def spoiled_fused_truth(direction: str, case: FusedCase, dtype: torch.dtype, name: str, key: str) -> reference.Truth:
+    operands = spoiled_fused_operands(direction, case, dtype, name, key)
+    if direction != "forward":
+        operands["grad_output"] = reference.fused_gradient(case, operands["grad_output"], operands.pop("mask"))
+        return nonfinite.conv2d(case.conv, direction, **operands)
+    conv = nonfinite.conv2d(case.conv, direction, **operands)
+    value, magnitude = (
+        reference.max_pool2d_forward(case.pool, t)[0].value for t in (conv.value.relu(), conv.magnitude)
+    )
+    return reference.Truth(value, magnitude, conv.roundings)
+
+
+def spoiled_fused_operands(
+    direction: str, case: FusedCase, dtype: torch.dtype, name: str, key: str
+) -> dict[str, torch.Tensor]:
+    data = vars(shared_tensors(case, dtype))
+    operands = {read: spoil(data[read], *(SPOILS[name] if read == key else ())) for read in READS[direction]}
+    return operands if direction == "forward" else {**operands, "mask": data["mask"]}
+
+
+@pytest.mark.parametrize("spoiled", [0, 1], ids=["first_operand", "second_operand"])
+@pytest.mark.parametrize("row", [row for row in FUSED_ROWS if row.direction in READS], ids=str)
+def test_the_fused_rows_multiply_data_and_stopped_gradients_and_never_padding(row, spoiled):
+    problems = []
+    key = READS[row.direction][spoiled]
+    for case in [case for case in fused_cases() if case.conv in SPOILED_CASES[::3]]:
+        for dtype in DTYPES:
+            for name in SPOILS:
+                tensors = spoiled_fused_operands(row.direction, case, dtype, name, key)
+                truth = spoiled_fused_truth(row.direction, case, dtype, name, key)
+                for layouts in CONV2D_LAYOUTS[:2]:
+                    if accepts(row, shape_of(case, dtype, layouts)):
+                        found = violation(run(row, case, layouts, **tensors)[0], truth)
                         problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
     report(problems, row)
 
@@ -266,7 +306,7 @@ def test_pool2d_takes_the_first_of_equals_and_the_last_nan(row):
     problems = []
     for case, dtype, layout in variants(row, pool2d_cases()):
         tensors = pool2d_operands(case, dtype)
-        result, *written = run(row, case, layout, tensors)
+        result, *written = run(row, case, layout, **tensors)
         found = violation(result, pool2d_truth(row.op, row.direction, case, dtype))
         problems += [(case.name, dtype, layout, found)] if found else []
         problems += [(case.name, dtype, layout, "offsets") for w in written if not torch.equal(w, tensors["offsets"])]
@@ -279,7 +319,7 @@ def test_bias_gradient_of_infinities_and_nans(row):
     for case, dtype, layouts in variants(row, [case for case in conv2d_cases() if 0 < case.multiplications < SMALL]):
         grad_output = shared_tensors(case, dtype).grad_output.clone()
         grad_output[0, 0, 0, 0], grad_output[-1, -1, -1, -1] = torch.inf, torch.nan
-        (grad_bias,) = run(row, case, layouts, {"grad_output": grad_output})
+        (grad_bias,) = run(row, case, layouts, grad_output=grad_output)
         sums = grad_output.double().sum((0, 2, 3))
         if not torch.equal(grad_bias.isnan(), sums.isnan()) or not torch.equal(grad_bias.isinf(), sums.isinf()):
             problems.append((case.name, dtype, layouts))

@@ -6,15 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cnn_ext import _native
-from tests.support.cases import Conv2dCase, case_named, conv2d_cases, pool2d_cases
-from tests.support.rows import Row, accepts, choice, forced, rows, run_conv2d, shape_of
+from tests.support.cases import Conv2dCase, case_named, cases_of, pool2d_cases
+from tests.support.rows import Row, accepts, choice, forced, layouts_of, rows, run_conv2d, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_ROWS = [row for row in rows() if row.device == "cpu"]
@@ -24,8 +23,8 @@ SUPPORTED_ISAS = ISAS[: ISAS.index(_native.cpu.best_isa()) + 1]
 
 def example(row: Row) -> tuple:
     """The first case that a row accepts, as float32 in the layout that it accepts it in, with the shape."""
-    for case in conv2d_cases() if row.op == "conv2d" else pool2d_cases():
-        for layouts in (("nchw", "nchw"), ("nhwc", "nhwc")) if row.op == "conv2d" else ("nchw", "nhwc"):
+    for case in cases_of(row.op):
+        for layouts in layouts_of(row.op)[:2]:
             shape = shape_of(case, torch.float32, layouts)
             if accepts(row, shape):
                 return case, layouts, shape
@@ -163,10 +162,10 @@ def test_a_wrong_isa_is_an_error_that_names_the_choices(isa):
 
 @pytest.mark.parametrize("row", [row for row in CPU_ROWS if row.direction != "backward_weight"], ids=str)
 def test_the_choice_does_not_depend_on_the_batch_nor_on_threads(row):
-    for case in conv2d_cases() if row.op == "conv2d" else pool2d_cases():
-        for layouts in (("nchw", "nchw"), ("nhwc", "nhwc")) if row.op == "conv2d" else ("nchw", "nhwc"):
+    for case in cases_of(row.op):
+        for layouts in layouts_of(row.op)[:2]:
             kernels = {
-                choice(row, shape_of(replace(case, batch=batch), torch.float32, layouts), threads)["kernel"]
+                choice(row, shape_of(case.with_batch(batch), torch.float32, layouts), threads)["kernel"]
                 for batch in (1, 2, 64)
                 for threads in (1, 5)
             }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support import reference
-from tests.support.cases import Conv2dCase, Pool2dCase, conv2d_cases, pool2d_cases, shared_tensors
+from tests.support.cases import NO_GRADIENT, Conv2dCase, FusedCase, Pool2dCase, cases_of, shared_tensors
 from tests.support.reference import Truth
 from tests.support.rows import (
     CONV2D_LAYOUTS,
@@ -18,9 +18,11 @@ from tests.support.rows import (
     POOL2D_LAYOUTS,
     Row,
     accepts,
+    layouts_of,
     naive,
     rows,
     run_conv2d,
+    run_fused,
     run_pool2d,
     shape_of,
 )
@@ -29,6 +31,7 @@ from tests.support.tolerances import violation
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONV2D_ROWS = rows(op="conv2d")
+FUSED_ROWS = rows(op="conv2d_relu_max_pool2d")
 POOL2D_ROWS = rows(op="max_pool2d") + rows(op="avg_pool2d")
 
 
@@ -77,6 +80,46 @@ def conv2d_problems(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts: tup
     return problems
 
 
+def whole_numbers(case: FusedCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Operands whose sums of products are not rounded: maxima tie, and every order of additions finds the same ones."""
+    data = shared_tensors(case, dtype)
+    return {name: getattr(data, name).mul(2).round() for name in ("input", "weight", "bias")}
+
+
+@functools.cache
+def fused_truth(direction: str, case: FusedCase, dtype: torch.dtype) -> Truth:
+    data = shared_tensors(case, dtype)
+    if direction == "forward":
+        return reference.fused_forward(case, data.input, data.weight, data.bias)
+    other = {"backward_input": data.weight, "backward_weight": data.input}.get(direction)
+    return reference.fused_backward(case, direction, data.grad_output, data.mask, other)
+
+
+@functools.cache
+def fused_maxima(case: FusedCase, dtype: torch.dtype) -> tuple[Truth, torch.Tensor]:
+    """The output of whole_numbers without a bias, and the offsets."""
+    operands = {**whole_numbers(case, dtype), "bias": None}
+    conv = reference.conv2d_forward(case.conv, **operands).value
+    truth, taps = reference.max_pool2d_forward(case.pool, conv)
+    value = truth.value.relu()
+    return reference.exact(value), taps.masked_fill(value <= 0, NO_GRADIENT).to(torch.uint8)
+
+
+def fused_problems(row: Row, case: FusedCase, dtype: torch.dtype, layouts: tuple[str, str]) -> list[str]:
+    data = vars(shared_tensors(case, dtype))
+    result = run_fused(row, case, layouts, **data)[0]
+    problems = [violation(result, fused_truth(row.direction, case, dtype))]
+    if row.direction == "forward":
+        operands = {**whole_numbers(case, dtype), "bias": None}
+        truth, offsets = fused_maxima(case, dtype)
+        output, *written = run_fused(row, case, layouts, **operands)
+        problems += [violation(output, truth)]
+        problems += ["other offsets" for found in written if not torch.equal(found, offsets)]
+        alone = run_fused(row, case, layouts, **operands, with_offsets=False)[0]
+        problems += [] if torch.equal(alone, output) else ["other output without offsets"]
+    return [f"{case.name}: {problem}" for problem in problems if problem]
+
+
 @functools.cache
 def pool2d_truth(row: Row, case: Pool2dCase, dtype: torch.dtype) -> tuple[Truth, torch.Tensor | None]:
     """The truth of a row's result, and the offsets that it writes or reads."""
@@ -107,8 +150,7 @@ def pool2d_problems(row: Row, case: Pool2dCase, dtype: torch.dtype, layout: str)
 
 
 def accepted(row: Row, dtype: torch.dtype, layouts) -> list:
-    cases = conv2d_cases() if row.op == "conv2d" else pool2d_cases()
-    return [case for case in cases if accepts(row, shape_of(case, dtype, layouts))]
+    return [case for case in cases_of(row.op) if accepts(row, shape_of(case, dtype, layouts))]
 
 
 def report(problems: list[str], row: Row) -> None:
@@ -125,6 +167,16 @@ def test_conv2d_row(row, dtype, layouts):
     )
 
 
+@pytest.mark.parametrize("layouts", CONV2D_LAYOUTS, ids=layout_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("row", FUSED_ROWS, ids=str)
+def test_conv2d_relu_max_pool2d_row(row, dtype, layouts):
+    report(
+        [problem for case in accepted(row, dtype, layouts) for problem in fused_problems(row, case, dtype, layouts)],
+        row,
+    )
+
+
 @pytest.mark.parametrize("layout", POOL2D_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("row", POOL2D_ROWS, ids=str)
@@ -134,14 +186,13 @@ def test_pool2d_row(row, dtype, layout):
     )
 
 
-@pytest.mark.parametrize("row", CONV2D_ROWS + POOL2D_ROWS, ids=str)
+@pytest.mark.parametrize("row", CONV2D_ROWS + FUSED_ROWS + POOL2D_ROWS, ids=str)
 def test_the_naive_rows_accept_every_case_and_the_others_some(row):
-    layouts = CONV2D_LAYOUTS if row.op == "conv2d" else POOL2D_LAYOUTS
-    cases = conv2d_cases() if row.op == "conv2d" else pool2d_cases()
+    cases = cases_of(row.op)
     counts = {
         (dtype_id(dtype), layout_id(layout)): len(accepted(row, dtype, layout))
         for dtype in DTYPES
-        for layout in layouts
+        for layout in layouts_of(row.op)
     }
     if row.is_naive:
         assert set(counts.values()) == {len(cases)}, counts
@@ -153,6 +204,7 @@ def test_the_naive_rows_accept_every_case_and_the_others_some(row):
     ("op", "directions"),
     [
         ("conv2d", {"forward", "backward_input", "backward_weight", "backward_bias"}),
+        ("conv2d_relu_max_pool2d", {"forward", "backward_input", "backward_weight", "backward_bias"}),
         ("max_pool2d", {"forward", "backward", "gather"}),
         ("avg_pool2d", {"forward", "backward"}),
     ],

@@ -22,6 +22,11 @@ void run(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffer
   cpu::run_conv2d(direction, shape, buffers, threads);
 }
 
+void run(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads) {
+  const py::gil_scoped_release unlocked;
+  cpu::run_conv2d_relu_pool(direction, shape, buffers, threads);
+}
+
 void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, int threads) {
   const py::gil_scoped_release unlocked;
   cpu::run_pool2d(op, direction, shape, buffers, threads);
@@ -48,6 +53,47 @@ void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Addre
 void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, int threads) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.grad_bias = pointer(grad_bias);
+  run(Conv2dDirection::backward_bias, shape, b, threads);
+}
+
+// The buffers of a backward direction; `mask`: the offsets or, without pooling, the output.
+Conv2dReluPoolBuffers backward_buffers(const Conv2dReluPoolShape& shape, Address grad_output, Address mask) {
+  Conv2dReluPoolBuffers b{};
+  b.grad_output = pointer(grad_output);
+  if (has_pooling(shape)) {
+    b.offsets = static_cast<uint8_t*>(pointer(mask));
+  } else {
+    b.output = pointer(mask);
+  }
+  return b;
+}
+
+void conv2d_relu_max_pool2d_forward(const Conv2dReluPoolShape& shape, Address input, Address weight, Address bias, Address output,
+                                    Address offsets, int threads) {
+  Conv2dReluPoolBuffers b{};
+  b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias);
+  b.output = pointer(output), b.offsets = static_cast<uint8_t*>(pointer(offsets));
+  run(Conv2dDirection::forward, shape, b, threads);
+}
+
+void conv2d_relu_max_pool2d_backward_input(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address weight,
+                                           Address grad_input, int threads) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.weight = pointer(weight), b.grad_input = pointer(grad_input);
+  run(Conv2dDirection::backward_input, shape, b, threads);
+}
+
+void conv2d_relu_max_pool2d_backward_weight(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address input,
+                                            Address grad_weight, int threads) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.input = pointer(input), b.grad_weight = pointer(grad_weight);
+  run(Conv2dDirection::backward_weight, shape, b, threads);
+}
+
+void conv2d_relu_max_pool2d_backward_bias(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address grad_bias,
+                                          int threads) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.grad_bias = pointer(grad_bias);
   run(Conv2dDirection::backward_bias, shape, b, threads);
 }
 
@@ -114,6 +160,10 @@ void bind_cpu(py::module_& m) {
   m.def("conv2d_backward_input", &conv2d_backward_input);
   m.def("conv2d_backward_weight", &conv2d_backward_weight);
   m.def("conv2d_backward_bias", &conv2d_backward_bias);
+  m.def("conv2d_relu_max_pool2d_forward", &conv2d_relu_max_pool2d_forward);
+  m.def("conv2d_relu_max_pool2d_backward_input", &conv2d_relu_max_pool2d_backward_input);
+  m.def("conv2d_relu_max_pool2d_backward_weight", &conv2d_relu_max_pool2d_backward_weight);
+  m.def("conv2d_relu_max_pool2d_backward_bias", &conv2d_relu_max_pool2d_backward_bias);
   m.def("max_pool2d_forward", &max_pool2d_forward);
   m.def("max_pool2d_backward", &max_pool2d_backward);
   m.def("max_pool2d_gather", &max_pool2d_gather);
@@ -121,6 +171,9 @@ void bind_cpu(py::module_& m) {
   m.def("avg_pool2d_backward", &avg_pool2d_backward);
   m.def("choose_conv2d", [](Conv2dDirection direction, const Conv2dShape& shape, int threads) {
     return to_dict(cpu::choose_conv2d(direction, shape, threads));
+  });
+  m.def("choose_conv2d_relu_pool", [](Conv2dDirection direction, const Conv2dReluPoolShape& shape, int threads) {
+    return to_dict(cpu::choose_conv2d_relu_pool(direction, shape, threads));
   });
   m.def("choose_pool2d", [](Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads) {
     return to_dict(cpu::choose_pool2d(op, direction, shape, threads));

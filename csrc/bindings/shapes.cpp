@@ -48,6 +48,14 @@ void visit_fields(Visitor& v, Conv2dShape*) {
 }
 
 template <class Visitor>
+void visit_fields(Visitor& v, Conv2dReluPoolShape*) {
+  using S = Conv2dReluPoolShape;
+  v.set("conv", &S::conv).set("pool_h", &S::pool_h).set("pool_w", &S::pool_w);
+  v.set("pool_stride_h", &S::pool_stride_h).set("pool_stride_w", &S::pool_stride_w);
+  v.set("pooled_h", &S::pooled_h).set("pooled_w", &S::pooled_w);
+}
+
+template <class Visitor>
 void visit_fields(Visitor& v, Pool2dShape*) {
   using S = Pool2dShape;
   v.set("batch", &S::batch).set("channels", &S::channels).set("in_h", &S::in_h).set("in_w", &S::in_w);
@@ -100,6 +108,7 @@ void bind_shapes(py::module_& m) {
       .value("backward", Pool2dDirection::backward)
       .value("gather", Pool2dDirection::gather);
   bind_shape<Conv2dShape>(m, "Conv2dShape");
+  bind_shape<Conv2dReluPoolShape>(m, "Conv2dReluPoolShape");
   bind_shape<Pool2dShape>(m, "Pool2dShape");
 }
 

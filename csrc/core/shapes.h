@@ -1,6 +1,6 @@
-// The two nouns that every floor of the house speaks: one problem, described by plain numbers.
-// Data only: this header is included by files compiled for different instruction sets, so it holds no function
-// whose compiled copy the linker could share between them.
+// The nouns that every floor of the house speaks: one problem, described by plain numbers.
+// This header is included by files compiled for different instruction sets, so it holds no function whose compiled copy the
+// linker could share between them: the one that it has is internal to each file.
 #pragma once
 
 #include <cstdint>
@@ -62,6 +62,30 @@ struct Pool2dShape {
   Layout layout;  // of input, output, offsets and their gradients
 };
 
+// Max pooling of relu(convolution + bias), without the tensors in between: pooled output [batch, out_channels, pooled_h, pooled_w],
+//   output[n, k, ph, pw] = max over r < pool_h, t < pool_w of relu(conv(n, k, ph * pool_stride_h + r, pw * pool_stride_w + t))
+// The windows are not padded and lie inside conv.out_h x conv.out_w; what is behind the last one is not read. The directions are
+// those of the convolution, with the gradient of the pooled output for grad_output. The ReLU and the maximum keep a NaN.
+//
+// What backward has to know of forward is one tensor:
+//   with pooling     offsets, uint8 [N, K, PH, PW]: r * pool_w + t of the window's maximum (the first of equals, the last NaN),
+//                    or kNoGradient where the maximum is <= 0. So pool_h * pool_w <= 255.
+//   without pooling  the output: the gradient passes where !(output <= 0).
+// The gradient of the convolution's output is zero everywhere else: zeros that multiply, as those of the unfused operators do.
+struct Conv2dReluPoolShape {
+  Conv2dShape conv;
+  int64_t pool_h, pool_w;
+  int64_t pool_stride_h, pool_stride_w;
+  int64_t pooled_h, pooled_w;
+};
+
+constexpr uint8_t kNoGradient = 255;
+
+// Whether there is more than the activation.
+[[maybe_unused]] static constexpr bool has_pooling(const Conv2dReluPoolShape& s) {
+  return s.pool_h != 1 || s.pool_w != 1 || s.pool_stride_h != 1 || s.pool_stride_w != 1;
+}
+
 // The tensors of one call; a direction reads and writes those of its line above and leaves the others null.
 struct Conv2dBuffers {
   const void* input;
@@ -69,6 +93,18 @@ struct Conv2dBuffers {
   const void* bias;  // null: none
   const void* grad_output;
   void* output;
+  void* grad_input;
+  void* grad_weight;
+  void* grad_bias;
+};
+
+struct Conv2dReluPoolBuffers {
+  const void* input;
+  const void* weight;
+  const void* bias;         // null: none
+  const void* grad_output;  // of the pooled size
+  uint8_t* offsets;         // written by forward (null: not asked for), read by the others; null without pooling
+  void* output;             // written by forward, read by the others without pooling
   void* grad_input;
   void* grad_weight;
   void* grad_bias;

@@ -12,6 +12,7 @@ namespace cnn_ext::cpu {
 // Runs the first row of the table that this machine supports and that accepts the shape (or the forced row), on up to `threads` threads.
 // Throws std::invalid_argument where a forced row refuses the shape or no row accepts it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
+void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, int threads);
 
 // What such a call would do.
@@ -22,12 +23,13 @@ struct Choice {
   Plan plan;
 };
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads);
+Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, int threads);
 Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads);
 
 // The table, in order of preference.
 struct KernelRow {
   std::string name;
-  std::string op;         // conv2d, max_pool2d, avg_pool2d
+  std::string op;         // conv2d, conv2d_relu_max_pool2d, max_pool2d, avg_pool2d
   std::string direction;  // forward, backward_input, ...
   Isa isa;
   bool supported;  // by this machine, and allowed by CNN_EXT_ISA

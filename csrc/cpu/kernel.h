@@ -34,6 +34,15 @@ struct Conv2dKernel {
   Outcome (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, int threads);
 };
 
+struct Conv2dReluPoolKernel {
+  const char* name;
+  Isa isa;
+  Conv2dDirection direction;
+  bool (*accepts)(const Conv2dReluPoolShape&);
+  Plan (*plan)(const Conv2dReluPoolShape&, int threads);
+  Outcome (*run)(const Conv2dReluPoolShape&, const Conv2dReluPoolBuffers&, void* workspace, int threads);
+};
+
 struct Pool2dKernel {
   const char* name;
   Isa isa;

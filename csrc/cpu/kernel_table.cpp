@@ -16,6 +16,8 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_direct)    \
   ROW(conv2d_backward_bias_direct)
 
+#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)
+
 #define CNN_EXT_POOL2D_ROWS(ROW)  \
   ROW(max_pool2d_forward_2x2)     \
   ROW(max_pool2d_forward_direct)  \
@@ -32,17 +34,27 @@ namespace cnn_ext::cpu {
 #endif
 
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
+#define CNN_EXT_DECLARE_CONV2D_RELU_POOL(row) extern const Conv2dReluPoolKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
-#define CNN_EXT_DECLARE(isa)                  \
-  namespace isa {                             \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D) \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D) \
+#define CNN_EXT_DECLARE(isa)                                      \
+  namespace isa {                                                 \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)                     \
+  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL) \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)                     \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
+
+// The fused operator made of the rows of its parts: for every shape that no fused kernel serves.
+namespace composed {
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward, conv2d_relu_max_pool2d_backward_input,
+    conv2d_relu_max_pool2d_backward_weight, conv2d_relu_max_pool2d_backward_bias;
+}  // namespace composed
 
 // The oracle: the definition as a loop nest, the last row of each op and direction.
 namespace naive {
 extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward_weight, conv2d_backward_bias;
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward, conv2d_relu_max_pool2d_backward_input,
+    conv2d_relu_max_pool2d_backward_weight, conv2d_relu_max_pool2d_backward_bias;
 extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
 }  // namespace naive
 
@@ -51,6 +63,11 @@ extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_ga
   {                                  \
     using namespace isa;             \
     CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD) \
+  }
+#define CNN_EXT_ADD_CONV2D_RELU_POOL(isa)      \
+  {                                            \
+    using namespace isa;                       \
+    CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADD) \
   }
 #define CNN_EXT_ADD_POOL2D(isa)      \
   {                                  \
@@ -64,6 +81,22 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
     for (const Conv2dKernel* row :
          {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {
+      rows.push_back(row);
+    }
+    return rows;
+  }();
+  return table;
+}
+
+const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels() {
+  static const std::vector<const Conv2dReluPoolKernel*> table = [] {
+    std::vector<const Conv2dReluPoolKernel*> rows;
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D_RELU_POOL)
+    for (const Conv2dReluPoolKernel* row :
+         {&composed::conv2d_relu_max_pool2d_forward, &composed::conv2d_relu_max_pool2d_backward_input,
+          &composed::conv2d_relu_max_pool2d_backward_weight, &composed::conv2d_relu_max_pool2d_backward_bias,
+          &naive::conv2d_relu_max_pool2d_forward, &naive::conv2d_relu_max_pool2d_backward_input,
+          &naive::conv2d_relu_max_pool2d_backward_weight, &naive::conv2d_relu_max_pool2d_backward_bias}) {
       rows.push_back(row);
     }
     return rows;

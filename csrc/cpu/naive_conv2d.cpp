@@ -3,35 +3,12 @@
 //
 // Letters: n image, g group, k output channel and c input channel within the group, r and s tap, oh and ow output, ih and iw input
 // position.
-#include <algorithm>
-
 #include "cpu/kernel.h"
+#include "cpu/naive.h"
 #include "cpu/parallel.h"
 
 namespace cnn_ext::cpu::naive {
 namespace {
-
-// Element strides of a dense 4-D tensor.
-struct Strides {
-  int64_t n, c, h, w;
-};
-
-Strides strides_of(Layout layout, int64_t c, int64_t h, int64_t w) {
-  return layout == Layout::nchw ? Strides{c * h * w, h * w, w, 1} : Strides{c * h * w, 1, w * c, c};
-}
-
-struct Geometry {
-  explicit Geometry(const Conv2dShape& s)
-      : group_in(s.in_channels / s.groups),
-        group_out(s.out_channels / s.groups),
-        in(strides_of(s.layout, s.in_channels, s.in_h, s.in_w)),
-        out(strides_of(s.layout, s.out_channels, s.out_h, s.out_w)),
-        weight(strides_of(s.weight_layout, group_in, s.kernel_h, s.kernel_w)) {}
-  int64_t group_in, group_out;
-  Strides in, out, weight;
-};
-
-int64_t at(const Strides& t, int64_t n, int64_t c, int64_t h, int64_t w) { return n * t.n + c * t.c + h * t.h + w * t.w; }
 
 template <class T>
 void forward(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
@@ -42,23 +19,9 @@ void forward(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
   T* output = static_cast<T*>(b.output);
   parallel_for(threads, s.batch * s.out_channels, [&](int, int64_t task) {
     const int64_t n = task / s.out_channels, channel = task % s.out_channels;
-    const int64_t first_in = channel / geo.group_out * geo.group_in;
     for (int64_t oh = 0; oh < s.out_h; ++oh) {
       for (int64_t ow = 0; ow < s.out_w; ++ow) {
-        double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
-        for (int64_t c = 0; c < geo.group_in; ++c) {
-          for (int64_t r = 0; r < s.kernel_h; ++r) {
-            const int64_t ih = oh * s.stride_h - s.pad_top + r * s.dilation_h;
-            if (ih < 0 || ih >= s.in_h) continue;
-            for (int64_t t = 0; t < s.kernel_w; ++t) {
-              const int64_t iw = ow * s.stride_w - s.pad_left + t * s.dilation_w;
-              if (iw < 0 || iw >= s.in_w) continue;
-              sum += static_cast<double>(input[at(geo.in, n, first_in + c, ih, iw)]) *
-                     static_cast<double>(weight[at(geo.weight, channel, c, r, t)]);
-            }
-          }
-        }
-        output[at(geo.out, n, channel, oh, ow)] = static_cast<T>(sum);
+        output[at(geo.out, n, channel, oh, ow)] = output_at(s, geo, input, weight, bias, n, channel, oh, ow);
       }
     }
   });

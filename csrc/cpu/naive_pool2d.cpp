@@ -3,19 +3,11 @@
 #include <limits>
 
 #include "cpu/kernel.h"
+#include "cpu/naive.h"
 #include "cpu/parallel.h"
 
 namespace cnn_ext::cpu::naive {
 namespace {
-
-// Element strides of a dense 4-D tensor.
-struct Strides {
-  int64_t n, c, h, w;
-};
-
-Strides strides_of(Layout layout, int64_t c, int64_t h, int64_t w) {
-  return layout == Layout::nchw ? Strides{c * h * w, h * w, w, 1} : Strides{c * h * w, 1, w * c, c};
-}
 
 Strides input_strides(const Pool2dShape& s) { return strides_of(s.layout, s.channels, s.in_h, s.in_w); }
 Strides output_strides(const Pool2dShape& s) { return strides_of(s.layout, s.channels, s.out_h, s.out_w); }

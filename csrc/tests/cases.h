@@ -55,6 +55,15 @@ inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layou
           c["dilation_w"], c["groups"],      dtype,         layout,        weight_layout};
 }
 
+// The poolings that every convolution is fused with: window and stride, the same along both axes.
+constexpr int64_t kFusedPools[][2] = {{1, 1}, {2, 2}, {3, 2}, {2, 1}};
+
+// pooled_h or pooled_w < 1: the window does not fit.
+inline Conv2dReluPoolShape fused_shape(const Conv2dShape& conv, int64_t window, int64_t stride) {
+  const auto pooled = [=](int64_t size) { return size < window ? 0 : extent(size, 0, 0, window, stride, 1, false); };
+  return {conv, window, window, stride, stride, pooled(conv.out_h), pooled(conv.out_w)};
+}
+
 inline Pool2dShape pool2d_shape(const Case& c, DType dtype, Layout layout) {
   const bool ceil_mode = c["ceil_mode"] != 0;
   const int64_t out_h = extent(c["in_h"], c["pad_top"], c["pad_bottom"], c["kernel_h"], c["stride_h"], c["dilation_h"], ceil_mode);

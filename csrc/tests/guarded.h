@@ -37,6 +37,14 @@ class Guarded {
   size_t mapped_;
 };
 
+// 64 bits for each number of a seed's sequence (splitmix64).
+inline uint64_t random_bits(uint64_t seed, int64_t i) {
+  uint64_t x = (seed << 40) + static_cast<uint64_t>(i) + 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
 // The tensors of one call, each guarded.
 class Tensors {
  public:
@@ -53,17 +61,15 @@ class Tensors {
     return data;
   }
 
-  // Values in [-1, 1), the same for every call with this seed; half of them multiples of 1/4, so that a maximum meets ties.
+  // Values in [-1, 1), the same for every call with this seed; half of them multiples of 1/4, so that a maximum meets ties, or all of
+  // them (`exact`), so that sums of products meet ties, too: they are not rounded.
   template <class T>
-  T* values(int64_t count, uint64_t seed, bool absolute) {
+  T* values(int64_t count, uint64_t seed, bool absolute, bool exact = false) {
     T* data = static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = 0; i < count; ++i) {
-      uint64_t x = (seed << 40) + static_cast<uint64_t>(i) + 0x9E3779B97F4A7C15u;  // splitmix64
-      x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-      x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-      x ^= x >> 31;
+      const uint64_t x = random_bits(seed, i);
       double value = static_cast<double>(x >> 11) / 4503599627370496.0 - 1.0;
-      if (x & 1) value = std::round(value * 4) / 4;
+      if (exact || (x & 1)) value = std::round(value * 4) / 4;
       data[i] = static_cast<T>(absolute ? std::fabs(value) : value);
     }
     return data;

@@ -72,6 +72,34 @@ Result<T> call(const Conv2dKernel& row, const Conv2dShape& s, const Run& run, co
 }
 
 template <class T>
+Result<T> call(const Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s, const Run& run, const std::vector<uint8_t>& offsets) {
+  const Conv2dShape& conv = s.conv;
+  Tensors tensors(run.flush);
+  const int64_t input = conv.batch * conv.in_channels * conv.in_h * conv.in_w,
+                output = conv.batch * conv.out_channels * s.pooled_h * s.pooled_w;
+  const int64_t weight = conv.out_channels * (conv.in_channels / conv.groups) * conv.kernel_h * conv.kernel_w;
+  const bool forward = row.direction == Conv2dDirection::forward;
+  const int64_t offset_bytes = has_pooling(s) ? output : 0;
+  // Another order of additions would find another maximum: sums that are compared have to be exact.
+  const auto values = [&](int64_t count, uint64_t seed) { return tensors.values<T>(count, seed, run.absolute, forward && has_pooling(s)); };
+  Conv2dReluPoolBuffers b{};
+  if (forward || row.direction == Conv2dDirection::backward_weight) b.input = values(input, 1);
+  if (forward || row.direction == Conv2dDirection::backward_input) b.weight = values(weight, 2);
+  if (forward && conv.layout == conv.weight_layout) b.bias = values(conv.out_channels, 3);
+  if (!forward) b.grad_output = values(output, 4);
+  if (has_pooling(s)) b.offsets = static_cast<uint8_t*>(tensors.bytes(offset_bytes, forward ? nullptr : offsets.data()));
+  if (!forward && !has_pooling(s)) b.output = tensors.values<T>(output, 5, false);
+  const int64_t count[] = {output, input, weight, conv.out_channels};
+  void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
+  const int direction = static_cast<int>(row.direction);
+  T* result = static_cast<T*>(tensors.bytes(count[direction] * static_cast<int64_t>(sizeof(T))));
+  *written[direction] = result;
+  const Guarded workspace(aligned(row.plan(s, run.threads).workspace_bytes), run.flush);
+  if (row.run(s, b, workspace.data(), run.threads) != Outcome::done) throw std::runtime_error("finds finite operands not finite");
+  return {std::vector<T>(result, result + count[direction]), std::vector<uint8_t>(b.offsets, b.offsets + offset_bytes)};
+}
+
+template <class T>
 Result<T> call(const Pool2dKernel& row, const Pool2dShape& s, const Run& run, const std::vector<uint8_t>& offsets) {
   Tensors tensors(run.flush);
   const int64_t input = s.batch * s.channels * s.in_h * s.in_w, output = s.batch * s.channels * s.out_h * s.out_w;
@@ -90,8 +118,8 @@ Result<T> call(const Pool2dKernel& row, const Pool2dShape& s, const Run& run, co
 }
 
 // How many roundings a term of the sum meets: see tests/support/tolerances.py. 0: the result is exact.
-int64_t roundings(const Conv2dKernel& row, const Conv2dShape& s) {
-  switch (row.direction) {
+int64_t roundings(Conv2dDirection direction, const Conv2dShape& s) {
+  switch (direction) {
     case Conv2dDirection::forward:
       return s.in_channels / s.groups * s.kernel_h * s.kernel_w + 1;
     case Conv2dDirection::backward_input:
@@ -101,13 +129,28 @@ int64_t roundings(const Conv2dKernel& row, const Conv2dShape& s) {
   }
 }
 
+int64_t roundings(const Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
+
+// Windows that may name the same element, at most.
+int64_t overlap(int64_t window_h, int64_t stride_h, int64_t window_w, int64_t stride_w) {
+  return ((window_h + stride_h - 1) / stride_h) * ((window_w + stride_w - 1) / stride_w);
+}
+
+// backward may first add up the gradients of the windows that named an element.
+int64_t roundings(const Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) {
+  const int64_t sums = roundings(row.direction, s.conv);
+  if (row.direction == Conv2dDirection::forward) return sums;
+  return sums + overlap(s.pool_h, s.pool_stride_h, s.pool_w, s.pool_stride_w) - 1;
+}
+
 int64_t roundings(const Pool2dKernel& row, const Pool2dShape& s) {
   if (row.op == Pool2dOp::avg) return s.kernel_h * s.kernel_w + 1;
   if (row.direction != Pool2dDirection::backward) return 0;
-  return ((s.kernel_h + s.stride_h - 1) / s.stride_h) * ((s.kernel_w + s.stride_w - 1) / s.stride_w) - 1;
+  return overlap(s.kernel_h, s.stride_h, s.kernel_w, s.stride_w) - 1;
 }
 
 bool same_slot(const Conv2dKernel& a, const Conv2dKernel& b) { return a.direction == b.direction; }
+bool same_slot(const Conv2dReluPoolKernel& a, const Conv2dReluPoolKernel& b) { return a.direction == b.direction; }
 bool same_slot(const Pool2dKernel& a, const Pool2dKernel& b) { return a.op == b.op && a.direction == b.direction; }
 
 // The naive row of a slot is its last.
@@ -120,6 +163,18 @@ const Kernel& naive_row(const std::vector<const Kernel*>& table, const Kernel& r
 template <class T>
 std::vector<uint8_t> offsets_for(const Conv2dKernel&, const Conv2dShape&) {
   return {};
+}
+
+// A window in four passes no gradient.
+template <class T>
+std::vector<uint8_t> offsets_for(const Conv2dReluPoolKernel& reader, const Conv2dReluPoolShape& s) {
+  if (reader.direction == Conv2dDirection::forward || !has_pooling(s)) return {};
+  std::vector<uint8_t> offsets(static_cast<size_t>(s.conv.batch * s.conv.out_channels * s.pooled_h * s.pooled_w));
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    const uint64_t x = random_bits(6, static_cast<int64_t>(i));
+    offsets[i] = x % 4 == 0 ? kNoGradient : static_cast<uint8_t>(x / 4 % static_cast<uint64_t>(s.pool_h * s.pool_w));
+  }
+  return offsets;
 }
 
 template <class T>
@@ -210,6 +265,7 @@ void check_rows(const std::vector<const Kernel*>& table, const std::string& what
 bool has_row(const std::string& name) {
   const auto is_named = [&](const auto* row) { return name == row->name; };
   return std::any_of(conv2d_kernels().begin(), conv2d_kernels().end(), is_named) ||
+         std::any_of(conv2d_relu_pool_kernels().begin(), conv2d_relu_pool_kernels().end(), is_named) ||
          std::any_of(pool2d_kernels().begin(), pool2d_kernels().end(), is_named);
 }
 
@@ -224,7 +280,14 @@ void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
       for (const Case& c : read_cases(conv2d_file)) {
         const std::string what = "case " + c.name + ", " + variant + ", weight " + weight_layout_name;
-        check_rows<T>(conv2d_kernels(), what, conv2d_shape(c, dtype, layout, weight_layout), only);
+        const Conv2dShape conv = conv2d_shape(c, dtype, layout, weight_layout);
+        check_rows<T>(conv2d_kernels(), what, conv, only);
+        for (const auto& [window, stride] : kFusedPools) {
+          const Conv2dReluPoolShape fused = fused_shape(conv, window, stride);
+          if (fused.pooled_h < 1 || fused.pooled_w < 1) continue;
+          const std::string pool = ", pool " + std::to_string(window) + " stride " + std::to_string(stride);
+          check_rows<T>(conv2d_relu_pool_kernels(), what + pool, fused, only);
+        }
       }
     }
   }

@@ -7,7 +7,7 @@ that is a function of the case's name, so a failure reproduces alone.
 import csv
 import functools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +57,9 @@ class Conv2dCase:
 
     def __str__(self) -> str:
         return self.name
+
+    def with_batch(self, batch: int):
+        return replace(self, batch=batch)
 
     @property
     def out_h(self) -> int:
@@ -141,6 +144,9 @@ class Pool2dCase:
     def __str__(self) -> str:
         return self.name
 
+    def with_batch(self, batch: int):
+        return replace(self, batch=batch)
+
     @property
     def out_h(self) -> int:
         return pool_extent(
@@ -211,6 +217,81 @@ class Pool2dCase:
         )
 
 
+# Window and stride, the same along both axes, of the poolings that every convolution is fused with; as kernel_check's.
+FUSED_POOLS = ((1, 1), (2, 2), (3, 2), (2, 1))
+NO_GRADIENT = 255  # the offset of a window that passes no gradient
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """A convolution, its ReLU and the max pooling of that; (1, 1) is the ReLU alone."""
+
+    conv: Conv2dCase
+    window: int
+    stride: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.conv.name}_pool{self.window}_stride{self.stride}"
+
+    @property
+    def batch(self) -> int:
+        return self.conv.batch
+
+    def with_batch(self, batch: int) -> "FusedCase":
+        return replace(self, conv=self.conv.with_batch(batch))
+
+    @property
+    def has_pooling(self) -> bool:
+        return (self.window, self.stride) != (1, 1)
+
+    @property
+    def pool(self) -> Pool2dCase:
+        """The pooling of the convolution's output."""
+        channels, height, width = self.conv.output_size[1:]
+        return Pool2dCase(
+            self.name,
+            self.batch,
+            channels,
+            height,
+            width,
+            *(self.window, self.window, self.stride, self.stride),
+            *(0, 0, 0, 0, 1, 1),
+            ceil_mode=0,
+            count_include_pad=0,
+            divisor_override=0,
+        )
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        return self.pool.output_size
+
+    @property
+    def multiplications(self) -> int:
+        return self.conv.multiplications
+
+    def tensors(self, dtype: torch.dtype) -> SimpleNamespace:
+        """The convolution's operands; ``grad_output`` and ``mask`` of the pooled size.
+
+        The mask is what backward reads: offsets, of which a quarter passes no gradient, or an output, half of it zeros.
+        """
+        g = generator(self.name)
+        conv = shared_tensors(self.conv, dtype)
+        taps = torch.randint(self.window**2, self.output_size, generator=g).to(torch.uint8)
+        stopped = torch.rand(self.output_size, generator=g) < 0.25
+        normal = torch.randn(self.output_size, generator=g, dtype=torch.float64).to(dtype)
+        return SimpleNamespace(
+            input=conv.input,
+            weight=conv.weight,
+            bias=conv.bias,
+            grad_output=torch.randn(self.output_size, generator=g, dtype=torch.float64).to(dtype),
+            mask=taps.masked_fill(stopped, NO_GRADIENT) if self.has_pooling else normal.relu(),
+        )
+
+
 def _read(file: str, case: type) -> tuple:
     with open(CASES / file, newline="") as lines:
         return tuple(
@@ -232,7 +313,23 @@ def pool2d_cases() -> tuple[Pool2dCase, ...]:
 
 
 @functools.cache
-def shared_tensors(case: Conv2dCase | Pool2dCase, dtype: torch.dtype) -> SimpleNamespace:
+def fused_cases() -> tuple[FusedCase, ...]:
+    """Every convolution of the list with every pooling that fits its output."""
+    return tuple(
+        FusedCase(conv, window, stride)
+        for conv in conv2d_cases()
+        for window, stride in FUSED_POOLS
+        if conv.out_h >= window and conv.out_w >= window
+    )
+
+
+def cases_of(op: str) -> tuple:
+    """The list of an operator."""
+    return {"conv2d": conv2d_cases, "conv2d_relu_max_pool2d": fused_cases}.get(op, pool2d_cases)()
+
+
+@functools.cache
+def shared_tensors(case: Conv2dCase | FusedCase | Pool2dCase, dtype: torch.dtype) -> SimpleNamespace:
     """``case.tensors(dtype)``, made once, for tests that only read them."""
     return case.tensors(dtype)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tests.support.cases import Conv2dCase, Pool2dCase
+from tests.support.cases import NO_GRADIENT, Conv2dCase, FusedCase, Pool2dCase
 
 
 @dataclass(frozen=True)
@@ -183,3 +183,34 @@ def avg_pool2d_backward(case: Pool2dCase, grad_output: torch.Tensor) -> Truth:
         return _scatter(case, (g * scale).unsqueeze(2).expand(-1, -1, taps, -1, -1))
 
     return _with_magnitude(share, grad_output, scale, roundings=taps + 1)
+
+
+def fused_forward(case: FusedCase, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Truth:
+    """output [N, K, PH, PW]"""
+    conv = conv2d_forward(case.conv, input, weight, bias)
+    value, magnitude = (max_pool2d_forward(case.pool, t)[0].value for t in (conv.value.relu(), conv.magnitude))
+    return Truth(value, magnitude, conv.roundings)
+
+
+def fused_gradient(case: FusedCase, grad_output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The gradient of the convolution's output [N, K, OH, OW]: zero where the mask passes none."""
+    if not case.has_pooling:
+        return torch.where(mask <= 0, 0.0, grad_output.double())
+    passed = torch.where(mask == NO_GRADIENT, 0.0, grad_output.double())
+    return max_pool2d_backward(case.pool, passed, mask.long() % NO_GRADIENT).value
+
+
+def fused_backward(case: FusedCase, direction: str, grad_output: torch.Tensor, mask: torch.Tensor, other) -> Truth:
+    """The convolution's ``direction`` of that gradient, with the ``other`` operand that it reads (None for the bias).
+
+    The windows that name an element may be added up first, each sum being rounded.
+    """
+    operands = () if direction == "backward_bias" else (other,)
+    backward = {
+        "backward_input": conv2d_backward_input,
+        "backward_weight": conv2d_backward_weight,
+        "backward_bias": conv2d_backward_bias,
+    }[direction]
+    value = backward(case.conv, fused_gradient(case, grad_output, mask), *operands).value
+    sums = backward(case.conv, fused_gradient(case, grad_output.abs(), mask), *operands)
+    return Truth(value, sums.magnitude, sums.roundings + (-(-case.window // case.stride)) ** 2 - 1)

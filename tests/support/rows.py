@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from cnn_ext import _native
-from tests.support.cases import Conv2dCase, Pool2dCase
+from tests.support.cases import Conv2dCase, FusedCase, Pool2dCase
 
 DTYPES = (torch.float32, torch.float64)
 POOL2D_LAYOUTS = ("nchw", "nhwc")
@@ -103,6 +103,19 @@ def conv2d_shape(case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layou
     )
 
 
+def fused_shape(case: FusedCase, dtype: torch.dtype, layout: str, weight_layout: str) -> _native.Conv2dReluPoolShape:
+    """The struct that the kernels are given for ``case``."""
+    return _native.Conv2dReluPoolShape(
+        conv=conv2d_shape(case.conv, dtype, layout, weight_layout),
+        pool_h=case.window,
+        pool_w=case.window,
+        pool_stride_h=case.stride,
+        pool_stride_w=case.stride,
+        pooled_h=case.output_size[2],
+        pooled_w=case.output_size[3],
+    )
+
+
 def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.Pool2dShape:
     """The struct that the kernels are given for ``case``."""
     fields = (
@@ -116,22 +129,31 @@ def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.P
     )
 
 
-def shape_of(case: Conv2dCase | Pool2dCase, dtype: torch.dtype, layouts) -> _native.Conv2dShape | _native.Pool2dShape:
-    """The shape of either kind of case; ``layouts`` is an item of CONV2D_LAYOUTS or of POOL2D_LAYOUTS."""
+def layouts_of(op: str) -> tuple:
+    """The layouts in which the rows of an operator are tested."""
+    return POOL2D_LAYOUTS if op.endswith("_pool2d") and not op.startswith("conv2d") else CONV2D_LAYOUTS
+
+
+def shape_of(case: Conv2dCase | FusedCase | Pool2dCase, dtype: torch.dtype, layouts):
+    """The shape of a case of any kind; ``layouts`` is an item of ``layouts_of`` its operator."""
     if isinstance(case, Conv2dCase):
         return conv2d_shape(case, dtype, *layouts)
+    if isinstance(case, FusedCase):
+        return fused_shape(case, dtype, *layouts)
     return pool2d_shape(case, dtype, layouts)
 
 
-def choice(row: Row, shape: _native.Conv2dShape | _native.Pool2dShape, threads: int = 1) -> dict:
+def choice(row: Row, shape, threads: int = 1) -> dict:
     """What a call of the row's op and direction with ``shape`` would run."""
     if row.op == "conv2d":
         return row.module.choose_conv2d(getattr(_native.Conv2dDirection, row.direction), shape, threads)
+    if row.op == "conv2d_relu_max_pool2d":
+        return row.module.choose_conv2d_relu_pool(getattr(_native.Conv2dDirection, row.direction), shape, threads)
     op, direction = getattr(_native.Pool2dOp, row.op.split("_")[0]), getattr(_native.Pool2dDirection, row.direction)
     return row.module.choose_pool2d(op, direction, shape, threads)
 
 
-def accepts(row: Row, shape: _native.Conv2dShape | _native.Pool2dShape) -> bool:
+def accepts(row: Row, shape) -> bool:
     """Whether ``row`` takes ``shape``."""
     with forced(row):
         try:
@@ -179,6 +201,52 @@ def run_conv2d(
     return out.cpu()
 
 
+def run_fused(
+    row: Row,
+    case: FusedCase,
+    layouts: tuple[str, str] = ("nchw", "nchw"),
+    *,
+    input: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    with_offsets: bool = True,
+    shift: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """What ``row`` makes of those operands that it reads: one tensor, or the output and, with pooling, offsets."""
+    layout, weight_layout = layouts
+    dtype = next(t.dtype for t in (input, weight, grad_output) if t is not None)
+    shape = fused_shape(case, dtype, layout, weight_layout)
+
+    def place(tensor: torch.Tensor | None, layout: str = layout) -> torch.Tensor | None:
+        return None if tensor is None else dense(tensor, layout, shift, row.device)
+
+    def result(size: tuple[int, ...], layout: str = layout, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return empty(size, dtype, layout, shift, row.device)
+
+    with forced(row):
+        if row.direction == "forward":
+            out = [result(case.output_size)]
+            out += [result(case.output_size, dtype=torch.uint8)] if with_offsets and case.has_pooling else []
+            offsets = out[1] if len(out) > 1 else None
+            _native.conv2d_relu_max_pool2d_forward(
+                shape, place(input), place(weight, weight_layout), place(bias), out[0], offsets
+            )
+        elif row.direction == "backward_input":
+            out = [result(case.conv.input_size)]
+            _native.conv2d_relu_max_pool2d_backward_input(
+                shape, place(grad_output), place(mask), place(weight, weight_layout), *out
+            )
+        elif row.direction == "backward_weight":
+            out = [result(case.conv.weight_size, weight_layout)]
+            _native.conv2d_relu_max_pool2d_backward_weight(shape, place(grad_output), place(mask), place(input), *out)
+        else:
+            out = [result((case.conv.out_channels,))]
+            _native.conv2d_relu_max_pool2d_backward_bias(shape, place(grad_output), place(mask), *out)
+    return tuple(t.cpu() for t in out)
+
+
 def run_pool2d(
     row: Row,
     case: Pool2dCase,
@@ -217,6 +285,13 @@ def run_pool2d(
             out = (result(case.output_size), *([result(case.output_size, case.offsets_dtype)] if with_offsets else []))
             _native.max_pool2d_forward(shape, place(input), out[0], out[1] if with_offsets else None)
     return tuple(t.cpu() for t in out)
+
+
+def run(row: Row, case, layouts, **operands) -> tuple[torch.Tensor, ...]:
+    """What ``row`` makes of those ``operands`` that it reads: one tensor, or output and offsets."""
+    if row.op == "conv2d":
+        return (run_conv2d(row, case, layouts, **operands),)
+    return (run_fused if row.op == "conv2d_relu_max_pool2d" else run_pool2d)(row, case, layouts, **operands)
 
 
 def naive(row: Row) -> Row:
