@@ -30,8 +30,8 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Blocking {
   int64_t channels, channel_blocks;  // of a block of the reduction
   int64_t images, image_blocks;
-  int64_t rows, row_blocks;
-  int64_t cols, col_blocks;
+  int64_t row_pieces, rows, row_blocks;  // pieces of a task, and the grid points that they are
+  int64_t col_pieces, cols, col_blocks;
   int64_t units, unit_blocks;
   int64_t tasks;
 };
@@ -41,10 +41,13 @@ int64_t staged_bytes(const Gather& g, const Blocking& b) {
   return b.images * staged_layout<T>(g, b.channels, b.rows, b.cols).image_pitch * static_cast<int64_t>(sizeof(T));
 }
 
+inline void set_rows(const Gather& g, int64_t pieces, Blocking& b) { b.row_pieces = pieces, b.rows = g.rows.points(pieces); }
+inline void set_cols(const Gather& g, int64_t pieces, Blocking& b) { b.col_pieces = pieces, b.cols = g.cols.points(pieces); }
+
 inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
   b.image_blocks = ceil_div(g.batch, b.images);
-  b.row_blocks = ceil_div(g.h.count, b.rows);
-  b.col_blocks = ceil_div(g.w.count, b.cols);
+  b.row_blocks = ceil_div(g.rows.count, b.row_pieces);
+  b.col_blocks = ceil_div(g.cols.count, b.col_pieces);
   b.unit_blocks = ceil_div(units, b.units);
   b.tasks = b.image_blocks * g.groups * b.row_blocks * b.col_blocks * b.unit_blocks;
 }
@@ -53,10 +56,15 @@ inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
 template <class T, class Tile>
 void fit_points(const Gather& g, Blocking& b) {
   const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && staged_bytes<T>(g, b) <= kStagedBytes; };
-  b.images = 1, b.rows = g.h.count, b.cols = g.w.count;
-  while (b.rows > 1 && !fits()) b.rows = ceil_div(b.rows, 2);
-  while (b.cols > 4 * Tile::kMaxPoints && !fits()) b.cols = ceil_div(ceil_div(b.cols, 2), Tile::kMaxPoints) * Tile::kMaxPoints;
-  if (b.rows < g.h.count || b.cols < g.w.count) return;
+  const auto whole_tiles = [&](int64_t pieces) {
+    return at_least_1(ceil_div(pieces * g.cols.step, Tile::kMaxPoints) * Tile::kMaxPoints / g.cols.step);
+  };
+  b.images = 1;
+  set_rows(g, g.rows.count, b);
+  set_cols(g, g.cols.count, b);
+  while (b.row_pieces > 1 && !fits()) set_rows(g, ceil_div(b.row_pieces, 2), b);
+  while (b.cols > 4 * Tile::kMaxPoints && !fits()) set_cols(g, whole_tiles(ceil_div(b.col_pieces, 2)), b);
+  if (b.row_pieces < g.rows.count || b.col_pieces < g.cols.count) return;
   b.images = smaller(g.batch, kTaskPoints);
   while (b.images > 1 && !fits()) b.images = ceil_div(b.images, 2);
 }
@@ -67,12 +75,13 @@ void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
   const int64_t units = b.units;
   for (count_blocks(g, units, b); b.tasks < wanted; count_blocks(g, units, b)) {
     const int64_t points = b.images * b.rows * b.cols;
-    const bool may_split_points = b.images > 1 || (b.rows > 1 && points >= 2 * kFewestPoints);
+    const bool may_split_points = b.images > 1 || (b.row_pieces > 1 && points >= 2 * kFewestPoints);
     if (b.units > 1 && (!may_split_points || kReadingCost * points < b.units * Tile::kMaxWidth * g.taps())) {
       b.units = ceil_div(b.units, 2);
+    } else if (may_split_points && b.images > 1) {
+      b.images = ceil_div(b.images, 2);
     } else if (may_split_points) {
-      int64_t& part = b.images > 1 ? b.images : b.rows;
-      part = ceil_div(part, 2);
+      set_rows(g, ceil_div(b.row_pieces, 2), b);
     } else {
       return;
     }
@@ -88,7 +97,7 @@ Blocking make_blocking(const Gather& g, int threads) {
   fit_points<T, Tile>(g, b);
   b.units = Tile::units(g.outputs);
   split_tasks<Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
-  if (b.rows < g.h.count && 2 * b.cols <= Tile::kMaxPoints) b.rows += b.rows % 2;
+  if (b.row_pieces < g.rows.count && 2 * b.cols <= Tile::kMaxPoints && g.rows.step == 1) set_rows(g, b.row_pieces + b.row_pieces % 2, b);
   count_blocks(g, Tile::units(g.outputs), b);
   return b;
 }
@@ -97,10 +106,16 @@ Blocking make_blocking(const Gather& g, int threads) {
 struct Scratch {
   int64_t group_weights;  // packed weights of one group, in elements
   int64_t group_bias;
-  int64_t bias, offsets, workers;  // offsets into the workspace
-  int64_t staged_bytes, worker_bytes;
+  int64_t bias, offsets, taps, workers;  // offsets into the workspace
+  int64_t staged_bytes, sums_bytes, worker_bytes;
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
+
+// The sums of a unit for all grid points of a task.
+template <class Tile>
+int64_t unit_sums(const Blocking& b) {
+  return b.images * b.rows * Tile::row_sums(Tile::kMaxWidth, b.cols);
+}
 
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
@@ -113,12 +128,13 @@ Scratch make_scratch(const Gather& g, const Blocking& b) {
   s.group_weights = s.group_bias * g.terms();
   s.bias = aligned(g.groups * s.group_weights * kSize);
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
-  s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
+  s.taps = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
+  s.workers = s.taps + aligned(g.h.count * static_cast<int64_t>(sizeof(TapRange)));
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
   // One tile's sums, or, while blocks of channels add to them, those of the whole task.
-  const int64_t cols = Tile::kChannelsInner ? b.cols : Tile::tiles(b.cols) * Tile::kMaxPoints;
-  const int64_t sums = b.channel_blocks == 1 ? Tile::kSums : b.images * b.rows * cols * b.units * Tile::kMaxWidth;
-  s.worker_bytes = s.staged_bytes + aligned(sums * kSize);
+  const int64_t sums = b.channel_blocks == 1 ? Tile::kSums : b.units * unit_sums<Tile>(b);
+  s.sums_bytes = aligned(sums * kSize);
+  s.worker_bytes = s.staged_bytes + s.sums_bytes;
   return s;
 }
 

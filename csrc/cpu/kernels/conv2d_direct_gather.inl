@@ -25,6 +25,13 @@ struct Axis {
   int64_t kernel_first, kernel_step;
 };
 
+// What may not be cut apart along an axis: `count` pieces in a row are count * step + extra grid points. A piece is a grid point, or, where
+// the sums are pooled at once, what one pooled point sees.
+struct Pieces {
+  int64_t count, step, extra;
+  int64_t points(int64_t pieces) const { return pieces * step + extra; }
+};
+
 // Element strides of a 4-D tensor.
 struct Strides {
   int64_t n, c, h, w;
@@ -34,6 +41,7 @@ struct Gather {
   int64_t batch, groups;
   int64_t channels, outputs;  // of one group: those that are summed over, those that are computed
   Axis h, w;
+  Pieces rows, cols;  // of h and w
   Strides source, dest;
   int64_t weight_group, weight_output, weight_channel, weight_h, weight_w;  // element strides of the weight
 
@@ -50,16 +58,23 @@ struct TapRange {
   int64_t begin, end;
 };
 
-// The taps that read inside the source from any of `count` grid points beginning at `first`; the others read padding alone.
-inline TapRange taps_inside(const Axis& a, int64_t first, int64_t count) {
+// The taps with which grid point i reads inside the source; the others read padding alone.
+inline TapRange taps_inside(const Axis& a, int64_t i) {
   TapRange range{a.taps, 0};
   for (int64_t t = 0; t < a.taps; ++t) {
-    const int64_t low = first * a.source_step + a.source_first + t * a.tap_step;
-    if (low + (count - 1) * a.source_step < 0 || low >= a.source_size) continue;
+    const int64_t position = a.source_first + i * a.source_step + t * a.tap_step;
+    if (position < 0 || position >= a.source_size) continue;
     if (t < range.begin) range.begin = t;
     range.end = t + 1;
   }
   return range.begin < range.end ? range : TapRange{0, 0};
+}
+
+// The smallest range that holds both.
+inline TapRange united(const TapRange& a, const TapRange& b) {
+  if (a.begin == a.end) return b;
+  if (b.begin == b.end) return a;
+  return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
 }
 
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
@@ -82,6 +97,11 @@ inline Axis backward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int
   return axis;
 }
 
+inline void cut_anywhere(Gather& g) {
+  g.rows = {g.h.count, 1, 0};
+  g.cols = {g.w.count, 1, 0};
+}
+
 // A convolution of 1 x 1 that reads every position once: the plane may as well be one long row.
 inline bool is_pointwise(const Axis& a) {
   return a.taps == 1 && a.count == a.source_size && a.source_first == 0 && a.source_step == 1 && a.dest_step == 1;
@@ -92,14 +112,15 @@ inline void flatten_if_pointwise(Gather& g) {
   const int64_t size = g.h.count * g.w.count;
   g.w.count = g.w.source_size = size;
   g.h.count = g.h.source_size = 1;
+  cut_anywhere(g);
 }
 
 inline int64_t gather_count(Conv2dDirection direction, const Conv2dShape& s) {
   return direction == Conv2dDirection::forward ? 1 : s.stride_h * s.stride_w;
 }
 
-// Problem `index` of gather_count() problems, which together write every element of the destination once.
-inline Gather make_gather(Conv2dDirection direction, const Conv2dShape& s, int64_t index) {
+// Problem `index` of gather_count() problems, which together write every element of the destination once; its rows are the tensors' rows.
+inline Gather make_gather_of_rows(Conv2dDirection direction, const Conv2dShape& s, int64_t index) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
   const Strides in = dense_strides(s.layout, s.in_channels, s.in_h, s.in_w);
   const Strides out = dense_strides(s.layout, s.out_channels, s.out_h, s.out_w);
@@ -118,6 +139,12 @@ inline Gather make_gather(Conv2dDirection direction, const Conv2dShape& s, int64
     g.h = backward_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h, index / s.stride_w);
     g.w = backward_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w, index % s.stride_w);
   }
+  cut_anywhere(g);
+  return g;
+}
+
+inline Gather make_gather(Conv2dDirection direction, const Conv2dShape& s, int64_t index) {
+  Gather g = make_gather_of_rows(direction, s, index);
   flatten_if_pointwise(g);
   return g;
 }

@@ -65,6 +65,7 @@ class GatherRun {
     pack_bias();
     fill_offsets(g_, layout_, b_.channels, offsets(0));
     fill_offsets(g_, layout_, channels_of(b_.channel_blocks - 1), offsets(b_.channel_blocks - 1));
+    for (int64_t y = 0; y < g_.h.count; ++y) taps_of_rows()[y] = taps_inside(g_.h, y);
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
     return Outcome::done;
   }
@@ -81,6 +82,15 @@ class GatherRun {
   int32_t* offsets(int64_t channel_block) const {
     const bool last = channel_block == b_.channel_blocks - 1;
     return reinterpret_cast<int32_t*>(memory_ + scratch_.offsets) + (last ? b_.channels * g_.taps() : 0);
+  }
+
+  TapRange* taps_of_rows() const { return reinterpret_cast<TapRange*>(memory_ + scratch_.taps); }
+
+  // The tap rows that any of `rows` grid rows reads inside the source.
+  TapRange row_taps(int64_t y, int64_t rows) const {
+    TapRange range = taps_of_rows()[y];
+    for (int64_t r = 1; r < rows; ++r) range = united(range, taps_of_rows()[y + r]);
+    return range;
   }
 
   int64_t channels_of(int64_t channel_block) const { return clamp(g_.channels - channel_block * b_.channels, 0, b_.channels); }
@@ -121,6 +131,10 @@ class GatherRun {
     int64_t group, n, images, y, rows, x, cols, unit, unit_end;
   };
 
+  static void place_pieces(const Pieces& axis, int64_t pieces, int64_t block, int64_t& first, int64_t& count) {
+    first = block * pieces * axis.step, count = axis.points(smaller(axis.count - block * pieces, pieces));
+  }
+
   Place place_of(int64_t task) const {
     Place p{};
     const auto next = [&task](int64_t blocks) {
@@ -129,8 +143,8 @@ class GatherRun {
       return block;
     };
     p.unit = next(b_.unit_blocks) * b_.units, p.unit_end = smaller(p.unit + b_.units, Tile::units(g_.outputs));
-    p.x = next(b_.col_blocks) * b_.cols, p.cols = smaller(g_.w.count - p.x, b_.cols);
-    p.y = next(b_.row_blocks) * b_.rows, p.rows = smaller(g_.h.count - p.y, b_.rows);
+    place_pieces(g_.cols, b_.col_pieces, next(b_.col_blocks), p.x, p.cols);
+    place_pieces(g_.rows, b_.row_pieces, next(b_.row_blocks), p.y, p.rows);
     p.group = next(g_.groups);
     p.n = task * b_.images, p.images = smaller(g_.batch - p.n, b_.images);
     return p;
@@ -140,8 +154,7 @@ class GatherRun {
     const Place p = place_of(task);
     for (int64_t block = 0; block < b_.channel_blocks; ++block) {
       stage_images(worker, p, block);
-      T* sums_of_unit = sums(worker);
-      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) sums_of_unit = run_unit(worker, p, block, unit, sums_of_unit);
+      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit);
     }
   }
 
@@ -155,40 +168,46 @@ class GatherRun {
     for (int64_t i = 0; i < p.images; ++i) stage(g_, layout_, block, source + i * g_.source.n, staged(worker) + i * layout_.image_pitch);
   }
 
-  // Sums up one block of channels for one unit of output channels; returns where the sums of the next unit begin.
-  T* run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, T* sums) const {
-    const int64_t width = Tile::width(g_.outputs, unit);
+  // Sums up one block of channels for one unit of output channels.
+  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit) const {
+    const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
     const int64_t row_steps = channels_of(channel_block) * g_.w.taps;
     const T* weights = packed_weights(p.group, unit, channel_block);
+    T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
     TileTask<T> tile{};
     tile.row_step = g_.h.source_step * layout_.row_pitch;
     tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g_.outputs, unit) : nullptr;
     for (int64_t image = 0; image < p.images; ++image) {
+      const T* staged_image = staged(worker) + image * layout_.image_pitch;
+      T* dst = grid_point(p, unit, p.n + image);
       int64_t rows = 0;
       for (int64_t y = 0; y < p.rows; y += rows) {
         rows = Tile::rows(width, p.cols, p.rows - y);
-        const TapRange taps = taps_inside(g_.h, p.y + y, rows);
+        const TapRange taps = row_taps(p.y + y, rows);
         tile.weights = weights + taps.begin * row_steps * width;
         tile.offsets = offsets(channel_block) + taps.begin * row_steps;
         tile.steps = (taps.end - taps.begin) * row_steps;
-        for (int64_t t = 0; t < Tile::tiles(p.cols); ++t) {
-          const int64_t x = Tile::tile_begin(p.cols, t), cols = Tile::tile_begin(p.cols, t + 1) - x;
-          tile.staged = staged(worker) + image * layout_.image_pitch + y * tile.row_step + x;
-          run_tile(tile, channel_block, unit, rows, cols, sums, grid_point(p, unit, p.n + image, p.y + y, p.x + x));
-          if (b_.channel_blocks > 1) sums += rows * tile.row_pitch;
+        int64_t x = 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
+          tile.staged = staged_image + y * tile.row_step + x;
+          tile.out = sums_of_unit, tile.row_pitch = Tile::row_sums(width, cols);
+          if (b_.channel_blocks > 1) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
+          run_tile(tile, channel_block, unit, rows, cols, dst + y * grid_.h + x * grid_.w);
+          x = end;
         }
       }
     }
-    return sums;
   }
 
-  T* grid_point(const Place& p, int64_t unit, int64_t n, int64_t y, int64_t x) const {
+  // The corner of a place in the destination.
+  T* grid_point(const Place& p, int64_t unit, int64_t n) const {
     return dest_ + n * grid_.n + (p.group * g_.outputs + Tile::first(g_.outputs, unit)) * grid_.c + g_.h.dest_first * g_.dest.h +
-           y * grid_.h + g_.w.dest_first * g_.dest.w + x * grid_.w;
+           p.y * grid_.h + g_.w.dest_first * g_.dest.w + p.x * grid_.w;
   }
 
   // Sums up in the destination where the lanes are innermost there too, and otherwise in scratch, from which the last block is written.
-  void run_tile(TileTask<T>& tile, int64_t channel_block, int64_t unit, int64_t rows, int64_t cols, T* sums, T* dst) const {
+  void run_tile(TileTask<T>& tile, int64_t channel_block, int64_t unit, int64_t rows, int64_t cols, T* dst) const {
     constexpr bool kChannels = Tile::kChannelsInner;
     const int64_t width = Tile::width(g_.outputs, unit), outputs = outputs_of(unit);
     if (b_.channel_blocks == 1 && (kChannels ? grid_.c == 1 && width == outputs : grid_.w == 1)) {
@@ -196,10 +215,11 @@ class GatherRun {
       tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
       return Tile::run(tile, width, rows, cols);
     }
-    tile.out = sums, tile.pitch = kChannels ? width : Tile::kMaxPoints, tile.row_pitch = tile.pitch * (kChannels ? cols : width);
+    tile.pitch = kChannels ? width : Tile::kMaxPoints;
     tile.last = kLanes<T>;
     Tile::run(tile, width, rows, cols);
     if (channel_block < b_.channel_blocks - 1) return;
+    const T* sums = tile.out;
     for (int64_t r = 0; r < rows; ++r, sums += tile.row_pitch, dst += grid_.h) {
       if constexpr (kChannels) {
         write_matrix(sums, tile.pitch, cols, outputs, dst, grid_.w, grid_.c);

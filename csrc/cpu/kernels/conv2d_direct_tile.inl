@@ -78,6 +78,8 @@ struct ChannelTile {
   static int64_t rows(int64_t, int64_t cols, int64_t available) { return 2 * cols <= kMaxPoints && available > 1 ? 2 : 1; }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
+  // The sums of a row of grid points, [column][width].
+  static int64_t row_sums(int64_t width, int64_t cols) { return cols * width; }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
     if (width == kMaxWidth) {
@@ -174,6 +176,8 @@ struct PixelTile {
   }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * kMaxPoints < cols ? tile * kMaxPoints : cols; }
+  // The sums of a row of grid points, [tile][width][kMaxPoints].
+  static int64_t row_sums(int64_t width, int64_t cols) { return tiles(cols) * kMaxPoints * width; }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { run_width<kMaxWidth>(task, width, rows, cols); }
 
