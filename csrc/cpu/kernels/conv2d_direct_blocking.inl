@@ -9,6 +9,7 @@
 #include "cpu/kernel.h"
 #include "cpu/kernels/conv2d_direct_stage.inl"
 #include "cpu/kernels/conv2d_direct_tile.inl"
+#include "cpu/kernels/conv2d_direct_write.inl"
 
 namespace {
 
@@ -107,7 +108,7 @@ struct Scratch {
   int64_t group_weights;  // packed weights of one group, in elements
   int64_t group_bias;
   int64_t bias, offsets, taps, workers;  // offsets into the workspace
-  int64_t staged_bytes, sums_bytes, worker_bytes;
+  int64_t staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
@@ -119,7 +120,7 @@ int64_t unit_sums(const Blocking& b) {
 
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-template <class T, class Tile>
+template <class T, class Tile, class Source, class Sink>
 Scratch make_scratch(const Gather& g, const Blocking& b) {
   constexpr int64_t kSize = sizeof(T);
   Scratch s{};
@@ -131,24 +132,22 @@ Scratch make_scratch(const Gather& g, const Blocking& b) {
   s.taps = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
   s.workers = s.taps + aligned(g.h.count * static_cast<int64_t>(sizeof(TapRange)));
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
-  // One tile's sums, or, while blocks of channels add to them, those of the whole task.
-  const int64_t sums = b.channel_blocks == 1 ? Tile::kSums : b.units * unit_sums<Tile>(b);
+  // One tile's sums; one unit's, where the sink takes them together; or, while blocks of channels add to them, those of the whole task.
+  const int64_t complete_sums = Sink::kTakesUnits ? unit_sums<Tile>(b) : Tile::kSums;
+  const int64_t sums = b.channel_blocks == 1 ? complete_sums : b.units * unit_sums<Tile>(b);
   s.sums_bytes = aligned(sums * kSize);
-  s.worker_bytes = s.staged_bytes + s.sums_bytes;
+  const int64_t pooled = Sink::kTakesUnits ? 2 * b.row_pieces * b.col_pieces * Tile::kMaxWidth : 0;
+  s.worker_bytes = s.staged_bytes + s.sums_bytes + aligned((Source::line_elements(g) + pooled) * kSize);
   return s;
 }
 
-template <class T, template <class> class Tile>
-Plan plan_gathers(Conv2dDirection direction, const Conv2dShape& s, int threads) {
-  Plan plan{Tile<T>::kMaxWidth, Tile<T>::kMaxPoints, 0, 0};
-  for (int64_t i = 0; i < gather_count(direction, s); ++i) {
-    const Gather g = make_gather(direction, s, i);
-    if (g.is_empty()) continue;
-    const Blocking b = make_blocking<T, Tile<T>>(g, threads);
-    const size_t bytes = static_cast<size_t>(make_scratch<T, Tile<T>>(g, b).total(threads));
-    plan.tasks += b.tasks;
-    if (bytes > plan.workspace_bytes) plan.workspace_bytes = bytes;
-  }
+template <class T, class Tile, class Source, class Sink>
+Plan plan_gather(const Gather& g, int threads) {
+  Plan plan{Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
+  if (g.is_empty()) return plan;
+  const Blocking b = make_blocking<T, Tile>(g, threads);
+  plan.tasks = b.tasks;
+  plan.workspace_bytes = static_cast<size_t>(make_scratch<T, Tile, Source, Sink>(g, b).total(threads));
   return plan;
 }
 

@@ -13,50 +13,18 @@ using cnn_ext::cpu::Outcome;
 
 constexpr int64_t kSerialPack = 1 << 14;  // weights
 
-// Writes a matrix (lanes innermost, `pitch` apart) to where its rows and columns belong.
-template <class T>
-inline void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols, T* dst, int64_t row_stride, int64_t col_stride) {
-  constexpr int kV = kLanes<T>;
-  if (col_stride == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      int64_t j = 0;
-      for (; j + kV <= cols; j += kV) store(dst + i * row_stride + j, load(src + i * pitch + j));
-      if (j < cols) store_first(dst + i * row_stride + j, load(src + i * pitch + j), static_cast<int>(cols - j));
-    }
-  } else if (row_stride == 1) {
-    for (int64_t j = 0; j < cols; j += kV) {
-      for (int64_t i = 0; i < rows; i += kV) {
-        const int items = static_cast<int>(rows - i < kV ? rows - i : kV);
-        Vec<T> square[kV];
-#pragma GCC unroll 16
-        for (int k = 0; k < kV; ++k) square[k] = k < items ? load(src + (i + k) * pitch + j) : Vec<T>{};
-        transpose<T>(square);
-#pragma GCC unroll 16
-        for (int k = 0; k < kV; ++k) {
-          if (j + k < cols) store_first(dst + (j + k) * col_stride + i, square[k], items);
-        }
-      }
-    }
-  } else {
-    for (int64_t j = 0; j < cols; ++j) {
-      for (int64_t i = 0; i < rows; ++i) dst[i * row_stride + j * col_stride] = src[i * pitch + j];
-    }
-  }
-}
-
-template <class T, class Tile>
+template <class T, class Tile, class Source, class Sink>
 class GatherRun {
  public:
-  GatherRun(const Gather& g, const T* source, const T* weight, const T* bias, T* dest, void* workspace, int threads)
+  GatherRun(const Gather& g, const Source& source, const T* weight, const T* bias, const Sink& sink, void* workspace, int threads)
       : g_(g),
         b_(make_blocking<T, Tile>(g, threads)),
-        scratch_(make_scratch<T, Tile>(g, b_)),
+        scratch_(make_scratch<T, Tile, Source, Sink>(g, b_)),
         layout_(staged_layout<T>(g, b_.channels, b_.rows, b_.cols)),
-        grid_{g.dest.n, g.dest.c, g.dest.h * g.h.dest_step, g.dest.w * g.w.dest_step},
         source_(source),
         weight_(weight),
         bias_(bias),
-        dest_(dest),
+        sink_(sink),
         memory_(static_cast<char*>(workspace)),
         threads_(threads) {}
 
@@ -71,12 +39,14 @@ class GatherRun {
   }
 
  private:
+  static constexpr int64_t kSize = sizeof(T);
+
   T* packed() const { return reinterpret_cast<T*>(memory_); }
   T* packed_bias() const { return reinterpret_cast<T*>(memory_ + scratch_.bias); }
   T* staged(int worker) const { return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes); }
-  T* sums(int worker) const {
-    return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes + scratch_.staged_bytes);
-  }
+  T* sums(int worker) const { return staged(worker) + scratch_.staged_bytes / kSize; }
+  T* line(int worker) const { return sums(worker) + scratch_.sums_bytes / kSize; }
+  T* pooled(int worker) const { return line(worker) + Source::line_elements(g_); }
 
   // Those of the last block of channels, which may be smaller, are kept apart.
   int32_t* offsets(int64_t channel_block) const {
@@ -160,26 +130,33 @@ class GatherRun {
 
   void stage_images(int worker, const Place& p, int64_t channel_block) const {
     StageTask block{};
+    block.channel = p.group * g_.channels + channel_block * b_.channels;
     block.channels = channels_of(channel_block);
     block.rows = p.rows;
     block.first_row = p.y * g_.h.source_step + g_.h.source_first - window_of(g_.h, 1).tap_origin;
     block.first_col = p.x * g_.w.source_step + g_.w.source_first - window_of(g_.w, 1).tap_origin;
-    const T* source = source_ + p.n * g_.source.n + (p.group * g_.channels + channel_block * b_.channels) * g_.source.c;
-    for (int64_t i = 0; i < p.images; ++i) stage(g_, layout_, block, source + i * g_.source.n, staged(worker) + i * layout_.image_pitch);
+    for (int64_t i = 0; i < p.images; ++i) {
+      block.n = p.n + i;
+      stage(g_, layout_, block, source_, line(worker), staged(worker) + i * layout_.image_pitch);
+    }
   }
+
+  // The sums of more than a tile are kept while blocks of channels are added to them, and for a sink that takes units.
+  bool keeps_sums() const { return b_.channel_blocks > 1 || Sink::kTakesUnits; }
 
   // Sums up one block of channels for one unit of output channels.
   void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit) const {
     const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
-    const int64_t row_steps = channels_of(channel_block) * g_.w.taps;
+    const int64_t row_steps = channels_of(channel_block) * g_.w.taps, channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
     const T* weights = packed_weights(p.group, unit, channel_block);
     T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
+    const bool last = channel_block == b_.channel_blocks - 1;
     TileTask<T> tile{};
     tile.row_step = g_.h.source_step * layout_.row_pitch;
     tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g_.outputs, unit) : nullptr;
+    tile.relu = last && sink_.relu;
     for (int64_t image = 0; image < p.images; ++image) {
       const T* staged_image = staged(worker) + image * layout_.image_pitch;
-      T* dst = grid_point(p, unit, p.n + image);
       int64_t rows = 0;
       for (int64_t y = 0; y < p.rows; y += rows) {
         rows = Tile::rows(width, p.cols, p.rows - y);
@@ -192,39 +169,45 @@ class GatherRun {
           const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
           tile.staged = staged_image + y * tile.row_step + x;
           tile.out = sums_of_unit, tile.row_pitch = Tile::row_sums(width, cols);
-          if (b_.channel_blocks > 1) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
-          run_tile(tile, channel_block, unit, rows, cols, dst + y * grid_.h + x * grid_.w);
+          if (keeps_sums()) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
+          if constexpr (Sink::kTakesUnits) {
+            sum_in_scratch(tile, width, rows, cols);
+          } else {
+            run_tile(tile, last, unit, rows, cols, sink_.point(p.n + image, channel, p.y + y, p.x + x));
+          }
           x = end;
         }
       }
     }
+    if constexpr (Sink::kTakesUnits) {
+      if (last) sink_.write({sums_of_unit, width, p.images, p.rows, p.cols, outputs_of(unit), p.n, channel, p.y, p.x}, pooled(worker));
+    }
   }
 
-  // The corner of a place in the destination.
-  T* grid_point(const Place& p, int64_t unit, int64_t n) const {
-    return dest_ + n * grid_.n + (p.group * g_.outputs + Tile::first(g_.outputs, unit)) * grid_.c + g_.h.dest_first * g_.dest.h +
-           p.y * grid_.h + g_.w.dest_first * g_.dest.w + p.x * grid_.w;
+  static void sum_in_scratch(TileTask<T>& tile, int64_t width, int64_t rows, int64_t cols) {
+    tile.pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints;
+    tile.last = kLanes<T>;
+    Tile::run(tile, width, rows, cols);
   }
 
   // Sums up in the destination where the lanes are innermost there too, and otherwise in scratch, from which the last block is written.
-  void run_tile(TileTask<T>& tile, int64_t channel_block, int64_t unit, int64_t rows, int64_t cols, T* dst) const {
+  void run_tile(TileTask<T>& tile, bool last, int64_t unit, int64_t rows, int64_t cols, T* dst) const {
     constexpr bool kChannels = Tile::kChannelsInner;
+    const Strides& grid = sink_.grid;
     const int64_t width = Tile::width(g_.outputs, unit), outputs = outputs_of(unit);
-    if (b_.channel_blocks == 1 && (kChannels ? grid_.c == 1 && width == outputs : grid_.w == 1)) {
-      tile.out = dst, tile.pitch = kChannels ? grid_.w : grid_.c, tile.row_pitch = grid_.h;
+    if (b_.channel_blocks == 1 && (kChannels ? grid.c == 1 && width == outputs : grid.w == 1)) {
+      tile.out = dst, tile.pitch = kChannels ? grid.w : grid.c, tile.row_pitch = grid.h;
       tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
       return Tile::run(tile, width, rows, cols);
     }
-    tile.pitch = kChannels ? width : Tile::kMaxPoints;
-    tile.last = kLanes<T>;
-    Tile::run(tile, width, rows, cols);
-    if (channel_block < b_.channel_blocks - 1) return;
+    sum_in_scratch(tile, width, rows, cols);
+    if (!last) return;
     const T* sums = tile.out;
-    for (int64_t r = 0; r < rows; ++r, sums += tile.row_pitch, dst += grid_.h) {
+    for (int64_t r = 0; r < rows; ++r, sums += tile.row_pitch, dst += grid.h) {
       if constexpr (kChannels) {
-        write_matrix(sums, tile.pitch, cols, outputs, dst, grid_.w, grid_.c);
+        write_matrix(sums, tile.pitch, cols, outputs, dst, grid.w, grid.c);
       } else {
-        write_matrix(sums, tile.pitch, outputs, cols, dst, grid_.c, grid_.w);
+        write_matrix(sums, tile.pitch, outputs, cols, dst, grid.c, grid.w);
       }
     }
   }
@@ -233,40 +216,71 @@ class GatherRun {
   const Blocking b_;
   const Scratch scratch_;
   const StagedLayout layout_;
-  const Strides grid_;  // of the destination, from grid point to grid point
-  const T* const source_;
+  const Source source_;
   const T* const weight_;
   const T* const bias_;
-  T* const dest_;
+  const Sink sink_;
   char* const memory_;
   const int threads_;
 };
 
-template <class T, template <class> class Tile>
-Outcome run_gathers(Conv2dDirection direction, const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-  const bool forward = direction == Conv2dDirection::forward;
-  const T* source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
-  T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-  const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
-  for (int64_t i = 0; i < gather_count(direction, s); ++i) {
-    const Gather g = make_gather(direction, s, i);
+// Plan and run of the problems that a direction is made of. `Ends` makes a problem's gather, source and sink.
+template <class T, class Tile, class Ends>
+Plan plan_gathers(const Ends& ends, int threads) {
+  Plan plan{Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
+  for (int64_t i = 0; i < ends.count(); ++i) {
+    const Plan one = plan_gather<T, Tile, typename Ends::Source, typename Ends::Sink>(ends.gather(i), threads);
+    plan.tasks += one.tasks;
+    if (one.workspace_bytes > plan.workspace_bytes) plan.workspace_bytes = one.workspace_bytes;
+  }
+  return plan;
+}
+
+template <class T, class Tile, class Ends>
+Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, void* workspace, int threads) {
+  for (int64_t i = 0; i < ends.count(); ++i) {
+    const Gather g = ends.gather(i);
     if (g.is_empty()) continue;
-    GatherRun<T, Tile<T>> run(g, source, static_cast<const T*>(buffers.weight), bias, dest, workspace, threads);
-    if (run.run() == Outcome::not_finite) return Outcome::not_finite;
+    using Run = GatherRun<T, Tile, typename Ends::Source, typename Ends::Sink>;
+    if (Run(g, ends.source(g), weight, bias, ends.sink(g), workspace, threads).run() == Outcome::not_finite) return Outcome::not_finite;
   }
   return Outcome::done;
 }
 
+// From tensor to tensor.
+template <class T, Conv2dDirection kDirection>
+struct TensorEnds {
+  using Source = TensorSource<T>;
+  using Sink = TensorSink<T>;
+  static constexpr bool kForward = kDirection == Conv2dDirection::forward;
+
+  int64_t count() const { return gather_count(kDirection, shape); }
+  Gather gather(int64_t i) const { return make_gather(kDirection, shape, i); }
+  Source source(const Gather& g) const { return {static_cast<const T*>(kForward ? buffers.input : buffers.grad_output), g.source}; }
+  Sink sink(const Gather& g) const { return {g, static_cast<T*>(kForward ? buffers.output : buffers.grad_input), false}; }
+
+  const Conv2dShape& shape;
+  const Conv2dBuffers& buffers;
+};
+
 // The functions of a table row.
 template <template <class> class Tile, Conv2dDirection kDirection>
 struct GatherRow {
+  template <class T>
+  static Plan plan_of(const Conv2dShape& s, int threads) {
+    return plan_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, {}}, threads);
+  }
+  template <class T>
+  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+    const T* bias = static_cast<const T*>(kDirection == Conv2dDirection::forward ? buffers.bias : nullptr);
+    return run_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, buffers}, static_cast<const T*>(buffers.weight), bias, workspace, threads);
+  }
   static Plan plan(const Conv2dShape& s, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? plan_gathers<float, Tile>(kDirection, s, threads)
-                                              : plan_gathers<double, Tile>(kDirection, s, threads);
+    return s.dtype == cnn_ext::DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
   }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_gathers<float, Tile>(kDirection, s, buffers, workspace, threads)
-                                              : run_gathers<double, Tile>(kDirection, s, buffers, workspace, threads);
+    return s.dtype == cnn_ext::DType::float32 ? run_of<float>(s, buffers, workspace, threads)
+                                              : run_of<double>(s, buffers, workspace, threads);
   }
 };
 

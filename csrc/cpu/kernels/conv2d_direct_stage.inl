@@ -99,14 +99,35 @@ inline Vec<T> load_strided(const T* src, int64_t step, int64_t first, const Insi
 
 // Which part of the source a block reads.
 struct StageTask {
-  int64_t channels;
+  int64_t n, channel, channels;
   int64_t rows;                  // grid rows
   int64_t first_row, first_col;  // source position of the window's corner; may be negative
 };
 
-// Rows that are dense in memory: one channel after the other.
+// A source that lies in memory as it is read. (Others make their rows and pixels up: conv2d_direct_pooled.inl.)
 template <class T>
-inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+struct TensorSource {
+  // Elements that row() needs to write to `line`.
+  static int64_t line_elements(const Gather&) { return 0; }
+
+  // Row y of a channel, from column 0 on; for sources whose rows are dense.
+  const T* row(int64_t n, int64_t channel, int64_t y, T*) const { return data + n * strides.n + channel * strides.c + y * strides.h; }
+
+  // Row y of the channels from `channel` on, pixel by pixel; for sources whose channels are dense.
+  struct Pixels {
+    Vec<T> at(int64_t x, int channels) const { return load_first(first + x * pixel, channels); }
+    const T* first;
+    int64_t pixel;
+  };
+  Pixels pixels(int64_t n, int64_t channel, int64_t y) const { return {data + n * strides.n + channel + y * strides.h, strides.w}; }
+
+  const T* data;
+  Strides strides;
+};
+
+// Rows that are dense in memory: one channel after the other.
+template <class T, class Source>
+inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line, T* staged) {
   const int64_t step = g.w.source_step;
   const int64_t rows = window_of(g.h, task.rows).span;
   for (int64_t r = 0; r < rows; ++r) {
@@ -116,18 +137,18 @@ inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask
       if (step > 1 && !is_phase_read(g.w, phase)) continue;
       const int64_t first = task.first_col + phase;
       const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
-      const T* row = src + y * g.source.h + first;
       T* dst = staged + r * l.row_pitch + phase * l.cols;
-      for (int64_t c = 0; c < task.channels; ++c, row += g.source.c, dst += l.channel_pitch) {
-        for (int64_t j = 0; j < l.cols; j += kLanes<T>) store(dst + j, load_strided(row, step, j, cols));
+      for (int64_t c = 0; c < task.channels; ++c, dst += l.channel_pitch) {
+        const T* row = cols.begin < cols.end ? source.row(task.n, task.channel + c, y, line) + first : nullptr;
+        for (int64_t j = 0; j < l.cols; j += kLanes<T>) store(dst + j, row != nullptr ? load_strided(row, step, j, cols) : Vec<T>{});
       }
     }
   }
 }
 
 // Channels innermost: squares of lanes x lanes are transposed on the way.
-template <class T>
-inline void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+template <class T, class Source>
+inline void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* staged) {
   constexpr int kV = kLanes<T>;
   const int64_t step = g.w.source_step;
   const int64_t rows = window_of(g.h, task.rows).span;
@@ -138,16 +159,16 @@ inline void stage_channels_last(const Gather& g, const StagedLayout& l, const St
       if (step > 1 && !is_phase_read(g.w, phase)) continue;
       const int64_t first = task.first_col + phase;
       const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
-      const T* row = src + y * g.source.h + first * g.source.w;
       T* dst = staged + r * l.row_pitch + phase * l.cols;
       for (int64_t c = 0; c < task.channels; c += kV) {
         const int lanes = static_cast<int>(clamp(task.channels - c, 0, kV));
+        const auto pixels = source.pixels(task.n, task.channel + c, y);
         for (int64_t j = 0; j < l.cols; j += kV) {
           Vec<T> square[kV];
 #pragma GCC unroll 16
           for (int i = 0; i < kV; ++i) {
             const bool here = j + i >= cols.begin && j + i < cols.end;
-            square[i] = here ? load_first(row + (j + i) * step * g.source.w + c, lanes) : Vec<T>{};
+            square[i] = here ? pixels.at(first + (j + i) * step, lanes) : Vec<T>{};
           }
           transpose<T>(square);
 #pragma GCC unroll 16
@@ -160,13 +181,13 @@ inline void stage_channels_last(const Gather& g, const StagedLayout& l, const St
   }
 }
 
-template <class T>
-inline void stage(const Gather& g, const StagedLayout& l, const StageTask& task, const T* src, T* staged) {
+template <class T, class Source>
+inline void stage(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line, T* staged) {
   if (task.channels == 0 || g.taps() == 0) return;
   if (g.source.w == 1) {
-    stage_planes(g, l, task, src, staged);
+    stage_planes(g, l, task, source, line, staged);
   } else {
-    stage_channels_last(g, l, task, src, staged);
+    stage_channels_last(g, l, task, source, staged);
   }
 }
 

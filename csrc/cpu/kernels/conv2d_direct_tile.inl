@@ -29,7 +29,14 @@ struct TileTask {
   int64_t pitch;      // from one of these to the next
   int64_t row_pitch;  // from a row to the next
   int last;           // of a pixel tile: lanes to write of a row's last vector
+  bool relu;          // of the complete sums, the positive part is written
 };
+
+// The positive part; NaN stays.
+template <class T>
+inline Vec<T> rectified(Vec<T> v) {
+  return v < Vec<T>{} ? Vec<T>{} : v;
+}
 
 template <class T, int kVectors, int kRows, int kCols>
 void channel_tile(const TileTask<T>& task) {
@@ -54,11 +61,15 @@ void channel_tile(const TileTask<T>& task) {
   T* const out = task.out;
   const int64_t pitch = task.pitch, row_pitch = task.row_pitch;
   const T* const bias = task.bias;
+  const bool relu = task.relu;
 #pragma GCC unroll 14
   for (int i = 0; i < kPoints; ++i) {
     T* place = out + i / kCols * row_pitch + i % kCols * pitch;
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(place + v * kV, load(bias != nullptr ? bias + v * kV : place + v * kV) + sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> total = load(bias != nullptr ? bias + v * kV : place + v * kV) + sum[i][v];
+      store(place + v * kV, relu ? rectified<T>(total) : total);
+    }
   }
 }
 
@@ -139,18 +150,19 @@ void pixel_tile(const TileTask<T>& task) {
   }
   const T* const bias = task.bias;
   const int last = task.last;
+  const bool relu = task.relu;
 #pragma GCC unroll 14
   for (int k = 0; k < kWidth; ++k) {
     const Vec<T> before = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
 #pragma GCC unroll 8
     for (int p = 0; p < kPoints; ++p) {
       T* place = task.out + p / kVectors * task.row_pitch + k * task.pitch + p % kVectors * kV;
-      if (bias == nullptr) {
-        store(place, load(place) + sum[p][k]);
-      } else if (p % kVectors + 1 < kVectors || last == kV) {
-        store(place, before + sum[p][k]);
+      const Vec<T> sum_before = bias != nullptr ? before : load(place);
+      const Vec<T> total = relu ? rectified<T>(sum_before + sum[p][k]) : sum_before + sum[p][k];
+      if (bias == nullptr || p % kVectors + 1 < kVectors || last == kV) {
+        store(place, total);
       } else {
-        store_first(place, before + sum[p][k], last);
+        store_first(place, total, last);
       }
     }
   }

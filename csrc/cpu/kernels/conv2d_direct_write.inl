@@ -1,0 +1,152 @@
+// From the sums of register tiles to the destination: a tensor, or the tensor of its pooled rectified values.
+#pragma once
+
+#include "cpu/kernels/conv2d_direct_gather.inl"
+
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/transpose.h"
+
+namespace {
+
+// The first `count` lanes to p: as they are, or, if they hold integers, as one byte each.
+template <class T>
+inline void store_items(T* p, Vec<T> v, int count) {
+  store_first(p, v, count);
+}
+template <class T>
+inline void store_items(uint8_t* p, Vec<T> v, int count) {
+  store_offsets<T>(p, (IntVec<T>)v, first_lanes<T>(count));
+}
+
+// Writes a matrix (lanes innermost, `pitch` apart) to where its rows and columns belong.
+template <class T, class Out>
+inline void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols, Out* dst, int64_t row_stride, int64_t col_stride) {
+  constexpr int kV = kLanes<T>;
+  if (col_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t j = 0;
+      for (; j + kV <= cols; j += kV) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), kV);
+      if (j < cols) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), static_cast<int>(cols - j));
+    }
+  } else if (row_stride == 1) {
+    for (int64_t j = 0; j < cols; j += kV) {
+      for (int64_t i = 0; i < rows; i += kV) {
+        const int items = static_cast<int>(rows - i < kV ? rows - i : kV);
+        Vec<T> square[kV];
+#pragma GCC unroll 16
+        for (int k = 0; k < kV; ++k) square[k] = k < items ? load(src + (i + k) * pitch + j) : Vec<T>{};
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int k = 0; k < kV; ++k) {
+          if (j + k < cols) store_items<T>(dst + (j + k) * col_stride + i, square[k], items);
+        }
+      }
+    }
+  } else if constexpr (sizeof(Out) == sizeof(T)) {  // every stride-th column: bytes are never written so
+    for (int64_t j = 0; j < cols; ++j) {
+      for (int64_t i = 0; i < rows; ++i) dst[i * row_stride + j * col_stride] = src[i * pitch + j];
+    }
+  }
+}
+
+// The sums of one unit of output channels for the grid points of a task, [image][row][column][width] (width = `pitch`).
+template <class T>
+struct UnitSums {
+  const T* sums;
+  int64_t pitch, images, rows, cols;
+  int64_t outputs;           // channels that exist
+  int64_t n, channel, y, x;  // of the first in the destination
+};
+
+// A destination that takes each tile's sums as soon as they are complete.
+template <class T>
+struct TensorSink {
+  static constexpr bool kTakesUnits = false;
+  TensorSink(const Gather& g, T* data, bool rectifies)
+      : grid{g.dest.n, g.dest.c, g.dest.h * g.h.dest_step, g.dest.w * g.w.dest_step},
+        origin(data + g.h.dest_first * g.dest.h + g.w.dest_first * g.dest.w),
+        relu(rectifies) {}
+
+  T* point(int64_t n, int64_t channel, int64_t y, int64_t x) const {
+    return origin + n * grid.n + channel * grid.c + y * grid.h + x * grid.w;
+  }
+
+  Strides grid;  // from grid point to grid point
+  T* origin;     // grid point 0
+  bool relu;
+};
+
+// Unpadded max pooling of the rectified sums: [pooled row][pooled column] sees window_h x window_w grid points every stride_h x stride_w.
+struct PoolWindow {
+  int64_t height, width, stride_h, stride_w;
+};
+
+// The offset of a window without a positive value: no gradient goes through ReLU there.
+constexpr int kNoOffset = 255;
+
+// A destination that takes a unit's sums for all grid points of a task, and keeps of each window the maximum and, if asked, the offset of
+// the first one in the window.
+template <class T>
+struct PoolSink {
+  static constexpr bool kTakesUnits = true;
+  static constexpr bool relu = false;  // pooling first leaves less to rectify
+  static constexpr int kV = kLanes<T>;
+
+  void write(const UnitSums<T>& unit, T* scratch) const {
+    const int64_t rows = (unit.rows - window.height) / window.stride_h + 1, cols = (unit.cols - window.width) / window.stride_w + 1;
+    T* values = scratch;
+    T* places = scratch + rows * cols * unit.pitch;
+    const int64_t row_sums = unit.cols * unit.pitch;
+    for (int64_t image = 0; image < unit.images; ++image) {
+      const T* sums = unit.sums + image * unit.rows * row_sums;
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < cols; ++x) {
+          const int64_t at = (y * cols + x) * unit.pitch;
+          pool(sums + y * window.stride_h * row_sums + x * window.stride_w * unit.pitch, row_sums, unit.pitch, values + at, places + at);
+        }
+      }
+      const int64_t corner = (unit.n + image) * strides.n + unit.channel * strides.c + unit.y / window.stride_h * strides.h +
+                             unit.x / window.stride_w * strides.w;
+      write_plane(values, unit, rows, cols, output + corner);
+      if (offsets != nullptr) write_plane(places, unit, rows, cols, offsets + corner);
+    }
+  }
+
+  T* output;
+  uint8_t* offsets;  // null: not asked for
+  Strides strides;
+  PoolWindow window;
+
+ private:
+  // One window, for all channels of the unit.
+  void pool(const T* sums, int64_t row_sums, int64_t pitch, T* value, T* place) const {
+    for (int64_t c = 0; c < pitch; c += kV) {
+      Vec<T> best = load(sums + c);
+      IntVec<T> best_offset{}, offset{};
+      for (int64_t r = 0; r < window.height; ++r) {
+        for (int64_t s = 0; s < window.width; ++s) {
+          const Vec<T> candidate = load(sums + r * row_sums + s * pitch + c);
+          const auto wins = greater(candidate, best) | is_nan(candidate);
+          best = select(wins, candidate, best);
+          best_offset = select(wins, offset, best_offset);
+          offset += 1;
+        }
+      }
+      const auto passes = greater(best, Vec<T>{}) | is_nan(best);
+      store(value + c, select(passes, best, Vec<T>{}));
+      store(place + c, (Vec<T>)select(passes, best_offset, IntVec<T>{} + kNoOffset));
+    }
+  }
+
+  // The pooled points of one image, [row][column][pitch], to `dst`; rows that follow each other there are written as one.
+  template <class Out>
+  void write_plane(const T* src, const UnitSums<T>& unit, int64_t rows, int64_t cols, Out* dst) const {
+    const bool dense = strides.h == cols * strides.w;
+    const int64_t runs = dense ? 1 : rows, run = dense ? rows * cols : cols;
+    for (int64_t i = 0; i < runs; ++i) {
+      write_matrix(src + i * run * unit.pitch, unit.pitch, run, unit.outputs, dst + i * strides.h, strides.w, strides.c);
+    }
+  }
+};
+
+}  // namespace
