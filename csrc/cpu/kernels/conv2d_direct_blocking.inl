@@ -107,7 +107,7 @@ Blocking make_blocking(const Gather& g, int threads) {
 struct Scratch {
   int64_t group_weights;  // packed weights of one group, in elements
   int64_t group_bias;
-  int64_t bias, offsets, taps, workers;  // offsets into the workspace
+  int64_t bias, offsets, taps, workers;            // offsets into the workspace
   int64_t staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };

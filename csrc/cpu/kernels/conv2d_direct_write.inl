@@ -2,11 +2,12 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_gather.inl"
-
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/transpose.h"
 
 namespace {
+
+using cnn_ext::kNoGradient;
 
 // The first `count` lanes to p: as they are, or, if they hold integers, as one byte each.
 template <class T>
@@ -81,9 +82,6 @@ struct PoolWindow {
   int64_t height, width, stride_h, stride_w;
 };
 
-// The offset of a window without a positive value: no gradient goes through ReLU there.
-constexpr int kNoOffset = 255;
-
 // A destination that takes a unit's sums for all grid points of a task, and keeps of each window the maximum and, if asked, the offset of
 // the first one in the window.
 template <class T>
@@ -134,7 +132,7 @@ struct PoolSink {
       }
       const auto passes = greater(best, Vec<T>{}) | is_nan(best);
       store(value + c, select(passes, best, Vec<T>{}));
-      store(place + c, (Vec<T>)select(passes, best_offset, IntVec<T>{} + kNoOffset));
+      store(place + c, (Vec<T>)select(passes, best_offset, IntVec<T>{} + kNoGradient));
     }
   }
 

@@ -1,0 +1,126 @@
+// The gradient of a convolution's output, made up row by row from that of relu (and max_pool2d) of it: what a fused backward pass reads
+// instead of a tensor. See Conv2dReluPoolShape for what is kept of forward.
+#pragma once
+
+#include "core/shapes.h"
+#include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/simd/lanes.h"
+
+namespace {
+
+using cnn_ext::Conv2dReluPoolShape;
+
+// Without pooling: the gradient passes where the output is positive or NaN.
+template <class T>
+struct ReluGradient {
+  static int64_t line_elements(const Gather& g) { return g.w.source_size + kLanes<T>; }
+
+  static Vec<T> passed(Vec<T> grad, Vec<T> output) { return output <= Vec<T>{} ? Vec<T>{} : grad; }
+
+  const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
+    const int64_t first = n * strides.n + channel * strides.c + y * strides.h;
+    for (int64_t x = 0; x < width; x += kLanes<T>) {
+      const int count = static_cast<int>(width - x < kLanes<T> ? width - x : kLanes<T>);
+      store(line + x, passed(load_first(grad + first + x, count), load_first(output + first + x, count)));
+    }
+    return line;
+  }
+
+  struct Pixels {
+    Vec<T> at(int64_t x, int channels) const {
+      return passed(load_first(grad + x * pixel, channels), load_first(output + x * pixel, channels));
+    }
+    const T* grad;
+    const T* output;
+    int64_t pixel;
+  };
+  Pixels pixels(int64_t n, int64_t channel, int64_t y) const {
+    const int64_t first = n * strides.n + channel + y * strides.h;
+    return {grad + first, output + first, strides.w};
+  }
+
+  const T* grad;
+  const T* output;
+  Strides strides;
+  int64_t width;
+};
+
+// With pooling: position (y, x) gets the gradients of the windows whose maximum it was.
+template <class T>
+struct PooledGradient {
+  static int64_t line_elements(const Gather& g) { return g.w.source_size + 4 * kLanes<T>; }
+
+  // The pooled rows (columns) [begin, end) whose windows hold row (column) `at`.
+  static void windows_of(int64_t at, int64_t size, int64_t stride, int64_t pooled, int64_t& begin, int64_t& end) {
+    begin = at < size ? 0 : (at - size) / stride + 1;
+    end = at / stride + 1 < pooled ? at / stride + 1 : pooled;
+  }
+
+  const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
+    const int64_t plane = n * strides.n + channel * strides.c;
+    if (s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2) return row_of_2x2(plane, y, line);
+    for (int64_t x = 0; x < s.conv.out_w; ++x) line[x] = T{0};
+    int64_t begin, end;
+    windows_of(y, s.pool_h, s.pool_stride_h, s.pooled_h, begin, end);
+    for (int64_t py = begin; py < end; ++py) {
+      const int64_t tap_row = (y - py * s.pool_stride_h) * s.pool_w, at = plane + py * strides.h;
+      for (int64_t px = 0; px < s.pooled_w; ++px) {
+        const int64_t tap = offsets[at + px] - tap_row;
+        if (tap >= 0 && tap < s.pool_w && offsets[at + px] != cnn_ext::kNoGradient) line[px * s.pool_stride_w + tap] += grad[at + px];
+      }
+    }
+    return line;
+  }
+
+  struct Pixels {
+    Vec<T> at(int64_t x, int channels) const {
+      Vec<T> sum{};
+      int64_t x_begin, x_end;
+      windows_of(x, s.pool_w, s.pool_stride_w, s.pooled_w, x_begin, x_end);
+      for (int64_t py = y_begin; py < y_end; ++py) {
+        for (int64_t px = x_begin; px < x_end; ++px) {
+          const auto tap = static_cast<Int<T>>((y - py * s.pool_stride_h) * s.pool_w + x - px * s.pool_stride_w);
+          const int64_t place = py * row + px * pixel;
+          const auto chosen = equal(load_offsets<T>(offsets + place, first_lanes<T>(channels)), IntVec<T>{} + tap);
+          sum += select(chosen, load_first(grad + place, channels), Vec<T>{});
+        }
+      }
+      return sum;
+    }
+    const Conv2dReluPoolShape& s;
+    const T* grad;
+    const uint8_t* offsets;
+    int64_t row, pixel, y, y_begin, y_end;
+  };
+  Pixels pixels(int64_t n, int64_t channel, int64_t y) const {
+    const int64_t first = n * strides.n + channel;
+    Pixels p{s, grad + first, offsets + first, strides.h, strides.w, y, 0, 0};
+    windows_of(y, s.pool_h, s.pool_stride_h, s.pooled_h, p.y_begin, p.y_end);
+    return p;
+  }
+
+  Conv2dReluPoolShape s;
+  const T* grad;
+  const uint8_t* offsets;
+  Strides strides;  // of the pooled tensors
+
+ private:
+  // The most frequent window: a pooled vector becomes two, of which each pair of lanes holds its gradient at most once.
+  const T* row_of_2x2(int64_t plane, int64_t y, T* line) const {
+    const Int<T> left = static_cast<Int<T>>(y % 2 * 2);
+    const int64_t at = plane + y / 2 * strides.h, pooled = y / 2 < s.pooled_h ? s.pooled_w : 0;
+    for (int64_t px = 0; px < pooled; px += kLanes<T>) {
+      const LaneSet lanes = first_lanes<T>(pooled - px);
+      const IntVec<T> offset = load_offsets<T>(offsets + at + px, lanes);
+      const Vec<T> g = load_lanes(grad + at + px, lanes, Vec<T>{});
+      const Vec<T> even = select(equal(offset, IntVec<T>{} + left), g, Vec<T>{});
+      const Vec<T> odd = select(equal(offset, IntVec<T>{} + (left + 1)), g, Vec<T>{});
+      store(line + 2 * px, interleave_lower<T>(even, odd));
+      store(line + 2 * px + kLanes<T>, interleave_upper<T>(even, odd));
+    }
+    for (int64_t x = 2 * pooled; x < s.conv.out_w; ++x) line[x] = T{0};
+    return line;
+  }
+};
+
+}  // namespace
