@@ -1,0 +1,86 @@
+// How the product of a 1x1 convolution is cut into tasks, and what scratch they need.
+//
+// The reduction is cut into blocks of at most kReductionChannels, by the number of channels alone: each is summed from zero and then added
+// to the bias or to the blocks before, which keeps a block's weights in the nearest cache and the error of long sums small. A task takes
+// some blocks of points, one after the other, and some units of outputs; how tasks are cut changes no sum.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/conv2d_pointwise_product.inl"
+#include "cpu/kernels/conv2d_pointwise_tile.inl"
+
+namespace {
+
+using cnn_ext::cpu::Plan;
+
+constexpr int64_t kReductionChannels = 256;
+constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
+constexpr int64_t kBlockPoints = 128;
+constexpr int64_t kTasksPerThread = 8;  // with fewer, the last one to finish is waited for too long
+constexpr int64_t kAlignment = 64;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
+
+// A block is `lines` x `points`: whole lines where they are short, else a part of one.
+struct PointwiseBlocking {
+  int64_t channels, channel_blocks;
+  int64_t lines, points, point_blocks, blocks;
+  int64_t task_blocks, units, unit_blocks;  // of a task
+  int64_t tasks;
+};
+
+template <class T, class Tile>
+PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
+  PointwiseBlocking b{};
+  b.channel_blocks = larger(1, divide_up(p.channels, kReductionChannels));
+  b.channels = divide_up(p.channels, b.channel_blocks);
+  const int64_t point_bytes = larger(1, p.channels * static_cast<int64_t>(sizeof(T)));
+  int64_t fitting = larger(4 * Tile::kMaxPoints, smaller(kBlockPoints, kSourceBytes / point_bytes));
+  const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * kTasksPerThread : 1;
+  const int64_t all_points = p.lines() * p.points;
+  // Few outputs and many points: smaller blocks rather than too few tasks.
+  if (p.groups * units * divide_up(all_points, fitting) < wanted) {
+    fitting = larger(2 * Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted)));
+  }
+  b.point_blocks = divide_up(p.points, fitting);
+  b.points = divide_up(p.points, b.point_blocks);
+  if (b.point_blocks > 1) b.points = divide_up(b.points, Tile::kMaxPoints) * Tile::kMaxPoints;
+  b.point_blocks = divide_up(p.points, b.points);
+  b.lines = b.point_blocks > 1 ? 1 : smaller(p.lines(), larger(1, fitting / p.points));
+  b.blocks = divide_up(p.lines(), b.lines) * b.point_blocks;
+  b.task_blocks = larger(1, p.groups * b.blocks / wanted);
+  const int64_t point_tasks = p.groups * divide_up(b.blocks, b.task_blocks);
+  b.units = larger(1, units / larger(1, divide_up(wanted, point_tasks)));
+  b.unit_blocks = divide_up(units, b.units);
+  b.tasks = point_tasks * b.unit_blocks;
+  return b;
+}
+
+// Where things lie in the workspace, in bytes.
+struct PointwiseScratch {
+  bool packs_in_tasks;    // every weight is read by one block of points alone: who reads it packs it
+  int64_t group_outputs;  // of a group, padded to whole units
+  int64_t bias, workers;  // offsets into the workspace, behind the weights packed beforehand
+  int64_t sums, worker_bytes;
+  int64_t total(int threads) const { return workers + threads * worker_bytes; }
+};
+
+template <class T, class Tile>
+PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlocking& b) {
+  constexpr int64_t kSize = sizeof(T);
+  PointwiseScratch s{};
+  const int64_t units = Tile::units(p.outputs);
+  s.packs_in_tasks = b.blocks == 1;
+  s.group_outputs = Tile::first(p.outputs, units - 1) + Tile::width(p.outputs, units - 1);
+  s.bias = s.packs_in_tasks ? 0 : aligned(p.groups * s.group_outputs * p.channels * kSize);
+  s.workers = s.bias + aligned(p.groups * s.group_outputs * kSize);
+  s.sums = s.packs_in_tasks ? aligned(b.channels * Tile::kMaxWidth * kSize) : 0;
+  const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;
+  s.worker_bytes = s.sums + (writes_in_place ? 0 : aligned(b.lines * b.points * Tile::kMaxWidth * kSize));
+  return s;
+}
+
+}  // namespace

@@ -1,0 +1,77 @@
+// A 1x1 convolution without padding is a product of matrices: for every point, outputs = weights x channels. forward and backward_input
+// are the same product with input and output exchanged and the weights transposed.
+//
+// Points lie on lines of equal distances: a whole image, or all images where channels are innermost, and a row where a stride leaves
+// gaps. backward_input of a strided layer writes the points that forward reads; the others of grad_input are zero.
+#pragma once
+
+#include "core/shapes.h"
+
+namespace {
+
+using cnn_ext::Conv2dDirection;
+using cnn_ext::Conv2dShape;
+using cnn_ext::Layout;
+
+struct Product {
+  int64_t groups;
+  int64_t channels, outputs;     // of a group: those that are summed over, those that are computed
+  int64_t images, rows, points;  // lines = images * rows, and the points of a line
+  // Distances in elements.
+  int64_t source_image, source_row, source_point, source_channel;
+  int64_t dest_image, dest_row, dest_point, dest_channel;
+  int64_t weight_group, weight_output, weight_channel;
+
+  int64_t lines() const { return images * rows; }
+  int64_t source_line(int64_t line) const { return line / rows * source_image + line % rows * source_row; }
+  int64_t dest_line(int64_t line) const { return line / rows * dest_image + line % rows * dest_row; }
+  bool is_empty() const { return groups * outputs * lines() * points == 0; }
+};
+
+inline bool is_pointwise(const Conv2dShape& s) {
+  const auto fits = [](int64_t in, int64_t out, int64_t stride) { return (out - 1) * stride < in; };
+  return s.kernel_h == 1 && s.kernel_w == 1 && s.pad_top == 0 && s.pad_left == 0 && fits(s.in_h, s.out_h, s.stride_h) &&
+         fits(s.in_w, s.out_w, s.stride_w);
+}
+
+// The shortest description: rows without gaps become one line, and so do images.
+inline void join_lines(Product& p) {
+  if (p.source_row == p.points * p.source_point && p.dest_row == p.points * p.dest_point) {
+    p.points *= p.rows;
+    p.rows = 1;
+  }
+  if (p.rows > 1) return;
+  if (p.points == 1) {  // channels side by side, whatever the layout
+    p.source_point = p.source_image, p.dest_point = p.dest_image;
+  }
+  if (p.source_image == p.points * p.source_point && p.dest_image == p.points * p.dest_point) {
+    p.points *= p.images;
+    p.images = 1;
+  }
+}
+
+inline Product make_product(Conv2dDirection direction, const Conv2dShape& s) {
+  const bool nchw = s.layout == Layout::nchw, forward = direction == Conv2dDirection::forward;
+  const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
+  const int64_t in_pixel = nchw ? 1 : s.in_channels, in_channel = nchw ? s.in_h * s.in_w : 1;
+  const int64_t out_pixel = nchw ? 1 : s.out_channels, out_channel = nchw ? s.out_h * s.out_w : 1;
+  Product p{};
+  p.groups = s.groups, p.images = s.batch, p.rows = s.out_h, p.points = s.out_w;
+  p.channels = group_in, p.outputs = group_out;
+  p.source_image = s.in_channels * s.in_h * s.in_w, p.source_channel = in_channel;
+  p.source_row = s.stride_h * s.in_w * in_pixel, p.source_point = s.stride_w * in_pixel;
+  p.dest_image = s.out_channels * s.out_h * s.out_w, p.dest_channel = out_channel;
+  p.dest_row = s.out_w * out_pixel, p.dest_point = out_pixel;
+  p.weight_group = group_out * group_in, p.weight_output = group_in, p.weight_channel = 1;
+  if (!forward) {
+    const Product f = p;
+    p.channels = f.outputs, p.outputs = f.channels;
+    p.source_image = f.dest_image, p.source_row = f.dest_row, p.source_point = f.dest_point, p.source_channel = f.dest_channel;
+    p.dest_image = f.source_image, p.dest_row = f.source_row, p.dest_point = f.source_point, p.dest_channel = f.source_channel;
+    p.weight_output = f.weight_channel, p.weight_channel = f.weight_output;
+  }
+  join_lines(p);
+  return p;
+}
+
+}  // namespace

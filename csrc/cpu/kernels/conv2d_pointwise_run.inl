@@ -1,0 +1,276 @@
+// The loops around a register tile of a 1x1 convolution, up to a table row's functions.
+#pragma once
+
+#include "cpu/kernels/conv2d_pointwise_blocking.inl"
+#include "cpu/kernels/conv2d_pointwise_pack.inl"
+#include "cpu/parallel.h"
+
+namespace {
+
+using cnn_ext::Conv2dBuffers;
+using cnn_ext::cpu::Outcome;
+
+constexpr int64_t kSerialPack = 1 << 14;  // weights
+
+template <class T, class Tile>
+class PointwiseRun {
+  static constexpr int64_t kLineElements = 64 / sizeof(T);
+
+ public:
+  PointwiseRun(const Product& p, const T* source, const T* weight, const T* bias, T* dest, void* workspace, int threads)
+      : p_(p),
+        b_(make_pointwise_blocking<T, Tile>(p, threads)),
+        scratch_(make_pointwise_scratch<T, Tile>(p, b_)),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        memory_(static_cast<char*>(workspace)),
+        threads_(threads) {}
+
+  void run() const {
+    if (!scratch_.packs_in_tasks) pack_all();
+    pack_bias();
+    parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
+  }
+
+ private:
+  // Some blocks of points and some units of outputs of a group.
+  struct Task {
+    int64_t group, block, block_end, unit, unit_end;
+  };
+
+  // A block of points: lines from `line` on, each with `points` points from `point` on.
+  struct Block {
+    int64_t line, lines, point, points;
+  };
+
+  T* memory(int64_t offset) const { return reinterpret_cast<T*>(memory_ + offset); }
+  T* own_weights(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes); }
+  T* own_sums(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.sums); }
+  const T* bias_of(int64_t group, int64_t unit) const {
+    return memory(scratch_.bias) + group * scratch_.group_outputs + Tile::first(p_.outputs, unit);
+  }
+
+  int64_t channels_of(int64_t channel_block) const { return smaller(b_.channels, p_.channels - channel_block * b_.channels); }
+  // The outputs of a unit that exist.
+  int64_t outputs_of(int64_t unit) const { return smaller(Tile::width(p_.outputs, unit), p_.outputs - Tile::first(p_.outputs, unit)); }
+
+  T* packed_weights(int64_t group, int64_t unit, int64_t channel_block) const {
+    return memory(0) + (group * scratch_.group_outputs + Tile::first(p_.outputs, unit)) * p_.channels +
+           channel_block * b_.channels * Tile::width(p_.outputs, unit);
+  }
+
+  void pack(int64_t group, int64_t unit, int64_t channel_block, T* packed) const {
+    const T* weight = weight_ + group * p_.weight_group + Tile::first(p_.outputs, unit) * p_.weight_output +
+                      channel_block * b_.channels * p_.weight_channel;
+    pack_weights(weight, p_.weight_output, p_.weight_channel, outputs_of(unit), channels_of(channel_block), packed,
+                 Tile::width(p_.outputs, unit));
+  }
+
+  void pack_all() const {
+    const int64_t units = Tile::units(p_.outputs);
+    const int team = p_.groups * scratch_.group_outputs * p_.channels < kSerialPack ? 1 : threads_;
+    parallel_for(team, p_.groups * units * b_.channel_blocks, [&](int, int64_t i) {
+      const int64_t channel_block = i % b_.channel_blocks, unit = i / b_.channel_blocks % units, group = i / b_.channel_blocks / units;
+      pack(group, unit, channel_block, packed_weights(group, unit, channel_block));
+    });
+  }
+
+  void pack_bias() const {
+    for (int64_t group = 0; group < p_.groups; ++group) {
+      T* dst = memory(scratch_.bias) + group * scratch_.group_outputs;
+      for (int64_t k = 0; k < scratch_.group_outputs; ++k)
+        dst[k] = bias_ != nullptr && k < p_.outputs ? bias_[group * p_.outputs + k] : T(0);
+    }
+  }
+
+  Task task_at(int64_t index) const {
+    const int64_t point_tasks = divide_up(b_.blocks, b_.task_blocks);
+    const int64_t unit = index % b_.unit_blocks * b_.units, block = index / b_.unit_blocks % point_tasks * b_.task_blocks;
+    return {index / b_.unit_blocks / point_tasks, block, smaller(b_.blocks, block + b_.task_blocks), unit,
+            smaller(Tile::units(p_.outputs), unit + b_.units)};
+  }
+
+  Block block_at(int64_t index) const {
+    const int64_t line = index / b_.point_blocks * b_.lines, point = index % b_.point_blocks * b_.points;
+    return {line, smaller(b_.lines, p_.lines() - line), point, smaller(b_.points, p_.points - point)};
+  }
+
+  void run_task(int worker, int64_t index) const {
+    const Task task = task_at(index);
+    for (int64_t i = task.block; i < task.block_end; ++i) {
+      const Block block = block_at(i);
+      Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1)) : Ahead{};
+      for (int64_t unit = task.unit; unit < task.unit_end; ++unit) {
+        for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
+          run_unit(worker, task.group, block, unit, channel_block, ahead);
+        }
+      }
+    }
+  }
+
+  // What is fetched while a block is summed: the source of the next one, in equal parts with every tile. A source that lies in one piece is
+  // walked through; of the planes of a larger one every tile fetches another line of cache.
+  struct Ahead {
+    const T* source = nullptr;
+    int64_t part = 0, step = 0;  // of a piece: elements for each tile and each of its steps
+    int64_t lines = 0;           // of planes: cache lines still to be fetched of each
+  };
+
+  Ahead ahead_of(const Task& task, const Block& block, const Block& next) const {
+    const T* source = source_ + task.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
+    const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
+    if (p_.source_channel == 1 || b_.point_blocks == 1) {
+      const int64_t points = next.lines * next.points, elements = points * larger(p_.source_point, p_.channels);
+      const int64_t step = divide_up(elements, tiles * larger(1, p_.channels));
+      return {source, step * b_.channels, step, 0};
+    }
+    return {source, 0, p_.source_channel, 1 + next.points / kLineElements};
+  }
+
+  static const T* take(Ahead& ahead, const T* otherwise, int64_t first_channel, int64_t& step) {
+    step = 0;
+    if (ahead.source == nullptr) return otherwise;
+    const T* source = ahead.source;
+    step = ahead.step;
+    if (ahead.part > 0) {
+      ahead.source += ahead.part;
+      return source;
+    }
+    ahead.source += kLineElements;
+    if (--ahead.lines == 0) ahead.source = nullptr;
+    return source + first_channel * step;
+  }
+
+  // One block of channels for one unit of outputs.
+  void run_unit(int worker, int64_t group, const Block& block, int64_t unit, int64_t channel_block, Ahead& ahead) const {
+    const int64_t first = group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
+    const T* source = source_ + (group * p_.channels + channel_block * b_.channels) * p_.source_channel;
+    const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1;
+    PointwiseTile<T> tile{};
+    tile.weights = packed_weights(group, unit, channel_block);
+    if (scratch_.packs_in_tasks) {
+      pack(group, unit, channel_block, own_weights(worker));
+      tile.weights = own_weights(worker);
+    }
+    tile.channels = channels_of(channel_block);
+    tile.source_point = p_.source_point, tile.source_channel = p_.source_channel;
+    tile.bias = channel_block == 0 ? bias_of(group, unit) : nullptr;
+    tile.pitch = !in_place ? Tile::kMaxWidth : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
+    tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
+    T* sums = own_sums(worker);
+    for (int64_t line = block.line; line < block.line + block.lines; ++line) {
+      T* const dest = dest_ + p_.dest_line(line) + first * p_.dest_channel;
+      for (int64_t t = 0; t < Tile::tiles(block.points); ++t) {
+        const int64_t begin = Tile::tile_begin(block.points, t), points = Tile::tile_begin(block.points, t + 1) - begin;
+        T* const place = dest + (block.point + begin) * p_.dest_point;
+        tile.source = source + p_.source_line(line) + (block.point + begin) * p_.source_point;
+        tile.ahead = take(ahead, tile.source, channel_block * b_.channels, tile.ahead_step);
+        tile.out = in_place ? place : sums;
+        if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
+        if (in_place && channel_block == 0) fetch_destination(tile, Tile::kPointsInLanes ? outputs : points);
+        Tile::run(tile, Tile::width(p_.outputs, unit), points);
+        if (in_place) continue;
+        if (channel_block == b_.channel_blocks - 1)
+          write_planes(sums, Tile::kMaxWidth, points, outputs, place, p_.dest_point, p_.dest_channel);
+        sums += points * Tile::kMaxWidth;
+      }
+    }
+  }
+
+  // Stores to memory that is in no cache would otherwise be waited for: the lines are fetched while the tile is summed.
+  static void fetch_destination(const PointwiseTile<T>& tile, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      __builtin_prefetch(tile.out + i * tile.pitch, 1, 3);
+      __builtin_prefetch(tile.out + i * tile.pitch + kLineElements, 1, 3);
+    }
+  }
+
+  const Product p_;
+  const PointwiseBlocking b_;
+  const PointwiseScratch scratch_;
+  const T* const source_;
+  const T* const weight_;
+  const T* const bias_;
+  T* const dest_;
+  char* const memory_;
+  const int threads_;
+};
+
+template <class T>
+void fill_zeros(T* p, int64_t count, int threads) {
+  constexpr int64_t kChunk = 1 << 16;
+  parallel_for(threads, divide_up(count, kChunk), [&](int, int64_t i) {
+    const int64_t end = smaller(count, (i + 1) * kChunk);
+    for (int64_t j = i * kChunk; j < end; ++j) p[j] = T(0);
+  });
+}
+
+// Whether points belong in the lanes: compares what both tiles pay for a line, in FMA slots.
+template <class T>
+bool prefers_point_lanes(const Product& p) {
+  if (p.source_point != 1 || p.dest_point != 1 || p.dest_channel == 1) return false;
+  constexpr int64_t kV = kLanes<T>;
+  // What is paid beside each sum, as steps: writing it as it lies, or through a transposed square.
+  constexpr int64_t kWrite = 2, kTransposed = 12;
+  const int64_t load_slots = 4 * PointLanes<T>::units(p.outputs) + p.outputs, fma_slots = 2 * p.outputs;
+  const int64_t outputs_cost = 2 * divide_up(p.outputs, kV) * p.points * (p.channels + kTransposed);
+  const int64_t points_cost = larger(load_slots, fma_slots) * divide_up(p.points, kV) * (p.channels + kWrite);
+  return points_cost <= outputs_cost;
+}
+
+// Narrow groups would leave most lanes empty: there the direct rows are faster.
+template <class T>
+bool fills_lanes(const Product& p) {
+  return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
+}
+
+template <class T, Conv2dDirection kDirection>
+Plan plan_product(const Conv2dShape& s, int threads) {
+  const Product p = make_product(kDirection, s);
+  const auto plan = [&](auto tile) -> Plan {
+    using Tile = decltype(tile);
+    if (p.is_empty()) return {Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
+    const PointwiseBlocking b = make_pointwise_blocking<T, Tile>(p, threads);
+    return {Tile::kMaxWidth, Tile::kMaxPoints, b.tasks, static_cast<size_t>(make_pointwise_scratch<T, Tile>(p, b).total(threads))};
+  };
+  return prefers_point_lanes<T>(p) ? plan(PointLanes<T>{}) : plan(OutputLanes<T>{});
+}
+
+template <class T, Conv2dDirection kDirection>
+Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+  constexpr bool forward = kDirection == Conv2dDirection::forward;
+  const Product p = make_product(kDirection, s);
+  const T* source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
+  const T* weight = static_cast<const T*>(buffers.weight);
+  const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
+  T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
+  if (!forward && s.stride_h * s.stride_w > 1) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
+  if (p.is_empty()) return Outcome::done;
+  if (prefers_point_lanes<T>(p)) {
+    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, workspace, threads).run();
+  } else {
+    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, workspace, threads).run();
+  }
+  return Outcome::done;
+}
+
+// The functions of a table row.
+template <Conv2dDirection kDirection>
+struct PointwiseRow {
+  static bool accepts(const Conv2dShape& s) {
+    if (!is_pointwise(s)) return false;
+    if (s.dtype == cnn_ext::DType::float32) return fills_lanes<float>(make_product(kDirection, s));
+    return s.dtype == cnn_ext::DType::float64 && fills_lanes<double>(make_product(kDirection, s));
+  }
+  static Plan plan(const Conv2dShape& s, int threads) {
+    return s.dtype == cnn_ext::DType::float32 ? plan_product<float, kDirection>(s, threads) : plan_product<double, kDirection>(s, threads);
+  }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+    return s.dtype == cnn_ext::DType::float32 ? run_product<float, kDirection>(s, buffers, workspace, threads)
+                                              : run_product<double, kDirection>(s, buffers, workspace, threads);
+  }
+};
+
+}  // namespace

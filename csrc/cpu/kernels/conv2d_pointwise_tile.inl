@@ -1,0 +1,241 @@
+// Register tiles of a 1x1 convolution: the sums of a few outputs at a few points over a block of channels. The source is read where it
+// lies. 32 registers hold 28 sums, 16 hold 12.
+//
+// OutputLanes has outputs in the lanes: 2 vectors of them x up to 14 points (6 with 16 registers). A step loads 2 vectors of weights and
+// broadcasts one source element for every 2 FMAs: 16 loads for 28 FMAs leave the load ports a third of their slots. The points may lie
+// anywhere at equal distances, so it serves channels_last, strides, and the short lines of small planar maps.
+//
+// PointLanes has neighbouring points in the lanes: 2 vectors of them x up to 14 outputs, whose weights are broadcast. Its unaligned loads
+// take two slots each where they cross a cache line: 18 slots for 28 FMAs. It stores planar lines as they lie.
+#pragma once
+
+#include "cpu/simd/transpose.h"
+#include "cpu/simd/vec.h"
+
+namespace {
+
+constexpr int kTileSums = kVectorRegisters == 32 ? 28 : 12;
+
+template <class T>
+struct PointwiseTile {
+  const T* weights;  // [channels][width]
+  const T* source;   // of the first point and channel
+  int64_t channels;
+  int64_t source_point, source_channel;  // distances in elements
+  const T* bias;                         // [width]: what the sums are added to; null: what `out` holds already
+  T* out;
+  int64_t pitch;  // from point to point (outputs in the lanes) or from output to output (points in the lanes)
+  int last;       // lanes of the last vector that exist
+  // What a later tile will read, fetched towards the second cache on the way: `ahead_step` elements further at every step.
+  const T* ahead;
+  int64_t ahead_step;
+};
+
+// A function that takes sums by reference must vanish into its caller, or the sums live in memory.
+#define CNN_EXT_INLINE inline __attribute__((always_inline))
+
+// The end of every sum, and the only place that writes: the sum is added to the bias, or to what the destination holds.
+template <class T>
+CNN_EXT_INLINE void finish(T* place, bool has_bias, Vec<T> bias, Vec<T> sum, int lanes) {
+  if (lanes == kLanes<T>) {
+    store(place, (has_bias ? bias : load(place)) + sum);
+  } else {
+    store_first(place, (has_bias ? bias : load_first(place, lanes)) + sum, lanes);
+  }
+}
+
+// The sums of one point, outputs in the lanes.
+template <class T, int kVectors>
+CNN_EXT_INLINE void finish_point(const PointwiseTile<T>& tile, int point, const Vec<T> (&sum)[kVectors]) {
+  constexpr int kV = kLanes<T>;
+  const bool has_bias = tile.bias != nullptr;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    finish(tile.out + point * tile.pitch + v * kV, has_bias, has_bias ? load(tile.bias + v * kV) : Vec<T>{}, sum[v],
+           v + 1 < kVectors ? kV : tile.last);
+  }
+}
+
+template <class T, int kVectors>
+CNN_EXT_INLINE void add_products(Vec<T> (&sum)[kVectors], Vec<T> x, const Vec<T> (&weight)[kVectors]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) sum[v] = fma(x, weight[v], sum[v]);
+}
+
+// Points side by side.
+template <class T>
+struct Neighbours {
+  explicit Neighbours(const PointwiseTile<T>& tile) : first(tile.source), step(tile.source_channel) {}
+  template <int kPoint>
+  Vec<T> get() const {
+    return broadcast_from(first + kPoint);
+  }
+  void next() { first += step; }
+
+  const T* first;
+  int64_t step;
+};
+
+// The element kScale * bytes behind p in every lane. The addressing mode is spelt out: left to itself, GCC keeps one pointer for each of
+// 14 points, which are more than there are registers.
+template <int kScale, class T>
+inline Vec<T> broadcast_scaled(const T* p, int64_t bytes) {
+#if defined(__AVX2__)
+  Vec<T> v;
+  if constexpr (sizeof(T) == 4) {
+    asm("vbroadcastss (%1,%2,%c4), %0" : "=v"(v) : "r"(p), "r"(bytes), "m"(*p), "i"(kScale));
+  } else {
+    asm("vbroadcastsd (%1,%2,%c4), %0" : "=v"(v) : "r"(p), "r"(bytes), "m"(*p), "i"(kScale));
+  }
+  return v;
+#else
+  return broadcast_from(reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + kScale * bytes));
+#endif
+}
+
+// Points at any distance with their channels at any other: 14 addresses from two pointers and the odd multiples of the distance.
+template <class T>
+struct Distant {
+  explicit Distant(const PointwiseTile<T>& tile)
+      : first(tile.source),
+        eighth(tile.source + 8 * tile.source_point),
+        once(tile.source_point * static_cast<int64_t>(sizeof(T))),
+        thrice(3 * once),
+        fivefold(5 * once),
+        sevenfold(7 * once),
+        step(tile.source_channel) {}
+  template <int kPoint>
+  Vec<T> get() const {
+    if constexpr (kPoint == 0) return broadcast_from(first);
+    if constexpr (kPoint == 8) return broadcast_from(eighth);
+    const T* const base = kPoint < 8 ? first : eighth;
+    if constexpr (kPoint % 8 == 1) return broadcast_scaled<1>(base, once);
+    if constexpr (kPoint % 8 == 2) return broadcast_scaled<2>(base, once);
+    if constexpr (kPoint % 8 == 3) return broadcast_scaled<1>(base, thrice);
+    if constexpr (kPoint % 8 == 4) return broadcast_scaled<4>(base, once);
+    if constexpr (kPoint % 8 == 5) return broadcast_scaled<1>(base, fivefold);
+    if constexpr (kPoint % 8 == 6) return broadcast_scaled<2>(base, thrice);
+    if constexpr (kPoint % 8 == 7) return broadcast_scaled<1>(base, sevenfold);
+  }
+  void next() { first += step, eighth += step; }
+
+  const T* first;
+  const T* eighth;
+  const int64_t once, thrice, fivefold, sevenfold, step;
+};
+
+template <class T, int kVectors, template <class> class Points, int... kPoint>
+void output_lanes(const PointwiseTile<T>& tile, Lanes<kPoint...>) {
+  constexpr int kV = kLanes<T>;
+  Vec<T> sum[sizeof...(kPoint)][kVectors] = {};
+  Points<T> points(tile);
+  const T* weights = tile.weights;
+  const T* ahead = tile.ahead;
+  for (int64_t c = tile.channels; c > 0; --c) {
+    Vec<T> weight[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
+    (add_products<T>(sum[kPoint], points.template get<kPoint>(), weight), ...);
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += tile.ahead_step;
+    weights += kVectors * kV;
+    points.next();
+  }
+  (finish_point<T>(tile, kPoint, sum[kPoint]), ...);
+}
+
+// The units of both tiles: `outputs` channels are cut into units, each as wide as one tile.
+template <class T>
+struct OutputLanes {
+  static constexpr int kV = kLanes<T>;
+  static constexpr bool kPointsInLanes = false;
+  static constexpr int kMaxWidth = 2 * kV;
+  static constexpr int kMaxPoints = kTileSums / 2;
+
+  static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
+  static int64_t first(int64_t, int64_t unit) { return unit * kMaxWidth; }
+  static int64_t width(int64_t outputs, int64_t unit) { return outputs - unit * kMaxWidth > kV ? kMaxWidth : kV; }
+
+  static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
+  static int64_t tile_begin(int64_t points, int64_t tile) { return tile * points / tiles(points); }
+
+  static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
+    if (tile.source_point == 1) {
+      width == kMaxWidth ? run_points<2, Neighbours>(tile, points) : run_points<1, Neighbours>(tile, points);
+    } else {
+      width == kMaxWidth ? run_points<2, Distant>(tile, points) : run_points<1, Distant>(tile, points);
+    }
+  }
+
+ private:
+  template <int kVectors, template <class> class Points, int kPoints = kMaxPoints>
+  static void run_points(const PointwiseTile<T>& tile, int64_t points) {
+    if (points == kPoints) return output_lanes<T, kVectors, Points>(tile, typename CountedLanes<kPoints>::type{});
+    if constexpr (kPoints > 1) run_points<kVectors, Points, kPoints - 1>(tile, points);
+  }
+};
+
+template <class T, int kWidth, int kVectors, bool kMasked>
+void point_lanes(const PointwiseTile<T>& tile) {
+  constexpr int kV = kLanes<T>;
+  Vec<T> sum[kWidth][kVectors] = {};
+  const T* weights = tile.weights;
+  const T* source = tile.source;
+  const T* ahead = tile.ahead;
+  const int last = tile.last;
+  for (int64_t c = tile.channels; c > 0; --c) {
+    Vec<T> x[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
+#pragma GCC unroll 14
+    for (int k = 0; k < kWidth; ++k) {
+      const Vec<T> weight = broadcast_from(weights + k);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(x[v], weight, sum[k][v]);
+    }
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += tile.ahead_step;
+    weights += kWidth;
+    source += tile.source_channel;
+  }
+#pragma GCC unroll 14
+  for (int k = 0; k < kWidth; ++k) {
+    const Vec<T> bias = tile.bias != nullptr ? broadcast_from(tile.bias + k) : Vec<T>{};
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      finish(tile.out + k * tile.pitch + v * kV, tile.bias != nullptr, bias, sum[k][v], kMasked && v + 1 == kVectors ? last : kV);
+    }
+  }
+}
+
+template <class T>
+struct PointLanes {
+  static constexpr int kV = kLanes<T>;
+  static constexpr bool kPointsInLanes = true;
+  static constexpr int kMaxWidth = kTileSums / 2;
+  static constexpr int kMaxPoints = 2 * kV;
+
+  // The outputs of a group are shared out evenly among the units.
+  static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
+  static int64_t first(int64_t outputs, int64_t unit) { return unit * outputs / units(outputs); }
+  static int64_t width(int64_t outputs, int64_t unit) { return first(outputs, unit + 1) - first(outputs, unit); }
+
+  static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
+  static int64_t tile_begin(int64_t points, int64_t tile) { return tile * kMaxPoints < points ? tile * kMaxPoints : points; }
+
+  static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) { run_width<kMaxWidth>(tile, width, points); }
+
+ private:
+  template <int kWidth>
+  static void run_width(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
+    if (width == kWidth) return points > kV ? run_last<kWidth, 2>(tile) : run_last<kWidth, 1>(tile);
+    if constexpr (kWidth > 1) run_width<kWidth - 1>(tile, width, points);
+  }
+
+  template <int kWidth, int kVectors>
+  static void run_last(const PointwiseTile<T>& tile) {
+    tile.last == kV ? point_lanes<T, kWidth, kVectors, false>(tile) : point_lanes<T, kWidth, kVectors, true>(tile);
+  }
+};
+
+}  // namespace
