@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
 
 from cnn_ext import functional
 from cnn_ext.inspection import build_info, explain, force_kernel, kernels, version
-from cnn_ext.nn import AvgPool2d, Conv2d, MaxPool2d, conversion_report, convert, revert
+from cnn_ext.nn import AvgPool2d, Conv2d, ConvReLUPool2d, MaxPool2d, conversion_report, convert, revert
 from cnn_ext.signal import convolve, correlate, output_size
 
 __version__ = version()
@@ -19,6 +19,7 @@ __version__ = version()
 __all__ = [
     "AvgPool2d",
     "Conv2d",
+    "ConvReLUPool2d",
     "MaxPool2d",
     "__version__",
     "build_info",

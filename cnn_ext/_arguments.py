@@ -51,6 +51,8 @@ def conv_pair(op: str, name: str, value) -> tuple[int, int]:
 _POOL_WANTED = {
     "kernel_size": "must either be a single int, or a tuple of two ints",
     "stride": "must either be omitted, a single int, or a tuple of two ints",
+    "pool_size": "must either be a single int, or a tuple of two ints",
+    "pool_stride": "must either be omitted, a single int, or a tuple of two ints",
     "padding": "must either be a single int, or a tuple of two ints",
     "dilation": "must be either a single int, or a tuple of two ints",
 }
@@ -123,6 +125,12 @@ def conv2d_geometry(op: str, input, weight, bias, stride, padding, dilation, gro
         op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_pair=conv_pair
     )
     return stride, padding, dilation, integer(op, "groups", groups)
+
+
+def fused_pool(op: str, pool_size, pool_stride) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The pooling of a fused convolution, as the operator takes it; the stride is the size if omitted."""
+    pool_size = pool_pair(op, "pool_size", pool_size)
+    return pool_size, pool_size if pool_stride is None else pool_pair(op, "pool_stride", pool_stride)
 
 
 def pool2d_window(op: str, input, kernel_size, stride, padding, dilation, ceil_mode):

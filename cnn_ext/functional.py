@@ -1,20 +1,22 @@
-"""``torch.nn.functional``'s conv2d, max_pool2d and avg_pool2d, computed by this package's kernels.
+"""``torch.nn.functional``'s conv2d, max_pool2d and avg_pool2d, computed by this package's kernels, and the convolution
+fused with its ReLU and max pooling.
 
-Signatures, defaults, results and exception types are torch's. Beyond torch, ``padding`` may also be ((top, bottom),
-(left, right)), ``'same'`` at any stride (TensorFlow's and ONNX's SAME_UPPER, which is torch's at stride 1),
-``'same_lower'`` and, for convolutions, ``'full'``; pools may be padded by up to half the dilated window; avg_pool2d
-takes ``dilation``.
+Signatures, defaults, results and exception types are torch's. Beyond torch, conv2d takes ``activation``; ``padding``
+may also be ((top, bottom), (left, right)), ``'same'`` at any stride (TensorFlow's and ONNX's SAME_UPPER, which is
+torch's at stride 1), ``'same_lower'`` and, for convolutions, ``'full'``; pools may be padded by up to half the dilated
+window; avg_pool2d takes ``dilation``.
 """
 
 import torch
 
 from cnn_ext import autograd
-from cnn_ext._arguments import check_bool, conv2d_geometry, integer, pool2d_window
+from cnn_ext._arguments import check_bool, conv2d_geometry, fused_pool, integer, pool2d_window
+from cnn_ext.ops.shapes import MOST_FUSED_TAPS
 
-__all__ = ["avg_pool2d", "conv2d", "max_pool2d"]
+__all__ = ["avg_pool2d", "conv2d", "conv2d_relu_max_pool2d", "max_pool2d"]
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv2d`.
 
     Args:
@@ -25,6 +27,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         padding: zeros around the input, which never multiply: an int, a pair, ((top, bottom), (left, right)),
             'valid', 'same', 'same_lower' or 'full'.
         groups: into how many independent convolutions the channels are divided.
+        activation: None or 'relu', which is then computed with the convolution: its input is never written, and
+            backward reads the output instead.
 
     Returns:
         [N, K, OH, OW] (or without N) with OH = floor((H + top + bottom - dilation * (R - 1) - 1) / stride) + 1;
@@ -36,9 +40,49 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         NotImplementedError: a dtype or device that no kernel serves.
     """
     geometry = conv2d_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    if activation is not None:
+        if activation != "relu":
+            raise ValueError(f"conv2d() expected activation to be None or 'relu', but got {activation!r}")
+        return _conv2d_relu_max_pool2d(input, weight, bias, geometry, ((1, 1), (1, 1)))
     if input.dim() == 3:
         return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return autograd.conv2d(input, weight, bias, geometry)
+
+
+def conv2d_relu_max_pool2d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, pool_size=2, pool_stride=None
+):
+    """Max pooling of ``relu(conv2d(input, weight, bias, ...))``, without the tensors in between.
+
+    The values are those of the three functions one after the other. For backward it keeps the input, the weight and
+    one byte for each pooled output; a CUDA tensor and a pooling window of more than 255 taps run the three functions.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as for :func:`conv2d`.
+        pool_size, pool_stride: of the pooling, which is not padded: an int or a pair (height, width); ``pool_stride``
+            is ``pool_size`` if omitted.
+
+    Returns:
+        [N, K, PH, PW] (or without N) with PH = floor((OH - pool_size) / pool_stride) + 1, OH being conv2d's. Where a
+        window's maximum is not above 0 the output is 0 and no gradient passes; else it passes to the first of equal
+        maxima. A NaN is above all numbers.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d and max_pool2d.
+    """
+    op = "conv2d_relu_max_pool2d"
+    geometry = conv2d_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
+
+
+def _conv2d_relu_max_pool2d(input, weight, bias, geometry, pool):
+    if input.dim() == 3:
+        return _conv2d_relu_max_pool2d(input.unsqueeze(0), weight, bias, geometry, pool).squeeze(0)
+    (pool_h, pool_w), _ = pool
+    if input.is_cuda or pool_h * pool_w > MOST_FUSED_TAPS:
+        activated = torch.relu(autograd.conv2d(input, weight, bias, geometry))
+        return autograd.max_pool2d(activated, (*pool, (0, 0, 0, 0), (1, 1), False), False)[0]
+    return autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry, pool)
 
 
 def _axis_indices(offsets: torch.Tensor, taps: torch.Tensor, axis: int, window, extent: int) -> torch.Tensor:

@@ -58,6 +58,8 @@ for dtype in (torch.float32, torch.float64):
             w = torch.randn(8, 4 // groups, 3, 3, dtype=dtype, requires_grad=True)
             b = torch.randn(8, dtype=dtype, requires_grad=True)
             differentiate(C.conv2d(x, w, b, **geometry), x, w, b)
+            differentiate(C.conv2d(x, w, b, **geometry, activation="relu"), x, w, b)
+            differentiate(C.conv2d_relu_max_pool2d(x, w, b, **geometry), x, w, b)
         one = torch.randn(8, 4, 1, 1, dtype=dtype, requires_grad=True)
         differentiate(C.conv2d(x, one), x, one)
         differentiate(C.max_pool2d(x, 3, 2, 1), x)

@@ -11,6 +11,7 @@ GEOMETRIES = [
     ((2, 1), (1, 0, 2, 1), (1, 2), 2),
 ]
 WINDOWS = [((2, 2), (2, 2), (0, 0, 0, 0), (1, 1), False), ((3, 2), (1, 2), (1, 1, 0, 1), (2, 1), True)]
+POOLS = [((1, 1), (1, 1)), ((2, 2), (2, 1))]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -30,6 +31,21 @@ def conv2d_arguments(geometry, format, weight_format):
             weight_format == torch.channels_last,
         ),
         "conv2d_backward_bias": (output,),
+    }
+
+
+def fused_arguments(geometry, pool, format, weight_format):
+    """Arguments of all four fused operators on one problem."""
+    input = torch.randn(2, 4, 9, 8).contiguous(memory_format=format)
+    weight = torch.randn(6, 4 // geometry[3], 3, 2).contiguous(memory_format=weight_format)
+    output, offsets = OPS.conv2d_relu_max_pool2d_forward(input, weight, None, *geometry, *pool, True)
+    mask = offsets if offsets.numel() else output.clone()
+    last = weight_format == torch.channels_last
+    return {
+        "conv2d_relu_max_pool2d_forward": (input, weight, torch.randn(6), *geometry, *pool, True),
+        "conv2d_relu_max_pool2d_backward_input": (output, mask, weight, list(input.shape), *geometry, *pool),
+        "conv2d_relu_max_pool2d_backward_weight": (output, mask, input, list(weight.shape), *geometry, *pool, last),
+        "conv2d_relu_max_pool2d_backward_bias": (output, mask, *pool),
     }
 
 
@@ -54,6 +70,15 @@ def test_opcheck_conv2d(name, geometry, format, weight_format):
     torch.library.opcheck(getattr(OPS, name).default, conv2d_arguments(geometry, format, weight_format)[name])
 
 
+@pytest.mark.parametrize("name", list(fused_arguments(GEOMETRIES[0], POOLS[0], *FORMATS)))
+@pytest.mark.parametrize("pool", POOLS, ids=["relu alone", "pool"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_fused(name, pool, format, weight_format):
+    arguments = fused_arguments(GEOMETRIES[1], pool, format, weight_format)[name]
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
 @pytest.mark.parametrize("name", list(pool2d_arguments(WINDOWS[0], FORMATS[0])))
 @pytest.mark.parametrize("window", WINDOWS, ids=["plain", "all arguments"])
 @pytest.mark.parametrize("format", FORMATS)
@@ -62,7 +87,11 @@ def test_opcheck_pool2d(name, window, format):
 
 
 def test_every_operator_is_checked():
-    checked = {*conv2d_arguments(GEOMETRIES[0], *FORMATS), *pool2d_arguments(WINDOWS[0], FORMATS[0])}
+    checked = {
+        *conv2d_arguments(GEOMETRIES[0], *FORMATS),
+        *fused_arguments(GEOMETRIES[0], POOLS[0], *FORMATS),
+        *pool2d_arguments(WINDOWS[0], FORMATS[0]),
+    }
     registered = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "cnn_ext" in name
     }

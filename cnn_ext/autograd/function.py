@@ -35,6 +35,13 @@ def _distinct(args: tuple) -> list:
     ]
 
 
+def needs_backward(*inputs: torch.Tensor | None) -> bool:
+    """Whether a backward may come; under torch.func the tensors at hand do not tell."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(input is not None and input.requires_grad for input in inputs)
+
+
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """``grad`` in the layout of the forward call, so that the gradients come in the layouts of their tensors."""
     return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

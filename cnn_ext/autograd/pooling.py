@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable, in_layout
+from cnn_ext.autograd.function import differentiable, in_layout, needs_backward
 
 
 class _MaxForward(Function):
@@ -53,7 +53,7 @@ class _MaxBackward(Function):
     @staticmethod
     def backward(ctx, grad):
         (offsets,) = ctx.saved_tensors
-        return _max_pool2d_gather(grad, offsets, ctx.window), None, None, None
+        return max_pool2d_gather(grad, offsets, ctx.window), None, None, None
 
 
 class _MaxGather(Function):
@@ -113,16 +113,11 @@ class _AvgBackward(Function):
 
 _max_pool2d = differentiable(_MaxForward)
 _max_pool2d_backward = differentiable(_MaxBackward)
-_max_pool2d_gather = differentiable(_MaxGather)
+max_pool2d_gather = differentiable(_MaxGather)
 avg_pool2d = differentiable(_AvgForward)
 _avg_pool2d_backward = differentiable(_AvgBackward)
 
 
-def _needs_offsets(input: torch.Tensor) -> bool:
-    """Whether a backward may come; under torch.func the tensor at hand does not tell."""
-    return torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and input.requires_grad)
-
-
 def max_pool2d(input: torch.Tensor, window, with_offsets: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima, and their offsets where asked for or needed by a backward (else an empty tensor)."""
-    return _max_pool2d(input, window, with_offsets or _needs_offsets(input))
+    return _max_pool2d(input, window, with_offsets or needs_backward(input))

@@ -49,10 +49,14 @@ class Conv2d(torch.nn.Conv2d):
             self.padding = padding
 
     def _conv_forward(self, input, weight, bias):
-        if self.padding_mode == "zeros":
-            return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return self._compute(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _compute(self, *arguments):
+        return functional.conv2d(*arguments)
 
 
 def _is_extended(padding, stride) -> bool:

@@ -4,6 +4,12 @@ They carry no gradients: those are one floor up, in ``cnn_ext.autograd``.
 """
 
 from cnn_ext.ops.conv2d import conv2d_backward_bias, conv2d_backward_input, conv2d_backward_weight, conv2d_forward
+from cnn_ext.ops.conv2d_relu_max_pool2d import (
+    conv2d_relu_max_pool2d_backward_bias,
+    conv2d_relu_max_pool2d_backward_input,
+    conv2d_relu_max_pool2d_backward_weight,
+    conv2d_relu_max_pool2d_forward,
+)
 from cnn_ext.ops.pooling import (
     avg_pool2d_backward,
     avg_pool2d_forward,
@@ -19,6 +25,10 @@ __all__ = [
     "conv2d_backward_input",
     "conv2d_backward_weight",
     "conv2d_forward",
+    "conv2d_relu_max_pool2d_backward_bias",
+    "conv2d_relu_max_pool2d_backward_input",
+    "conv2d_relu_max_pool2d_backward_weight",
+    "conv2d_relu_max_pool2d_forward",
     "max_pool2d_backward",
     "max_pool2d_forward",
     "max_pool2d_gather",

@@ -14,7 +14,7 @@ from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
-_GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 
 
 def _layout(memory_format: torch.memory_format):
@@ -51,12 +51,12 @@ def native_shape(input_size, weight_size, output_size, geometry, dtype, memory_f
     )
 
 
-def _geometry(stride, padding, dilation, groups):
+def geometry_key(stride, padding, dilation, groups):
     """The dispatcher's lists as a key."""
     return tuple(stride), tuple(padding), tuple(dilation), groups
 
 
-def _empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -81,9 +81,9 @@ def prepare_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | No
 
 def _forward(input, weight, bias, stride, padding, dilation, groups):
     shape, output_size, memory_format, weight_format = prepare_forward(
-        spec(input), spec(weight), None if bias is None else spec(bias), _geometry(stride, padding, dilation, groups)
+        spec(input), spec(weight), None if bias is None else spec(bias), geometry_key(stride, padding, dilation, groups)
     )
-    output = _empty(output_size, input, memory_format)
+    output = empty(output_size, input, memory_format)
     if output.numel() == 0:
         return output
     if input.shape[1] == 0:  # no channels, no terms: the bias is all there is
@@ -98,7 +98,7 @@ def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
     )
-    return _empty(output_size, input, memory_format)
+    return empty(output_size, input, memory_format)
 
 
 # backward_input: grad_input [N, C, H, W] -----------------------------------------------------------------------------
@@ -122,11 +122,11 @@ def prepare_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_si
 
 
 def _backward_input(grad_output, weight, input_size, stride, padding, dilation, groups):
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output), spec(weight), tuple(input_size), geometry
     )
-    grad_input = _empty(input_size, grad_output, memory_format)
+    grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
         return grad_input
     grad_output = grad_output.contiguous(memory_format=memory_format)
@@ -138,7 +138,7 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
 def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups):
     geometry = (stride, padding, dilation, groups)
     memory_format = _plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
-    return _empty(input_size, grad_output, memory_format)
+    return empty(input_size, grad_output, memory_format)
 
 
 # backward_weight: grad_weight [K, C / groups, R, S] ------------------------------------------------------------------
@@ -151,24 +151,24 @@ def _plan_backward_weight(grad_output: TensorSpec, input: TensorSpec, weight_siz
     return shapes.memory_format(grad_output, input)
 
 
-def _weight_format(channels_last_weight: bool) -> torch.memory_format:
+def weight_format_of(channels_last_weight: bool) -> torch.memory_format:
     return torch.channels_last if channels_last_weight else torch.contiguous_format
 
 
 @functools.lru_cache(maxsize=1024)
 def prepare_backward_weight(grad_output: TensorSpec, input: TensorSpec, weight_size, geometry, channels_last_weight):
     memory_format = _plan_backward_weight(grad_output, input, weight_size, geometry)
-    weight_format = _weight_format(channels_last_weight)
+    weight_format = weight_format_of(channels_last_weight)
     shape = native_shape(input.size, weight_size, grad_output.size, geometry, input.dtype, memory_format, weight_format)
     return shape, memory_format, weight_format
 
 
 def _backward_weight(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
-    geometry = _geometry(stride, padding, dilation, groups)
+    geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_weight(
         spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight
     )
-    grad_weight = _empty(weight_size, input, weight_format)
+    grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
         return grad_weight
     if grad_output.numel() == 0:  # an empty batch adds up nothing
@@ -180,8 +180,8 @@ def _backward_weight(grad_output, input, weight_size, stride, padding, dilation,
 
 def _backward_weight_fake(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
     _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
-    weight_format = _weight_format(channels_last_weight)
-    return _empty(weight_size, input, weight_format)
+    weight_format = weight_format_of(channels_last_weight)
+    return empty(weight_size, input, weight_format)
 
 
 # backward_bias: grad_bias [K] ----------------------------------------------------------------------------------------
@@ -226,15 +226,15 @@ def _backward_bias_fake(grad_output):
 
 
 conv2d_forward = register(
-    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", _forward, _forward_fake
+    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor", _forward, _forward_fake
 )
 conv2d_backward_input = register(
-    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {_GEOMETRY}) -> Tensor",
+    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 conv2d_backward_weight = register(
-    f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {_GEOMETRY}, "
+    f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {GEOMETRY}, "
     "bool channels_last_weight) -> Tensor",
     _backward_weight,
     _backward_weight_fake,

@@ -12,6 +12,7 @@ import torch
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
+MOST_FUSED_TAPS = 255  # of the pooling of a fused convolution: 255 as an offset says that no gradient passes
 
 _LEGACY_NAMES = {
     torch.float16: "Half",
@@ -320,3 +321,23 @@ def pool2d_output_size(input_size, kernel_size, stride, padding, dilation, ceil_
             f"({channels}x{out_h}x{out_w}). Output size is too small"
         )
     return batch, channels, out_h, out_w
+
+
+def conv2d_relu_max_pool2d_output_size(input_size, weight_size, geometry, pool) -> tuple[int, int, int, int]:
+    """Checks a convolution and the unpadded pooling of its output, and returns [N, K, PH, PW]; ``pool`` is (pool_size,
+    pool_stride)."""
+    if pool[0][0] * pool[0][1] > MOST_FUSED_TAPS:
+        raise RuntimeError(
+            f"pool_size={list(pool[0])} has more than the {MOST_FUSED_TAPS} taps that a one-byte offset can tell apart"
+        )
+    return pool2d_output_size(
+        conv2d_output_size(input_size, weight_size, *geometry), *pool, (0, 0, 0, 0), (1, 1), False
+    )
+
+
+def check_fused_device(tensor: TensorSpec) -> None:
+    """Refuses a device without fused kernels."""
+    if tensor.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f'"conv2d_relu_max_pool2d" not implemented for device {tensor.device}: expected a cpu tensor'
+        )

@@ -1,0 +1,158 @@
+"""The convolution fused with its ReLU and max pooling, with gradients of every order.
+
+Forward keeps the input, the weight and the mask (with pooling the offsets, one byte each; without it the output),
+never the tensor in between. The mask is constant wherever there is a derivative, and with it everything is linear:
+with E the scattering of a pooled gradient to the places that the mask names, and P = E transposed (the convolution's
+values at these places),
+    backward_input I(E g, w):   to g  P F(v, w),   to w  W(E g, v)      (v: the gradient that arrives)
+    backward_weight W(E g, x):  to g  P F(x, v),   to x  I(E g, v)
+The second ones are the fused gradients again, with v in place of an operand; P F is the unfused convolution, picked.
+"""
+
+import torch
+from torch.autograd import Function
+
+from cnn_ext import ops
+from cnn_ext.autograd.conv2d import conv2d
+from cnn_ext.autograd.function import differentiable, in_layout, needs_backward
+from cnn_ext.autograd.pooling import max_pool2d_gather
+from cnn_ext.ops.conv2d_relu_max_pool2d import has_pooling
+from cnn_ext.ops.shapes import MOST_FUSED_TAPS, is_channels_last, spec
+
+_NO_GRADIENT = MOST_FUSED_TAPS  # the first number that is no tap
+
+
+class _Forward(Function):
+    """output, offsets = max pooling of relu(conv2d(input, weight) + bias), and the places of the maxima"""
+
+    @staticmethod
+    def forward(input, weight, bias, geometry, pool, with_offsets):
+        return ops.conv2d_relu_max_pool2d_forward(input, weight, bias, *geometry, *pool, with_offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, _, ctx.geometry, ctx.pool, _ = inputs
+        values, offsets = output
+        ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)
+        input_needs, weight_needs, *_ = ctx.needs_input_grad
+        mask = offsets if has_pooling(ctx.pool) else values
+        ctx.save_for_backward(input if weight_needs else None, weight if input_needs else None, mask)
+        ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
+        ctx.channels_last = not values.is_contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        grad_input = grad_weight = grad_bias = None
+        if grad_output is None:
+            return None, None, None, None, None, None
+        input, weight, mask = ctx.saved_tensors
+        mask = mask.detach()  # an output, without pooling; its sign has no derivative
+        input_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        grad_output = in_layout(grad_output, ctx.channels_last)
+        if input_needs:
+            grad_input = _backward_input(grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool)
+        if weight_needs:
+            grad_weight = _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight)
+        if bias_needs:
+            grad_bias = _backward_bias(grad_output, mask, ctx.pool)
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+class _BackwardInput(Function):
+    """grad_input = I(E grad_output, weight)"""
+
+    @staticmethod
+    def forward(grad_output, mask, weight, input_size, geometry, pool):
+        return ops.conv2d_relu_max_pool2d_backward_input(grad_output, mask, weight, input_size, *geometry, *pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, mask, weight, _, ctx.geometry, ctx.pool = inputs
+        grad_output_needs, _, weight_needs, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(grad_output if weight_needs else None, mask, weight if grad_output_needs else None)
+        ctx.weight = spec(weight) if weight_needs else None
+        ctx.channels_last = not output.is_contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_output, mask, weight = ctx.saved_tensors
+        grad_output_needs, _, weight_needs, *_ = ctx.needs_input_grad
+        grad = in_layout(grad, ctx.channels_last)
+        grad_grad_output = grad_weight = None
+        if grad_output_needs:
+            grad_grad_output = _pick(conv2d(grad, weight, None, ctx.geometry), mask, ctx.pool)
+        if weight_needs:
+            grad_weight = _backward_weight(grad_output, mask, grad, ctx.geometry, ctx.pool, ctx.weight)
+        return grad_grad_output, None, grad_weight, None, None, None
+
+
+class _BackwardWeight(Function):
+    """grad_weight = W(E grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
+
+    @staticmethod
+    def forward(grad_output, mask, input, geometry, pool, weight):
+        return ops.conv2d_relu_max_pool2d_backward_weight(
+            grad_output, mask, input, weight.size, *geometry, *pool, is_channels_last(weight)
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, mask, input, ctx.geometry, ctx.pool, _ = inputs
+        grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(grad_output if input_needs else None, mask, input if grad_output_needs else None)
+        ctx.input_size = input.shape
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_output, mask, input = ctx.saved_tensors
+        grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
+        grad_grad_output = grad_input = None
+        if grad_output_needs:
+            grad_grad_output = _pick(conv2d(input, grad, None, ctx.geometry), mask, ctx.pool)
+        if input_needs:
+            grad_input = _backward_input(grad_output, mask, grad, ctx.input_size, ctx.geometry, ctx.pool)
+        return grad_grad_output, None, grad_input, None, None, None
+
+
+class _BackwardBias(Function):
+    """grad_bias = sum of the gradients that pass, over images and positions"""
+
+    @staticmethod
+    def forward(grad_output, mask, pool):
+        return ops.conv2d_relu_max_pool2d_backward_bias(grad_output, mask, *pool)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, mask, ctx.pool = inputs
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad.view(1, -1, 1, 1).expand(mask.shape).masked_fill(_is_stopped(mask, ctx.pool), 0.0), None, None
+
+
+_forward = differentiable(_Forward)
+_backward_input = differentiable(_BackwardInput)
+_backward_weight = differentiable(_BackwardWeight)
+_backward_bias = differentiable(_BackwardBias)
+
+
+def _is_stopped(mask: torch.Tensor, pool) -> torch.Tensor:
+    """Where no gradient passes."""
+    return mask == _NO_GRADIENT if has_pooling(pool) else mask <= 0
+
+
+def _pick(conv: torch.Tensor, mask: torch.Tensor, pool) -> torch.Tensor:
+    """P conv: the elements that the mask names, 0 where no gradient passes."""
+    stopped = _is_stopped(mask, pool)
+    if has_pooling(pool):
+        window = (*pool, (0, 0, 0, 0), (1, 1), False)
+        conv = max_pool2d_gather(conv, mask.masked_fill(stopped, 0), window)
+    return conv.masked_fill(stopped, 0.0)
+
+
+def conv2d_relu_max_pool2d(input: torch.Tensor, weight: torch.Tensor, bias, geometry, pool) -> torch.Tensor:
+    """The fused operator. ``geometry`` is (stride, padding, dilation, groups), ``pool`` is (pool_size, pool_stride)."""
+    return _forward(input, weight, bias, geometry, pool, needs_backward(input, weight, bias))[0]
