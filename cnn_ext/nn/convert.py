@@ -12,11 +12,14 @@ import torch
 
 from cnn_ext._arguments import is_per_side
 from cnn_ext.nn.conv import Conv2d
+from cnn_ext.nn.fuse import FUSED, FusedConv2d, find_chains, unfuse
+from cnn_ext.nn.fused import ConvReLUPool2d
 from cnn_ext.nn.pooling import AvgPool2d, MaxPool2d
 
 _POOL_KINDS = ("MaxPool", "AvgPool", "LPPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "MaxUnpool")
 _REPLACEMENTS = {torch.nn.Conv2d: Conv2d, torch.nn.MaxPool2d: MaxPool2d, torch.nn.AvgPool2d: AvgPool2d}
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+_OURS = (*_ORIGINALS, ConvReLUPool2d, *FUSED)
 _KINDS = (torch.nn.modules.conv._ConvNd, *(getattr(torch.nn.modules.pooling, f"_{kind}Nd") for kind in _POOL_KINDS))
 
 Selection = Container[str] | Callable[[str, torch.nn.Module], bool] | None
@@ -42,35 +45,51 @@ def convert(
 
     Exactly torch's classes are swapped; a subclass with a forward of its own is left alone.
 
+    With ``fuse``, the first layer of a chain Conv2d - ReLU (- MaxPool2d) in a ``torch.nn.Sequential`` computes all of
+    it, and the others pass on what they get: what a convolution alone gives is then not to be seen. A chain whose
+    ReLU or whose convolution has hooks, or is used in several places, is left alone and reported; a pool with hooks,
+    padding, dilation, ``ceil_mode`` or ``return_indices`` stays a layer of its own.
+
     Args:
         model: any module, a single layer too.
         inplace: whether to change ``model`` itself, or a deep copy of it.
         only: the layers to swap: a container of their qualified names, or a function of name and module.
         skip: layers to leave alone, given likewise.
-        fuse, functional: not there yet.
+        fuse: whether to fuse chains whose layers are all selected.
+        functional: not there yet.
 
     Returns:
         the model. :func:`revert` is the way back.
     """
-    for name, value in (("fuse", fuse), ("functional", functional)):
-        if value:
-            raise NotImplementedError(f"convert() does not support {name}={value!r} yet; expected {name}=False")
+    if functional:
+        raise NotImplementedError(
+            f"convert() does not support functional={functional!r} yet; expected functional=False"
+        )
     if not inplace:
         model = copy.deepcopy(model)
+
+    def is_selected(name: str, module: torch.nn.Module) -> bool:
+        taken = only is None or _selected(only, name, module)
+        return taken and (skip is None or not _selected(skip, name, module))
+
     for name, module in model.named_modules():
         replacement = _REPLACEMENTS.get(type(module))
-        if replacement is None or (only is not None and not _selected(only, name, module)):
-            continue
-        if skip is None or not _selected(skip, name, module):
+        if replacement is not None and is_selected(name, module):
             module.__class__ = replacement
+    if fuse:
+        for chain in list(find_chains(model, is_selected)):
+            if not chain.obstacle:
+                chain.fuse()
     return model
 
 
 def _check_revertible(name: str, module: torch.nn.Module) -> None:
-    padding = module.padding
+    if type(module) is ConvReLUPool2d:
+        raise ValueError(f"revert(): torch has no layer like {name or 'the model'} ({module})")
+    padding = getattr(module, "padding", 0)
     if isinstance(padding, str):
         known = ("valid", "same") if module.stride == (1, 1) else ("valid",)
-        foreign = type(module) is not Conv2d or padding not in known
+        foreign = not isinstance(module, Conv2d) or padding not in known
     else:
         foreign = is_per_side(padding)
     if foreign:
@@ -82,11 +101,14 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
 
     A layer with a padding that torch does not know is refused before anything is changed.
     """
-    ours = [(name, module) for name, module in model.named_modules() if type(module) in _ORIGINALS]
+    ours = [(name, module) for name, module in model.named_modules() if type(module) in _OURS]
     for name, module in ours:
         _check_revertible(name, module)
     for _, module in ours:
-        module.__class__ = _ORIGINALS[type(module)]
+        if type(module) in FUSED:
+            unfuse(module)
+        else:
+            module.__class__ = _ORIGINALS[type(module)]
     return model
 
 
@@ -98,6 +120,7 @@ class LayerReport:
     layer: str
     converted: bool
     reason: str  # empty where converted
+    note: str = ""  # on the fusion of a converted layer
 
 
 class ConversionReport(tuple[LayerReport, ...]):
@@ -105,12 +128,13 @@ class ConversionReport(tuple[LayerReport, ...]):
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self), default=0)
-        return "\n".join(f"{row.name:{width}}  {row.layer:20}  {row.reason or 'cnn_ext'}" for row in self)
+        who = ((row, row.reason or f"cnn_ext{', ' if row.note else ''}{row.note}") for row in self)
+        return "\n".join(f"{row.name:{width}}  {row.layer:20}  {text}" for row, text in who)
 
 
 def _reason(module: torch.nn.Module) -> str:
     """Why torch computes a layer; empty where this package does."""
-    if type(module) in _ORIGINALS:
+    if type(module) in _OURS:
         return ""
     if type(module) in _REPLACEMENTS:
         return "torch: not converted"
@@ -119,10 +143,21 @@ def _reason(module: torch.nn.Module) -> str:
     return "torch: this package has no such layer"
 
 
+def _fusion_note(module: torch.nn.Module, obstacles: dict[int, str]) -> str:
+    if type(module) is FusedConv2d:
+        return f"fused with what follows (pool_size={module.pool_size}, pool_stride={module.pool_stride})"
+    if type(module) in FUSED:
+        return "computed by the convolution before it"
+    return f"not to be fused: {obstacles[id(module)]}" if id(module) in obstacles else ""
+
+
 def conversion_report(model: torch.nn.Module) -> ConversionReport:
-    """Which convolutions and pools of ``model`` this package computes, which torch does, and why."""
+    """Which convolutions and pools of ``model`` this package computes, which torch does, and why; what was fused, and
+    what stands in the way of fusing a chain."""
+    chains = find_chains(model, lambda name, module: True)
+    obstacles = {id(chain.conv[1]): chain.obstacle for chain in chains if chain.obstacle}
     return ConversionReport(
-        LayerReport(name, type(module).__name__, not _reason(module), _reason(module))
+        LayerReport(name, type(module).__name__, not _reason(module), _reason(module), _fusion_note(module, obstacles))
         for name, module in model.named_modules()
-        if isinstance(module, _KINDS)
+        if isinstance(module, (*_KINDS, *FUSED))
     )
