@@ -60,18 +60,27 @@ def cli() -> None:
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=Recipe.weight_decay)
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=Recipe.seed)
 @machine_options
+@click.option(
+    "--fused/--no-fused",
+    default=None,
+    show_default="fused, where the layers are cnn_ext's",
+    help="Each convolution with its ReLU and pool in one, or layer by layer.",
+)
 @data_options
 @click.option("--out", type=A_PATH, default=DEFAULT_OUT, help="Folder for history, pictures and checkpoint.")
-def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, data_dir, dataset, out) -> None:
+def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, fused, data_dir, dataset, out) -> None:
     """Train; after every epoch --out holds everything of that epoch."""
     arguments = {name: _plain(value) for name, value in click.get_current_context().params.items()}
+    if fused and backend == "torch":
+        raise InputError("--fused: torch has no fused layers; take --backend cnn_ext or --no-fused")
+    fused = backend == "cnn_ext" if fused is None else fused
     machine.keep_freed_memory()
     place = machine.device(device, backend)
     machine.set_threads(threads)
     artefacts.prepare(out)
     recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
     command = shlex.join(["cnn-ext", *sys.argv[1:]])
-    training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, place, out, command, arguments)
+    training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, fused, place, out, command, arguments)
     try:
         training.execute(click.echo)
     except KeyboardInterrupt:

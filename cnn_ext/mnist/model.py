@@ -17,10 +17,13 @@ def layer_classes(backend: str) -> tuple[type[nn.Conv2d], type[nn.MaxPool2d]]:
     return cnn_ext.Conv2d, cnn_ext.MaxPool2d
 
 
-def lecture_cnn(backend: str = "cnn_ext") -> nn.Sequential:
-    """[N, 1, 28, 28] to the logits of ten classes. Both backends draw the same weights from torch's generator."""
+def lecture_cnn(backend: str = "cnn_ext", fused: bool = False) -> nn.Sequential:
+    """[N, 1, 28, 28] to the logits of ten classes. Both backends draw the same weights from torch's generator.
+
+    ``fused``: each convolution computes its ReLU and pool too (cnn_ext only); parameters and their names stay.
+    """
     conv2d, max_pool2d = layer_classes(backend)
-    return nn.Sequential(
+    model = nn.Sequential(
         OrderedDict(
             conv1=conv2d(in_channels=1, out_channels=32, kernel_size=5, padding=2),
             relu1=nn.ReLU(),
@@ -35,3 +38,4 @@ def lecture_cnn(backend: str = "cnn_ext") -> nn.Sequential:
             fc2=nn.Linear(1024, 10),
         )
     )
+    return cnn_ext.convert(model, fuse=True) if fused else model

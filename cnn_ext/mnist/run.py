@@ -23,10 +23,10 @@ def probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.softmax(model(as_input(images)), dim=1)
 
 
-def new_model(backend: str, seed: int, device: torch.device) -> nn.Sequential:
+def new_model(backend: str, seed: int, device: torch.device, fused: bool = False) -> nn.Sequential:
     """The lecture's CNN with the weights of ``seed``: drawn on the CPU, the same for every backend and device."""
     torch.manual_seed(seed)
-    return model_module.lecture_cnn(backend).to(device)
+    return model_module.lecture_cnn(backend, fused).to(device)
 
 
 @dataclasses.dataclass
@@ -36,6 +36,7 @@ class Run:
     dataset: Dataset
     recipe: Recipe
     backend: str
+    fused: bool
     device: torch.device
     out: Path
     command: str  # this and the arguments are recorded in history.json
@@ -45,7 +46,7 @@ class Run:
     def execute(self, echo: Callable[[str], None]) -> None:
         """Trains, prints the lecture's lines, and leaves the artefacts after every epoch."""
         dataset = self.dataset.to(self.device)
-        model = new_model(self.backend, self.recipe.seed, self.device)
+        model = new_model(self.backend, self.recipe.seed, self.device, self.fused)
         progress = Progress(self.recipe, len(dataset.train))
         try:
             for history in train(model, dataset, self.recipe, progress.on_batch):
@@ -80,6 +81,7 @@ class Run:
         record = {
             "model": model_module.NAME,
             "backend": self.backend,
+            "fused": self.fused,
             "dataset": self.dataset.name,
             "images": {part: len(getattr(self.dataset, part)) for part in ("train", "validation", "test")},
             "device": str(self.device),
