@@ -1,140 +1,25 @@
-// conv2d backward_bias: the sum of each channel of grad_output, read once and as it lies. The work is reading, so there is no tile to speak
-// of: 4 vectors of sums are enough to hide the latency of the additions.
-//
-// A part is a range of images (NCHW) or of pixels (channels_last); their number is a function of the shape alone. Within a part, runs of
-// kRun additions are summed in registers before they are added to the sum of the part, and the parts are added up in double and in order:
-// the error grows with the length of a run and the number of runs, not with their product.
-#include "cpu/kernel.h"
-#include "cpu/parallel.h"
-#include "cpu/simd/vec.h"
+// The row of conv2d backward_bias that conv2d_backward_bias.inl describes.
+#include "cpu/kernels/conv2d_backward_bias.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kWantedTasks = 32;
-constexpr int64_t kPartPixels = 512;  // channels_last: fewer are not worth a task
-constexpr int kVectors = 4;
-constexpr int64_t kRun = 64;  // vectors added up into one register
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t parts_of(const Conv2dShape& s) {
-  const int64_t wanted = s.layout == Layout::nhwc ? smaller(kWantedTasks, s.batch * s.out_h * s.out_w / kPartPixels)
-                                                  : smaller(s.batch, (kWantedTasks - 1) / s.out_channels + 1);
-  return wanted < 1 ? 1 : wanted;
-}
-
-template <class T>
-double lane_sum(Vec<T> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += static_cast<double>(v[i]);
-  return sum;
-}
-
-// The sum of `count` neighbours.
-template <class T>
-double plane_sum(const T* p, int64_t count) {
-  constexpr int64_t step = kVectors * kLanes<T>;
-  double sum = 0;
-  int64_t i = 0;
-  while (i + step <= count) {
-    const int64_t end = smaller(count - step, i + (kRun - 1) * step);
-    Vec<T> v[kVectors] = {};
-    for (; i <= end; i += step) {
-      for (int j = 0; j < kVectors; ++j) v[j] += load(p + i + j * kLanes<T>);
-    }
-    sum += lane_sum<T>((v[0] + v[1]) + (v[2] + v[3]));
-  }
-  Vec<T> rest{};
-  for (; i < count; i += kLanes<T>) rest += load_first(p + i, static_cast<int>(smaller(kLanes<T>, count - i)));
-  return sum + lane_sum<T>(rest);
-}
-
-// sums[k] of the images [begin, end), NCHW.
-template <class T>
-T image_sum(const Conv2dShape& s, const T* grad_output, int64_t channel, int64_t begin, int64_t end) {
-  const int64_t plane = s.out_h * s.out_w;
-  double sum = 0;
-  for (int64_t n = begin; n < end; ++n) sum += plane_sum(grad_output + (n * s.out_channels + channel) * plane, plane);
-  return static_cast<T>(sum);
-}
-
-// sums[0 .. channels) += the first `channels` <= kVectors * lanes channels of `pixels` <= kRun pixels that lie `step` apart.
-template <class T>
-void add_pixels(const T* p, int64_t step, int64_t pixels, int64_t channels, T* sums) {
-  constexpr int64_t lanes = kLanes<T>;
-  if (channels == kVectors * lanes) {
-    Vec<T> v[kVectors] = {};
-    for (int64_t i = 0; i < pixels; ++i) {
-      for (int j = 0; j < kVectors; ++j) v[j] += load(p + i * step + j * lanes);
-    }
-    for (int j = 0; j < kVectors; ++j) store(sums + j * lanes, load(sums + j * lanes) + v[j]);
-    return;
-  }
-  for (int64_t c = 0; c < channels; c += lanes) {
-    const int count = static_cast<int>(smaller(lanes, channels - c));
-    Vec<T> v{};
-    for (int64_t i = 0; i < pixels; ++i) v += load_first(p + i * step + c, count);
-    store_first(sums + c, load_first(sums + c, count) + v, count);
-  }
-}
-
-// sums[k] of the pixels [begin, end), channels_last.
-template <class T>
-void pixel_sums(const T* grad_output, int64_t channels, int64_t begin, int64_t end, T* sums) {
-  constexpr int64_t width = kVectors * kLanes<T>;
-  for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
-  for (int64_t i = begin; i < end; i += kRun) {
-    for (int64_t c = 0; c < channels; c += width) {
-      add_pixels(grad_output + i * channels + c, channels, smaller(kRun, end - i), smaller(width, channels - c), sums + c);
-    }
-  }
-}
-
-template <class T>
-void backward_bias(const Conv2dShape& s, const Conv2dBuffers& buffers, T* partial, int threads) {
-  const T* grad_output = static_cast<const T*>(buffers.grad_output);
-  T* grad_bias = static_cast<T*>(buffers.grad_bias);
-  const int64_t channels = s.out_channels, parts = parts_of(s);
-  if (s.layout == Layout::nhwc) {
-    const int64_t pixels = s.batch * s.out_h * s.out_w;
-    parallel_for(threads, parts, [&](int, int64_t i) {
-      pixel_sums(grad_output, channels, pixels * i / parts, pixels * (i + 1) / parts, partial + i * channels);
-    });
-  } else {
-    parallel_for(threads, parts * channels, [&](int, int64_t task) {
-      const int64_t i = task / channels;
-      partial[task] = image_sum(s, grad_output, task % channels, s.batch * i / parts, s.batch * (i + 1) / parts);
-    });
-  }
-  for (int64_t k = 0; k < channels; ++k) {
-    double sum = 0;
-    for (int64_t i = 0; i < parts; ++i) sum += static_cast<double>(partial[i * channels + k]);
-    grad_bias[k] = static_cast<T>(sum);
-  }
-}
-
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
 
-Plan plan(const Conv2dShape& s, int) {
-  const int64_t parts = parts_of(s);
-  const size_t element = s.dtype == DType::float32 ? sizeof(float) : sizeof(double);
-  return {s.layout == Layout::nhwc ? static_cast<int64_t>(kVectors * kVectorBytes / element) : 1, kRun,
-          s.layout == Layout::nhwc ? parts : parts * s.out_channels, static_cast<size_t>(parts * s.out_channels) * element};
+template <class T>
+void run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  const TensorValues<T> values{static_cast<const T*>(b.grad_output)};
+  backward_bias(s, values, static_cast<T*>(b.grad_bias), static_cast<T*>(workspace), threads);
 }
 
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-  if (s.dtype == DType::float32) {
-    backward_bias(s, buffers, static_cast<float*>(workspace), threads);
-  } else {
-    backward_bias(s, buffers, static_cast<double*>(workspace), threads);
-  }
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
   return Outcome::done;
 }
 
 }  // namespace
 
 extern const Conv2dKernel conv2d_backward_bias_direct = {
-    CNN_EXT_KERNEL_NAME("conv2d_backward_bias_direct"), Isa::CNN_EXT_ISA, Conv2dDirection::backward_bias, accepts, plan, run};
+    CNN_EXT_KERNEL_NAME("conv2d_backward_bias_direct"), Isa::CNN_EXT_ISA, Conv2dDirection::backward_bias, accepts, bias_plan, run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -35,7 +35,22 @@ struct PackedPatch {
   T* sums;
 };
 
-template <class T, class Tiles>
+// Of a tensor as it lies in memory. (A fused backward pass makes its rows and pixels up: conv2d_direct_pooled.inl.)
+template <class T>
+struct TensorGradient {
+  static int64_t line_elements(int64_t) { return 0; }
+
+  // Pixels [pixel, pixel + pixels) of channels [channel, channel + channels) of image n.
+  void pack(const Conv2dShape& s, int64_t n, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels, T*, T* destination,
+            int64_t step) const {
+    const int64_t plane = s.out_h * s.out_w;
+    pack_run<true>(s.layout, data + n * s.out_channels * plane, s.out_channels, plane, channel, channels, pixel, pixels, destination, step);
+  }
+
+  const T* data;
+};
+
+template <class T, class Tiles, class Gradient>
 class BackwardWeight {
  public:
   explicit BackwardWeight(const Conv2dShape& shape) : s_(shape), work_(work_of(shape)), split_(cheapest_split(work_)) {
@@ -55,7 +70,7 @@ class BackwardWeight {
     return {work_.out_block, kPatchPixels, jobs(), static_cast<size_t>((threads * worker_elements() + shared_elements()) * element())};
   }
 
-  Outcome run(const Conv2dBuffers& buffers, void* workspace, int threads) const {
+  Outcome run(const Gradient& gradient, const T* input, T* grad_weight, void* workspace, int threads) const {
     if (work_.group_in == 0) return Outcome::done;
     T* shared = static_cast<T*>(workspace);
     T* scratch = shared + shared_elements();
@@ -63,14 +78,14 @@ class BackwardWeight {
     parallel_for(threads, jobs(), [&](int worker, int64_t job) {
       T* own = scratch + worker * worker_elements();
       T* sums = split_.pixel_ranges > 1 ? shared + job * sums_elements() : own + packed_elements();
-      if (!run_job(buffers, job, own, sums)) __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
-      if (split_.pixel_ranges == 1) write_ranges(buffers, job, sums, 0, work_.out_blocks);
+      if (!run_job(gradient, input, job, own, sums)) __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
+      if (split_.pixel_ranges == 1) write_ranges(grad_weight, job, sums, 0, work_.out_blocks);
     });
     if (split_.pixel_ranges > 1) {
       const int64_t ranges = jobs() / split_.pixel_ranges;
       parallel_for(threads, ranges * work_.out_blocks, [&](int, int64_t i) {
         const int64_t job = i / work_.out_blocks, block = i % work_.out_blocks;
-        write_ranges(buffers, job, shared + job * sums_elements(), block, block + 1);
+        write_ranges(grad_weight, job, shared + job * sums_elements(), block, block + 1);
       });
     }
     return finite ? Outcome::done : Outcome::not_finite;
@@ -84,7 +99,7 @@ class BackwardWeight {
   };
 
   static constexpr int64_t element() { return sizeof(T); }
-  static constexpr int64_t line(int64_t elements) { return divide_up(elements, kLanes<T>) * kLanes<T>; }
+  static constexpr int64_t whole_vectors(int64_t elements) { return divide_up(elements, kLanes<T>) * kLanes<T>; }
 
   static Work work_of(const Conv2dShape& s) {
     const int64_t group_out = s.out_channels / s.groups, group_in = s.in_channels / s.groups;
@@ -104,10 +119,11 @@ class BackwardWeight {
   }
 
   int64_t jobs() const { return work_.groups * split_.out_ranges * split_.in_ranges * split_.pixel_ranges; }
-  int64_t grad_output_elements() const { return line(blocking_.images * blocking_.rows * s_.out_w * max_out_); }
-  int64_t input_elements() const { return line(blocking_.images * window_rows_ * Tiles::window_columns(s_) * max_in_); }
-  int64_t packed_elements() const { return grad_output_elements() + input_elements(); }
-  int64_t sums_elements() const { return line(max_out_ * max_in_ * work_.taps); }
+  int64_t grad_output_elements() const { return whole_vectors(blocking_.images * blocking_.rows * s_.out_w * max_out_); }
+  int64_t input_elements() const { return whole_vectors(blocking_.images * window_rows_ * Tiles::window_columns(s_) * max_in_); }
+  int64_t line_elements() const { return whole_vectors(Gradient::line_elements(blocking_.rows * s_.out_w)); }
+  int64_t packed_elements() const { return grad_output_elements() + input_elements() + line_elements(); }
+  int64_t sums_elements() const { return whole_vectors(max_out_ * max_in_ * work_.taps); }
   int64_t worker_elements() const { return packed_elements() + (split_.pixel_ranges > 1 ? 0 : sums_elements()); }
   int64_t shared_elements() const { return split_.pixel_ranges > 1 ? jobs() * sums_elements() : 0; }
 
@@ -129,36 +145,35 @@ class BackwardWeight {
   int64_t first_in(int64_t block) const { return part_of(work_.group_in, work_.in_blocks, block).begin; }
   int vectors_of(int64_t out_block) const { return work_.group_out - out_block * work_.out_block > kLanes<T> ? kTileVectors : 1; }
 
-  bool run_job(const Conv2dBuffers& buffers, int64_t job, T* scratch, T* sums) const {
+  bool run_job(const Gradient& gradient, const T* input, int64_t job, T* scratch, T* sums) const {
     const Channels channels = channels_of(job);
-    T* grad_output = scratch;
-    T* input = scratch + grad_output_elements();
+    T* packed_gradient = scratch;
+    T* packed_input = packed_gradient + grad_output_elements();
+    T* line = packed_input + input_elements();
     fill_zeros(sums, sums_elements());
     bool finite = true;
     const Range blocks = pixel_blocks_of(job);
     for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const Block block = block_at(i);
-      pack_grad_output(static_cast<const T*>(buffers.grad_output), channels, block, grad_output);
-      if (Tiles::multiplies_padding(s_)) finite = finite && all_finite(channels, block, grad_output);
+      pack_gradient(gradient, channels, block, line, packed_gradient);
+      if (Tiles::multiplies_padding(s_)) finite = finite && all_finite(channels, block, packed_gradient);
       const Window window = Tiles::window(s_, block.rows);
-      pack_input(static_cast<const T*>(buffers.input), channels, block, window, input);
-      add_block(channels, block, window, grad_output, input, sums);
+      pack_input(input, channels, block, window, packed_input);
+      add_block(channels, block, window, packed_gradient, packed_input, sums);
     }
     return finite;
   }
 
-  void pack_grad_output(const T* grad_output, const Channels& channels, const Block& block, T* packed) const {
-    const int64_t plane = s_.out_h * s_.out_w, pixels = block.rows.size() * s_.out_w;
-    const int64_t run = s_.layout == Layout::nchw ? pixels : kPackPixels;
+  void pack_gradient(const Gradient& gradient, const Channels& channels, const Block& block, T* line, T* packed) const {
+    const int64_t pixels = block.rows.size() * s_.out_w, run = s_.layout == Layout::nchw ? pixels : kPackPixels;
     for (int64_t n = 0; n < block.images.size(); ++n) {
-      const T* image = grad_output + (block.images.begin + n) * s_.out_channels * plane;
       for (int64_t pixel = 0; pixel < pixels; pixel += run) {
         for (int64_t b = channels.out_blocks.begin; b < channels.out_blocks.end; ++b) {
           const int64_t first = b * work_.out_block, count = smaller(work_.out_block, work_.group_out - first);
           const int64_t step = vectors_of(b) * kLanes<T>, offset = (b - channels.out_blocks.begin) * work_.out_block;
-          pack_run<true>(s_.layout, image, s_.out_channels, plane, channels.group * work_.group_out + first, count,
-                         block.rows.begin * s_.out_w + pixel, smaller(run, pixels - pixel),
-                         packed + block.images.size() * pixels * offset + (n * pixels + pixel) * step, step);
+          gradient.pack(s_, block.images.begin + n, channels.group * work_.group_out + first, count, block.rows.begin * s_.out_w + pixel,
+                        smaller(run, pixels - pixel), line, packed + block.images.size() * pixels * offset + (n * pixels + pixel) * step,
+                        step);
         }
       }
     }
@@ -243,7 +258,7 @@ class BackwardWeight {
   }
 
   // Output blocks [begin, end) of the job's channels, where it has them.
-  void write_ranges(const Conv2dBuffers& buffers, int64_t job, const T* sums, int64_t begin, int64_t end) const {
+  void write_ranges(T* grad_weight, int64_t job, const T* sums, int64_t begin, int64_t end) const {
     const Channels channels = channels_of(job);
     const int64_t first_channel = first_in(channels.in_blocks.begin), in_channels = first_in(channels.in_blocks.end) - first_channel;
     const Range out = common(channels.out_blocks, {begin, end});
@@ -251,16 +266,17 @@ class BackwardWeight {
       const int64_t out_offset = (b - channels.out_blocks.begin) * work_.out_block;
       for (int64_t c = channels.in_blocks.begin; c < channels.in_blocks.end; ++c) {
         const int64_t entry = vectors_of(b) * kLanes<T>;
-        write_block(buffers, channels.group, b, c, sums + (out_offset * in_channels + entry * (first_in(c) - first_channel)) * work_.taps);
+        write_block(grad_weight, channels.group, b, c,
+                    sums + (out_offset * in_channels + entry * (first_in(c) - first_channel)) * work_.taps);
       }
     }
   }
 
-  void write_block(const Conv2dBuffers& buffers, int64_t group, int64_t out_block, int64_t in_block, const T* sums) const {
+  void write_block(T* whole, int64_t group, int64_t out_block, int64_t in_block, const T* sums) const {
     const int64_t lanes = kLanes<T>, first = out_block * work_.out_block, channels = smaller(work_.out_block, work_.group_out - first);
     const int64_t in_first = first_in(in_block), out_channel = work_.group_in * work_.taps;
-    T* grad_weight = static_cast<T*>(buffers.grad_weight) + (group * work_.group_out + first) * out_channel +
-                     in_first * (s_.weight_layout == Layout::nchw ? work_.taps : 1);
+    T* grad_weight =
+        whole + (group * work_.group_out + first) * out_channel + in_first * (s_.weight_layout == Layout::nchw ? work_.taps : 1);
     for (int64_t k = 0; k < channels; k += lanes) {
       const SumsBlock<T> block{sums + k,
                                vectors_of(out_block) * lanes,
@@ -283,16 +299,24 @@ class BackwardWeight {
   int64_t window_rows_;       // input rows of a block at most
 };
 
+// The functions of a table row of the plain convolution.
 template <class Tiles>
-Plan plan_of(const Conv2dShape& s, int threads) {
-  return s.dtype == DType::float32 ? BackwardWeight<float, Tiles>(s).plan(threads) : BackwardWeight<double, Tiles>(s).plan(threads);
-}
+struct TensorRow {
+  template <class T>
+  using Run = BackwardWeight<T, Tiles, TensorGradient<T>>;
 
-template <class Tiles>
-Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? BackwardWeight<float, Tiles>(s).run(buffers, workspace, threads)
-                                   : BackwardWeight<double, Tiles>(s).run(buffers, workspace, threads);
-}
+  template <class T>
+  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return Run<T>(s).run({static_cast<const T*>(b.grad_output)}, static_cast<const T*>(b.input), static_cast<T*>(b.grad_weight), workspace,
+                         threads);
+  }
+  static Plan plan(const Conv2dShape& s, int threads) {
+    return s.dtype == DType::float32 ? Run<float>(s).plan(threads) : Run<double>(s).plan(threads);
+  }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  }
+};
 
 }  // namespace
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

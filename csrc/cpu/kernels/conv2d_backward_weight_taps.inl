@@ -1,0 +1,63 @@
+// conv2d backward_weight for few input channels per group (first layers, narrow groups), without dilation along the row. The input is
+// packed with its padding as [row][column][channel], so that the kernel_w * channels elements that one tap row reads are neighbours: a
+// register tile takes up to 14 (6) of them, or two or three whole tap rows where they are short.
+//
+// The zeros of the padding are multiplied here, which is only right for finite grad_output: a run that finds any other value while packing
+// says so, and conv2d_backward_weight_direct, the next row, takes over. It also takes what has more channels or a dilation.
+#pragma once
+
+#include "cpu/kernels/conv2d_backward_weight.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+constexpr int64_t kMostChannels = kTileEntries / 2;  // above this, one tap alone fills half a tile
+
+struct TapTiles {
+  static int64_t channels() { return kMostChannels; }
+  static int64_t window_columns(const Conv2dShape& s) { return (s.out_w - 1) * s.stride_w + s.kernel_w; }
+
+  // All input rows that these output rows read, padding included.
+  static Window window(const Conv2dShape& s, Range rows) {
+    return {rows.begin * s.stride_h - s.pad_top, (rows.size() - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1, -s.pad_left,
+            window_columns(s)};
+  }
+
+  static bool multiplies_padding(const Conv2dShape& s) {
+    const Window all = window(s, {0, s.out_h});
+    return all.row < 0 || all.column < 0 || all.row + all.rows > s.in_h || all.column + all.columns > s.in_w;
+  }
+
+  template <class T>
+  static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
+    const int64_t step = p.vectors * kLanes<T>;
+    const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
+    const int64_t length = s.kernel_w * p.channels;  // elements of a tap row
+    const int64_t whole_rows = smaller(kTileRows, kTileEntries / length);
+    const int64_t row_parts = whole_rows > 1 ? divide_up(s.kernel_h, whole_rows) : s.kernel_h;
+    const int64_t length_parts = divide_up(length, kTileEntries);
+    const Patch patch{p.images.size(), p.rows.size(),          p.columns.size(),        p.image_pixels * step,   s.out_w * step,
+                      input_image,     s.stride_h * input_row, s.stride_w * p.channels, s.dilation_h * input_row};
+    const T* first_output =
+        p.grad_output + (p.images.begin * p.image_pixels + (p.rows.begin - p.block_row) * s.out_w + p.columns.begin) * step;
+    const T* first_input = p.input + p.images.begin * input_image + (p.rows.begin - p.block_row) * s.stride_h * input_row +
+                           p.columns.begin * s.stride_w * p.channels;
+    for (int64_t i = 0; i < row_parts; ++i) {
+      const Range r = part_of(s.kernel_h, row_parts, i);
+      for (int64_t j = 0; j < length_parts; ++j) {
+        const Range e = part_of(length, length_parts, j);
+        const AddPatch<T> tile = tile_of<T>(p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
+        tile(patch, first_output, first_input + r.begin * s.dilation_h * input_row + e.begin, p.sums + (r.begin * length + e.begin) * step,
+             length * step);
+      }
+    }
+  }
+};
+
+inline bool accepts_taps(const Conv2dShape& s) {
+  return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.in_channels / s.groups <= kMostChannels && s.kernel_w > 1 &&
+         s.dilation_w == 1;
+}
+
+}  // namespace
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,0 +1,95 @@
+// backward_weight through ReLU (and max pooling): conv2d_backward_weight.inl with a gradient that is made up while it is packed, from the
+// pooled gradient and the offsets (or the output), a vector of channels at a time. Both tilings of the plain direction serve here, by the
+// same rule.
+#include "cpu/kernels/conv2d_backward_weight_direct.inl"
+#include "cpu/kernels/conv2d_backward_weight_taps.inl"
+#include "cpu/kernels/conv2d_direct_pooled.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+// What BackwardWeight packs, made of the rows or pixels of `Source`.
+template <class T, class Source>
+struct MadeUpGradient {
+  // A vector of channels, one behind the other; rows are written in ascending order and may end a few vectors late.
+  static int64_t line_elements(int64_t pixels) { return kLanes<T> * pixels + 4 * kLanes<T>; }
+
+  void pack(const Conv2dShape& s, int64_t n, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels, T* line, T* destination,
+            int64_t step) const {
+    for (int64_t c = 0; c < channels; c += kLanes<T>) {
+      const int count = static_cast<int>(smaller(kLanes<T>, channels - c));
+      if (s.layout == Layout::nchw) {
+        pack_rows(s, n, channel + c, count, pixel / s.out_w, pixels / s.out_w, line, destination + c, step);
+      } else {
+        pack_pixels_of(s, n, channel + c, count, pixel, pixels, destination + c, step);
+      }
+    }
+  }
+
+  void pack_rows(const Conv2dShape& s, int64_t n, int64_t channel, int channels, int64_t y, int64_t rows, T* line, T* destination,
+                 int64_t step) const {
+    for (int64_t i = 0; i < channels * rows; ++i) source.row(n, channel + i / rows, y + i % rows, line + i * s.out_w);
+    pack_planes(line, rows * s.out_w, channels, rows * s.out_w, destination, step, kLanes<T>);
+  }
+
+  void pack_pixels_of(const Conv2dShape& s, int64_t n, int64_t channel, int channels, int64_t pixel, int64_t pixels, T* destination,
+                      int64_t step) const {
+    for (int64_t i = 0; i < pixels;) {
+      const int64_t y = (pixel + i) / s.out_w;
+      const auto row = source.pixels(n, channel, y);
+      for (int64_t x = pixel + i - y * s.out_w; x < s.out_w && i < pixels; ++x, ++i) store(destination + i * step, row.at(x, channels));
+    }
+  }
+
+  Source source;
+};
+
+template <class Tiles>
+struct FusedRow {
+  template <class T>
+  using Pooled = BackwardWeight<T, Tiles, MadeUpGradient<T, PooledGradient<T>>>;
+  template <class T>
+  using Relu = BackwardWeight<T, Tiles, MadeUpGradient<T, ReluGradient<T>>>;
+
+  template <class T>
+  static Plan plan_of(const Conv2dReluPoolShape& s, int threads) {
+    return has_pooling(s) ? Pooled<T>(s.conv).plan(threads) : Relu<T>(s.conv).plan(threads);
+  }
+  template <class T>
+  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+    const Strides strides = dense_strides(s.conv.layout, s.conv.out_channels, s.pooled_h, s.pooled_w);
+    const T* grad = static_cast<const T*>(b.grad_output);
+    const T* input = static_cast<const T*>(b.input);
+    T* grad_weight = static_cast<T*>(b.grad_weight);
+    if (has_pooling(s)) return Pooled<T>(s.conv).run({{s, grad, b.offsets, strides}}, input, grad_weight, workspace, threads);
+    return Relu<T>(s.conv).run({{grad, static_cast<const T*>(b.output), strides, s.conv.out_w}}, input, grad_weight, workspace, threads);
+  }
+  static Plan plan(const Conv2dReluPoolShape& s, int threads) {
+    return s.conv.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
+  }
+  static Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  }
+};
+
+bool accepts(const Conv2dReluPoolShape& s) { return accepts_direct(s.conv); }
+bool accepts_taps_of(const Conv2dReluPoolShape& s) { return accepts_taps(s.conv); }
+
+}  // namespace
+
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_taps = {
+    CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_weight_taps"),
+    Isa::CNN_EXT_ISA,
+    Conv2dDirection::backward_weight,
+    accepts_taps_of,
+    FusedRow<TapTiles>::plan,
+    FusedRow<TapTiles>::run};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_direct = {
+    CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_weight_direct"),
+    Isa::CNN_EXT_ISA,
+    Conv2dDirection::backward_weight,
+    accepts,
+    FusedRow<ChannelTiles>::plan,
+    FusedRow<ChannelTiles>::run};
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
