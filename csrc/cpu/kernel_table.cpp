@@ -19,6 +19,8 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_bias_direct)
 
 #define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)           \
+  ROW(conv2d_relu_max_pool2d_forward_pixels)         \
+  ROW(conv2d_relu_max_pool2d_backward_input_pixels)  \
   ROW(conv2d_relu_max_pool2d_forward_direct)         \
   ROW(conv2d_relu_max_pool2d_backward_input_direct)  \
   ROW(conv2d_relu_max_pool2d_backward_weight_taps)   \

@@ -5,17 +5,13 @@
 // share are computed twice. Without pooling the register tile writes the positive part. backward_input stages the gradient of the
 // convolution's output as it would lie in memory, made up from the pooled gradient and the offsets on the way.
 //
-// The sums are those of conv2d_direct, in the same order. Grid points in the lanes (conv2d_direct_pixels.cpp) serve backward_input for few
-// input channels, but not forward: pooling would have to pick lanes apart.
+// The sums are those of conv2d_direct, in the same order. Grid points in the lanes (conv2d_direct_pixels.cpp) serve backward_input and the
+// activation alone where they are faster, but not pooling, which would have to pick lanes apart.
+#include "cpu/kernels/conv2d_direct_pixels.inl"
 #include "cpu/kernels/conv2d_direct_pooled.inl"
-#include "cpu/kernels/conv2d_direct_run.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
-
-bool accepts(const Conv2dReluPoolShape& s) {
-  return (s.conv.dtype == DType::float32 || s.conv.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
-}
 
 Strides pooled_strides(const Conv2dReluPoolShape& s) { return dense_strides(s.conv.layout, s.conv.out_channels, s.pooled_h, s.pooled_w); }
 
@@ -106,23 +102,55 @@ struct FusedRow {
   }
 };
 
-using Forward = FusedRow<ChannelTile, PooledForward, ReluForward>;
-using BackwardInput = FusedRow<ChannelTile, PooledBackwardInput, ReluBackwardInput>;
+template <template <class> class Tile>
+using Forward = FusedRow<Tile, PooledForward, ReluForward>;
+template <template <class> class Tile>
+using BackwardInput = FusedRow<Tile, PooledBackwardInput, ReluBackwardInput>;
+
+// Other rows of the plain convolution are so much faster for one tap or for few channels in a group that passing over a tensor once more
+// is the smaller evil.
+bool accepts(const Conv2dReluPoolShape& s) {
+  const Conv2dShape& c = s.conv;
+  const bool is_served = (c.dtype == DType::float32 || c.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
+  return is_served && c.kernel_h * c.kernel_w > 1 && (c.groups == 1 || c.in_channels / c.groups >= kLanes<float>);
+}
+
+bool accepts_forward_pixels(const Conv2dReluPoolShape& s) {
+  return accepts(s) && !has_pooling(s) &&
+         pixels_are_cheaper(make_gather_of_rows(Conv2dDirection::forward, s.conv, 0), s.conv.dtype, s.conv.layout);
+}
+
+bool accepts_backward_input_pixels(const Conv2dReluPoolShape& s) {
+  return accepts(s) && pixels_are_cheaper(make_gather_of_rows(Conv2dDirection::backward_input, s.conv, 0), s.conv.dtype, s.conv.layout);
+}
 
 }  // namespace
 
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_pixels = {CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_forward_pixels"),
+                                                                           Isa::CNN_EXT_ISA,
+                                                                           Conv2dDirection::forward,
+                                                                           accepts_forward_pixels,
+                                                                           Forward<PixelTile>::plan,
+                                                                           Forward<PixelTile>::run};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_pixels = {
+    CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_pixels"),
+    Isa::CNN_EXT_ISA,
+    Conv2dDirection::backward_input,
+    accepts_backward_input_pixels,
+    BackwardInput<PixelTile>::plan,
+    BackwardInput<PixelTile>::run};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_direct = {CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_forward_direct"),
                                                                            Isa::CNN_EXT_ISA,
                                                                            Conv2dDirection::forward,
                                                                            accepts,
-                                                                           Forward::plan,
-                                                                           Forward::run};
+                                                                           Forward<ChannelTile>::plan,
+                                                                           Forward<ChannelTile>::run};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_direct = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_direct"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
     accepts,
-    BackwardInput::plan,
-    BackwardInput::run};
+    BackwardInput<ChannelTile>::plan,
+    BackwardInput<ChannelTile>::run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA
