@@ -39,29 +39,37 @@ void for_each_chunk(int threads, int64_t count, const Body& body) {
   });
 }
 
+// The loops below read what they may not need: a select between values at hand becomes vector code, a branch would be mispredicted.
+
 // values = relu(values), and kNoGradient for the offsets of what is not above zero; offsets may be null. A NaN stays.
 template <class T>
 void apply_relu(T* values, uint8_t* offsets, int64_t count, int threads) {
   for_each_chunk(threads, count, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; offsets != nullptr && i < end; ++i) offsets[i] = values[i] <= 0 ? kNoGradient : offsets[i];
+    for (int64_t i = begin; offsets != nullptr && i < end; ++i) offsets[i] |= static_cast<uint8_t>(-(values[i] <= 0));  // all bits, or none
     for (int64_t i = begin; i < end; ++i) values[i] = values[i] <= 0 ? T{0} : values[i];
   });
 }
 
 // The gradient where the ReLU passed, else zero; and offsets that name a tap everywhere, as the pooling wants them.
 template <class T>
-void stop_gradient(const T* gradient, const uint8_t* offsets, T* passed, uint8_t* taps, int64_t count, int threads) {
+void stop_gradient(const T* gradient, const uint8_t* offsets, T* __restrict passed, uint8_t* __restrict taps, int64_t count, int threads) {
   for_each_chunk(threads, count, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) passed[i] = offsets[i] == kNoGradient ? T{0} : gradient[i];
+    for (int64_t i = begin; i < end; ++i) {
+      const T value = gradient[i];
+      passed[i] = offsets[i] == kNoGradient ? T{0} : value;
+    }
     for (int64_t i = begin; i < end; ++i) taps[i] = offsets[i] == kNoGradient ? uint8_t{0} : offsets[i];
   });
 }
 
 // The gradient where the ReLU passed, else zero, without pooling.
 template <class T>
-void stop_gradient(const T* gradient, const T* output, T* passed, int64_t count, int threads) {
+void stop_gradient(const T* gradient, const T* output, T* __restrict passed, int64_t count, int threads) {
   for_each_chunk(threads, count, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) passed[i] = output[i] <= 0 ? T{0} : gradient[i];
+    for (int64_t i = begin; i < end; ++i) {
+      const T value = gradient[i];
+      passed[i] = output[i] <= 0 ? T{0} : value;
+    }
   });
 }
 

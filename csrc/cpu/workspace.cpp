@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 
 namespace cnn_ext::cpu {
 namespace {
@@ -19,7 +20,10 @@ struct Block {
   size_t bytes = 0;
 };
 
-thread_local Block kept;
+// A call of a kernel may make another one, whose workspace lives within that of the first: each depth keeps a block.
+constexpr int kDepths = 2;
+thread_local Block kept[kDepths];
+thread_local int depth = 0;
 
 Block allocate(size_t bytes) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -31,19 +35,24 @@ Block allocate(size_t bytes) {
 }  // namespace
 
 Workspace::Workspace(size_t bytes) : data_(nullptr), bytes_(0) {
-  if (bytes == 0) return;
-  Block block = kept.bytes >= bytes ? std::move(kept) : allocate(bytes);
-  kept = Block{};
-  bytes_ = block.bytes;
-  data_ = block.data.release();
+  if (bytes != 0) {
+    Block block;
+    if (depth < kDepths) std::swap(block, kept[depth]);
+    if (block.bytes < bytes) {
+      block = Block{};  // before the new one: the two together may be more than there is
+      block = allocate(bytes);
+    }
+    bytes_ = block.bytes;
+    data_ = block.data.release();
+  }
+  ++depth;
 }
 
 Workspace::~Workspace() {
-  if (bytes_ > kLargestKept || bytes_ < kept.bytes) {
-    std::free(data_);
-  } else if (data_ != nullptr) {
-    kept = Block{std::unique_ptr<void, Free>(data_), bytes_};
-  }
+  --depth;
+  if (data_ == nullptr) return;
+  Block block{std::unique_ptr<void, Free>(data_), bytes_};
+  if (depth < kDepths && bytes_ <= kLargestKept) kept[depth] = std::move(block);
 }
 
 }  // namespace cnn_ext::cpu
