@@ -47,6 +47,7 @@ def step_rows(bench: Bench) -> list[dict]:
         model = copy.deepcopy(original).to(memory_format=memory_format)
         contenders[f"torch {layout}"] = _step(model, images.contiguous(memory_format=memory_format), labels)
     contenders["cnn_ext nchw"] = _step(cnn_ext.convert(copy.deepcopy(original)), images, labels)
+    contenders["cnn_ext fused nchw"] = _step(cnn_ext.convert(copy.deepcopy(original), fuse=True), images, labels)
     times = compare(contenders, bench.timer, bench.peak, bench.effort.times(STEP_EFFORT_FACTOR))
     return [_step_row(name, times) for name in contenders]
 
@@ -65,11 +66,12 @@ def _step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Call:
 
 def _check_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     losses = []
-    for candidate in (model, cnn_ext.convert(copy.deepcopy(model))):
+    for candidate in (model, *(cnn_ext.convert(copy.deepcopy(model), fuse=fuse) for fuse in (False, True))):
         with torch.no_grad():
             losses.append(F.cross_entropy(candidate.eval()(images), labels).item())
-    if abs(losses[0] - losses[1]) > LOSS_TOLERANCE:
-        raise BenchmarkError(f"mnist: the first loss is {losses[1]}, torch has {losses[0]}")
+    for loss in losses[1:]:
+        if abs(losses[0] - loss) > LOSS_TOLERANCE:
+            raise BenchmarkError(f"mnist: the first loss is {loss}, torch has {losses[0]}")
 
 
 def _step_row(name: str, times: Comparison) -> dict:

@@ -20,6 +20,11 @@ _CASES = [
         lambda x, w, b: functional.conv2d(x, w, b, stride=2, padding=2, groups=2),
         [(2, 6, 17, 17), (8, 3, 5, 5), (8,)],
     ),
+    (
+        "conv2d_relu_max_pool2d",
+        lambda x, w, b: functional.conv2d_relu_max_pool2d(x, w, b, padding=1),
+        [(2, 5, 19, 23), (18, 5, 3, 3), (18,)],
+    ),
     ("max_pool2d", lambda x: functional.max_pool2d(x, 3, 2, 1), [(2, 7, 17, 19)]),
     ("avg_pool2d", lambda x: functional.avg_pool2d(x, 2, ceil_mode=True), [(2, 7, 17, 19)]),
 ]

@@ -54,6 +54,7 @@ def test_training_leaves_all_artefacts(trained):
     history = json.loads((trained / "history.json").read_text())
     assert all(len(history[name]) == 1 for name in [*HISTORIES, "train_seconds", "validation_seconds"])
     assert history["dataset"] == "digits" and history["model"] == "lecture-cnn" and history["backend"] == "torch"
+    assert history["fused"] is False  # torch has no such layers
     assert history["images"] == {"train": 1297, "validation": 140, "test": 360}
     assert history["arguments"]["batch_size"] == 64 and history["arguments"]["seed"] == 1
     assert history["versions"]["torch"] == torch.__version__
@@ -80,6 +81,23 @@ def test_evaluate_reads_the_checkpoint(trained, capsys):
     assert status == 0
     assert out.splitlines()[0] == "Test images: 360 of digits"
     assert out.splitlines()[-1] == f"Test accuracy: {history['test_accuracy']:.4f}"
+
+
+@pytest.mark.parametrize(("switches", "fused"), [((), True), (("--no-fused",), False)])
+def test_a_fused_models_checkpoint_serves_every_backend(switches, fused, tmp_path, capsys):
+    few = ("--dataset", "digits", "--epochs", 1, "--batch-size", 432, "--threads", 1)
+    assert run(capsys, "train", *few, *switches, "--out", tmp_path)[0] == 0
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history["fused"] is fused
+    for backend in model.BACKENDS:
+        status, out, _ = run(capsys, "evaluate", "--checkpoint", tmp_path / "checkpoint", "--backend", backend)
+        assert status == 0
+        # A rounding may turn the answer for an image whose two best classes are equally likely: one, to be generous.
+        assert abs(float(out.split()[-1]) - history["test_accuracy"]) < 1.5 / 360
+
+
+def test_torch_has_no_fused_layers(tmp_path, capsys):
+    assert "--fused" in refused(capsys, "train", "--dataset", "digits", "--fused", "--out", tmp_path, *FAST)
 
 
 def test_predict_reads_any_image(trained, tmp_path, capsys):

@@ -28,10 +28,10 @@ def part(dataset: Dataset, count: int) -> Dataset:
     return Dataset(dataset.name, dataset.source, *few)
 
 
-def losses(backend: str, dataset: Dataset, recipe: Recipe) -> list[float]:
+def losses(backend: str, dataset: Dataset, recipe: Recipe, fused: bool = False) -> list[float]:
     """The mean loss of the epoch so far, after every batch."""
     means = []
-    model = run.new_model(backend, recipe.seed, CPU)
+    model = run.new_model(backend, recipe.seed, CPU, fused)
     for _ in train(model, dataset, recipe, lambda epoch, tally: means.append(tally.means()[0])):
         pass
     return means
@@ -59,6 +59,13 @@ def test_backends_use_their_own_layers_and_the_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     other = run.new_model("torch", 8, CPU)
     assert not torch.equal(theirs.conv1.weight, other.conv1.weight)
+
+
+def test_the_fused_model_has_the_same_weights_under_the_same_names():
+    plain, fused = (run.new_model("cnn_ext", 7, CPU, fused) for fused in (False, True))
+    assert isinstance(fused.conv1, cnn_ext.ConvReLUPool2d) and isinstance(fused.conv2, cnn_ext.ConvReLUPool2d)
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fused.parameters(), strict=True))
 
 
 def test_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -101,11 +108,13 @@ def test_histories_are_means_over_all_images():
 def test_same_seed_gives_the_same_bits():
     torch.set_num_threads(1)
     dataset, recipe = part(data.load_digits(), 64), Recipe(epochs=1, batch_size=32, seed=3)
-    assert losses("cnn_ext", dataset, recipe) == losses("cnn_ext", dataset, recipe)
+    for fused in (False, True):
+        assert losses("cnn_ext", dataset, recipe, fused) == losses("cnn_ext", dataset, recipe, fused)
     assert losses("cnn_ext", dataset, recipe) != losses("cnn_ext", dataset, Recipe(epochs=1, batch_size=32, seed=4))
 
 
-def test_loss_curve_follows_torch():
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_curve_follows_torch(fused):
     """Same weights, images and dropout: what differs is rounding.
 
     Adam divides a gradient by its own size, so a rounding (eps * the terms of the largest sum, fc1's) may become as
@@ -113,7 +122,7 @@ def test_loss_curve_follows_torch():
     """
     torch.set_num_threads(1)
     dataset, recipe = part(data.load_digits(), 256), Recipe(epochs=2, batch_size=64)
-    ours, theirs = (losses(backend, dataset, recipe) for backend in BACKENDS)
+    ours, theirs = losses("cnn_ext", dataset, recipe, fused), losses("torch", dataset, recipe)
     rounding = torch.finfo(torch.float32).eps * 3136
     for step, (mine, yours) in enumerate(zip(ours, theirs, strict=True), 1):
         assert abs(mine - yours) <= rounding * step * abs(theirs[0]), f"step {step}: {mine} and {yours}"
