@@ -16,7 +16,10 @@ using cnn_ext::cpu::Plan;
 constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
 constexpr int64_t kBlockPoints = 128;
-constexpr int64_t kTasksPerThread = 8;  // with fewer, the last one to finish is waited for too long
+constexpr int64_t kFewestCopiedUnits = 3;  // units of outputs that pay for copying the source
+constexpr int64_t kAliasedPlane = 4096;    // bytes: the distance of rows that compete, ...
+constexpr int64_t kAliasedPixel = 2048;    // ... half of it where a tile reads 14 of them side by side
+constexpr int64_t kTasksPerThread = 8;     // with fewer, the last one to finish is waited for too long
 constexpr int64_t kAlignment = 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,20 +33,33 @@ struct PointwiseBlocking {
   int64_t lines, points, point_blocks, blocks;
   int64_t task_blocks, units, unit_blocks;  // of a task
   int64_t tasks;
+  int64_t copy_pitch;  // of the rows of a block's source, copied; 0: it is read where it lies
 };
+
+// Whether a block's source is copied first, to [channel][points] or [point][channels]: where its rows lie so far apart that they compete
+// for the same few places in the caches, and are read often enough.
+template <class T, class Tile>
+bool copies_source(const Product& p) {
+  constexpr int64_t kSize = sizeof(T);
+  if (Tile::units(p.outputs) < kFewestCopiedUnits) return false;
+  if (Tile::kPointsInLanes) return p.source_channel * kSize % kAliasedPlane == 0;
+  return p.source_channel == 1 && p.source_point * kSize % kAliasedPixel == 0;
+}
 
 template <class T, class Tile>
 PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   PointwiseBlocking b{};
   b.channel_blocks = larger(1, divide_up(p.channels, kReductionChannels));
   b.channels = divide_up(p.channels, b.channel_blocks);
+  const bool copies = copies_source<T, Tile>(p);
   const int64_t point_bytes = larger(1, p.channels * static_cast<int64_t>(sizeof(T)));
   int64_t fitting = larger(4 * Tile::kMaxPoints, smaller(kBlockPoints, kSourceBytes / point_bytes));
+  if (copies && Tile::kPointsInLanes) fitting = Tile::kMaxPoints;
   const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * kTasksPerThread : 1;
   const int64_t all_points = p.lines() * p.points;
   // Few outputs and many points: smaller blocks rather than too few tasks.
   if (p.groups * units * divide_up(all_points, fitting) < wanted) {
-    fitting = larger(2 * Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted)));
+    fitting = larger(Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted)));
   }
   b.point_blocks = divide_up(p.points, fitting);
   b.points = divide_up(p.points, b.point_blocks);
@@ -56,6 +72,8 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   b.units = larger(1, units / larger(1, divide_up(wanted, point_tasks)));
   b.unit_blocks = divide_up(units, b.units);
   b.tasks = point_tasks * b.unit_blocks;
+  if (copies)
+    b.copy_pitch = Tile::kPointsInLanes ? divide_up(b.points, Tile::kV) * Tile::kV : divide_up(p.channels, Tile::kV) * Tile::kV + Tile::kV;
   return b;
 }
 
@@ -64,7 +82,7 @@ struct PointwiseScratch {
   bool packs_in_tasks;    // every weight is read by one block of points alone: who reads it packs it
   int64_t group_outputs;  // of a group, padded to whole units
   int64_t bias, workers;  // offsets into the workspace, behind the weights packed beforehand
-  int64_t sums, worker_bytes;
+  int64_t sums, copy, worker_bytes;
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
@@ -79,7 +97,8 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   s.workers = s.bias + aligned(p.groups * s.group_outputs * kSize);
   s.sums = s.packs_in_tasks ? aligned(b.channels * Tile::kMaxWidth * kSize) : 0;
   const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;
-  s.worker_bytes = s.sums + (writes_in_place ? 0 : aligned(b.lines * b.points * Tile::kMaxWidth * kSize));
+  s.copy = s.sums + (writes_in_place ? 0 : aligned(b.lines * b.points * Tile::kMaxWidth * kSize));
+  s.worker_bytes = s.copy + aligned(b.lines * (Tile::kPointsInLanes ? p.channels : b.points) * b.copy_pitch * kSize);
   return s;
 }
 

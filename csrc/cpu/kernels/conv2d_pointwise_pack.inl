@@ -1,4 +1,5 @@
-// The copies that a 1x1 convolution makes: weights as [channel][outputs of a unit], and sums from [point][output] to planes.
+// The copies that a 1x1 convolution makes: weights as [channel][outputs of a unit], a block's
+// source in a narrow row pitch, and sums from [point][output] to planes.
 #pragma once
 
 #include "cpu/simd/transpose.h"
@@ -31,6 +32,17 @@ void pack_weights(const T* weight, int64_t output_step, int64_t channel_step, in
         if (i < items) store_first(dst + (c + i) * width, square[i], lanes);
       }
     }
+  }
+}
+
+// `rows` rows of `length` elements, filled up with zeros to whole vectors.
+template <class T>
+void copy_rows(const T* src, int64_t src_pitch, int64_t rows, int64_t length, T* dst, int64_t dst_pitch) {
+  constexpr int kV = kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r, src += src_pitch, dst += dst_pitch) {
+    int64_t i = 0;
+    for (; i + kV <= length; i += kV) store(dst + i, load(src + i));
+    if (i < length) store(dst + i, load_first(src + i, static_cast<int>(length - i)));
   }
 }
 

@@ -48,6 +48,7 @@ class PointwiseRun {
   T* memory(int64_t offset) const { return reinterpret_cast<T*>(memory_ + offset); }
   T* own_weights(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes); }
   T* own_sums(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.sums); }
+  T* own_copy(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.copy); }
   const T* bias_of(int64_t group, int64_t unit) const {
     return memory(scratch_.bias) + group * scratch_.group_outputs + Tile::first(p_.outputs, unit);
   }
@@ -102,12 +103,40 @@ class PointwiseRun {
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
       Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1)) : Ahead{};
+      const Source source = source_of(worker, task.group, block);
       for (int64_t unit = task.unit; unit < task.unit_end; ++unit) {
         for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
-          run_unit(worker, task.group, block, unit, channel_block, ahead);
+          run_unit(worker, task.group, block, source, unit, channel_block, ahead);
         }
       }
     }
+  }
+
+  // Where the source of a block lies: `first` is its first point of its first line.
+  struct Source {
+    const T* first;
+    int64_t line, point, channel;  // distances; `line` only of copies, 0: as the product says
+  };
+
+  Source source_of(int worker, int64_t group, const Block& block) const {
+    const T* source = source_ + group * p_.channels * p_.source_channel + block.point * p_.source_point;
+    if (b_.copy_pitch == 0) return {source, 0, p_.source_point, p_.source_channel};
+    const int64_t rows = Tile::kPointsInLanes ? p_.channels : block.points, copied_line = rows * b_.copy_pitch;
+    T* const copy = own_copy(worker);
+    for (int64_t i = 0; i < block.lines; ++i) {
+      const T* line = source + p_.source_line(block.line + i);
+      if constexpr (Tile::kPointsInLanes) {
+        copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
+      } else {
+        copy_rows(line, p_.source_point, rows, p_.channels, copy + i * copied_line, b_.copy_pitch);
+      }
+    }
+    if constexpr (Tile::kPointsInLanes) return {copy, copied_line, 1, b_.copy_pitch};
+    return {copy, copied_line, b_.copy_pitch, 1};
+  }
+
+  const T* line_of(const Source& source, const Block& block, int64_t i) const {
+    return source.first + (b_.copy_pitch == 0 ? p_.source_line(block.line + i) : i * source.line);
   }
 
   // What is fetched while a block is summed: the source of the next one, in equal parts with every tile. A source that lies in one piece is
@@ -144,9 +173,9 @@ class PointwiseRun {
   }
 
   // One block of channels for one unit of outputs.
-  void run_unit(int worker, int64_t group, const Block& block, int64_t unit, int64_t channel_block, Ahead& ahead) const {
+  void run_unit(int worker, int64_t group, const Block& block, const Source& source, int64_t unit, int64_t channel_block,
+                Ahead& ahead) const {
     const int64_t first = group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
-    const T* source = source_ + (group * p_.channels + channel_block * b_.channels) * p_.source_channel;
     const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1;
     PointwiseTile<T> tile{};
     tile.weights = packed_weights(group, unit, channel_block);
@@ -155,35 +184,27 @@ class PointwiseRun {
       tile.weights = own_weights(worker);
     }
     tile.channels = channels_of(channel_block);
-    tile.source_point = p_.source_point, tile.source_channel = p_.source_channel;
+    tile.source_point = source.point, tile.source_channel = source.channel;
     tile.bias = channel_block == 0 ? bias_of(group, unit) : nullptr;
     tile.pitch = !in_place ? Tile::kMaxWidth : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
     tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
     T* sums = own_sums(worker);
-    for (int64_t line = block.line; line < block.line + block.lines; ++line) {
-      T* const dest = dest_ + p_.dest_line(line) + first * p_.dest_channel;
+    for (int64_t i = 0; i < block.lines; ++i) {
+      const T* const line = line_of(source, block, i) + channel_block * b_.channels * source.channel;
+      T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel;
       for (int64_t t = 0; t < Tile::tiles(block.points); ++t) {
         const int64_t begin = Tile::tile_begin(block.points, t), points = Tile::tile_begin(block.points, t + 1) - begin;
         T* const place = dest + (block.point + begin) * p_.dest_point;
-        tile.source = source + p_.source_line(line) + (block.point + begin) * p_.source_point;
+        tile.source = line + begin * source.point;
         tile.ahead = take(ahead, tile.source, channel_block * b_.channels, tile.ahead_step);
         tile.out = in_place ? place : sums;
         if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
-        if (in_place && channel_block == 0) fetch_destination(tile, Tile::kPointsInLanes ? outputs : points);
         Tile::run(tile, Tile::width(p_.outputs, unit), points);
         if (in_place) continue;
         if (channel_block == b_.channel_blocks - 1)
           write_planes(sums, Tile::kMaxWidth, points, outputs, place, p_.dest_point, p_.dest_channel);
         sums += points * Tile::kMaxWidth;
       }
-    }
-  }
-
-  // Stores to memory that is in no cache would otherwise be waited for: the lines are fetched while the tile is summed.
-  static void fetch_destination(const PointwiseTile<T>& tile, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      __builtin_prefetch(tile.out + i * tile.pitch, 1, 3);
-      __builtin_prefetch(tile.out + i * tile.pitch + kLineElements, 1, 3);
     }
   }
 
