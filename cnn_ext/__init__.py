@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 from cnn_ext import functional
 from cnn_ext.inspection import build_info, explain, force_kernel, kernels, version
 from cnn_ext.nn import AvgPool2d, Conv2d, ConvReLUPool2d, MaxPool2d, conversion_report, convert, revert
+from cnn_ext.policy import flags
 from cnn_ext.signal import convolve, correlate, output_size
 
 __version__ = version()
@@ -28,6 +29,7 @@ __all__ = [
     "convolve",
     "correlate",
     "explain",
+    "flags",
     "force_kernel",
     "functional",
     "kernels",

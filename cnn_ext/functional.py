@@ -9,7 +9,7 @@ window; avg_pool2d takes ``dilation``.
 
 import torch
 
-from cnn_ext import autograd
+from cnn_ext import autograd, policy
 from cnn_ext._arguments import check_bool, conv2d_geometry, fused_pool, integer, pool2d_window
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS
 
@@ -44,6 +44,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         if activation != "relu":
             raise ValueError(f"conv2d() expected activation to be None or 'relu', but got {activation!r}")
         return _conv2d_relu_max_pool2d(input, weight, bias, geometry, ((1, 1), (1, 1)))
+    geometry = (*geometry, policy.allowed.winograd)
     if input.dim() == 3:
         return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return autograd.conv2d(input, weight, bias, geometry)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from cnn_ext import _native
+from cnn_ext import _native, policy
 from cnn_ext._arguments import conv2d_geometry
 from cnn_ext.ops.conv2d import prepare_backward_bias, prepare_forward
 from cnn_ext.ops.shapes import spec, taps_inside
@@ -137,7 +137,9 @@ def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     geometry = conv2d_geometry("explain", input, weight, bias, stride, padding, dilation, groups)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     bias_spec = None if bias is None else spec(bias)
-    shape, output_size, memory_format, _ = prepare_forward(spec(batched), spec(weight), bias_spec, geometry)
+    shape, output_size, memory_format, _ = prepare_forward(
+        spec(batched), spec(weight), bias_spec, geometry, policy.allowed.winograd
+    )
     output = torch.empty(output_size, dtype=input.dtype, device="meta", memory_format=memory_format)
     if direction == "backward_bias":
         shape = prepare_backward_bias(spec(output))[-1]

@@ -126,7 +126,10 @@ def test_same_bits_at_misaligned_addresses(row):
 
 @pytest.mark.parametrize("row", rows(op="conv2d", direction="forward"), ids=str)
 def test_every_pixel_and_channel_of_a_tile_adds_in_the_same_order(row):
-    """With an input that is constant over its pixels and equal filters, all outputs are the same sum."""
+    """With an input that is constant over its pixels and equal filters, all outputs are the same sum: those of Winograd
+    rows at the same place in their tiles of 2 x 2 or 4 x 4 outputs, but for tiles that reach over the edge.
+    """
+    period = 4 if "_winograd_" in row.name else 1
     problems = []
     cases = [
         replace(case, pad_top=0, pad_bottom=0, pad_left=0, pad_right=0, batch=max(case.batch, 1))
@@ -142,7 +145,9 @@ def test_every_pixel_and_channel_of_a_tile_adds_in_the_same_order(row):
         filter = torch.randn(1, *case.weight_size[1:], generator=g, dtype=dtype)
         tensors = {"input": pixel.flatten(1, 2), "weight": filter.expand(case.weight_size)}
         (output,) = run(row, case, layouts, **tensors)
-        if not same_bits((output,), (output[:1, :1, :1, :1].expand_as(output),)):
+        output = output[:, :, : case.out_h // period * period, : case.out_w // period * period]
+        in_row, in_column = (torch.arange(size) % period for size in output.shape[2:])
+        if not same_bits((output,), (output[:1, :1, in_row[:, None], in_column].expand_as(output),)):
             problems.append((case.name, dtype, layouts))
     report(problems, row)
 

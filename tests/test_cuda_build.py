@@ -43,7 +43,8 @@ def conv2d_shape():
     ones = ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups")
     sizes = dict(batch=2, in_channels=8, in_h=9, in_w=9, out_channels=8, out_h=9, out_w=9, kernel_h=3, kernel_w=3)
     layouts = dict(layout=_native.Layout.nchw, weight_layout=_native.Layout.nchw)
-    return _native.Conv2dShape(**sizes, **dict.fromkeys(ones, 1), **layouts, dtype=_native.DTYPES[torch.float32])
+    policy = {"dtype": _native.DTYPES[torch.float32], "allow_winograd": 0}
+    return _native.Conv2dShape(**sizes, **dict.fromkeys(ones, 1), **layouts, **policy)
 
 
 def code(path: Path) -> str:

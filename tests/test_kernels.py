@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from tests.support import reference
+from tests.support import reference, winograd
 from tests.support.cases import NO_GRADIENT, Conv2dCase, FusedCase, Pool2dCase, cases_of, shared_tensors
 from tests.support.reference import Truth
 from tests.support.rows import (
@@ -73,6 +73,8 @@ def conv2d_problems(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts: tup
         data = shared_tensors(case, dtype)
         result = run_conv2d(row, case, layouts, **{**vars(data), "bias": data.bias if with_bias else None})
         truth = conv2d_truth(row.direction, case, dtype, with_bias)
+        if "_winograd_" in row.name:
+            truth = winograd.bounded(row, case, dtype, layouts, truth, vars(data))
         oracle = Truth(naive_conv2d(naive(row), case, dtype, with_bias).double(), 2 * truth.magnitude, truth.roundings)
         what = f"{case.name}{'' if with_bias or row.direction != 'forward' else ' without bias'}"
         problems += [f"{what}: {found}" for found in [violation(result, truth)] if found]

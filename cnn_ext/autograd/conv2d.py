@@ -7,7 +7,7 @@ are made of each other: with F(x, w), I(g, w), W(g, x) for the three,
     dW: F(x, v) to the grad_output,  I(g, v) to the input       (v: gradient of the grad_weight)
 Each saves and computes what the inputs that require gradients ask for, nothing else; torch does not tell a Function
 which of them torch.autograd.grad(output, weight) leaves out, so that computes the input's as well. ``geometry`` is
-(stride, padding, dilation, groups).
+(stride, padding, dilation, groups), and allow_winograd where the forward of the graph was told.
 """
 
 from torch.autograd import Function
@@ -80,7 +80,8 @@ class _BackwardWeight(Function):
 
     @staticmethod
     def forward(grad_output, input, geometry, weight):
-        return ops.conv2d_backward_weight(grad_output, input, weight.size, *geometry, is_channels_last(weight))
+        size, layout = weight.size, is_channels_last(weight)
+        return ops.conv2d_backward_weight(grad_output, input, size, *geometry[:4], layout, *geometry[4:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -15,13 +15,16 @@ from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+_POLICY = "bool allow_winograd=False"
 
 
 def _layout(memory_format: torch.memory_format):
     return _native.Layout.nhwc if memory_format == torch.channels_last else _native.Layout.nchw
 
 
-def native_shape(input_size, weight_size, output_size, geometry, dtype, memory_format, weight_format):
+def native_shape(
+    input_size, weight_size, output_size, geometry, dtype, memory_format, weight_format, allow_winograd=False
+):
     """The kernels' description of a checked convolution.
 
     The stride of an axis with one output and the dilation of an axis with one tap say nothing; as 1 they cannot
@@ -48,6 +51,7 @@ def native_shape(input_size, weight_size, output_size, geometry, dtype, memory_f
         dtype=_native.DTYPES[dtype],
         layout=_layout(memory_format),
         weight_layout=_layout(weight_format),
+        allow_winograd=allow_winograd,
     )
 
 
@@ -71,17 +75,22 @@ def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry):
+def prepare_forward(
+    input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, allow_winograd: bool = False
+):
     """The checked call: kernel shape, output size, layout."""
     output_size, memory_format = _plan_forward(input, weight, bias, geometry)
     weight_format = shapes.memory_format(weight)
-    shape = native_shape(input.size, weight.size, output_size, geometry, input.dtype, memory_format, weight_format)
+    shape = native_shape(
+        input.size, weight.size, output_size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+    )
     return shape, output_size, memory_format, weight_format
 
 
-def _forward(input, weight, bias, stride, padding, dilation, groups):
+def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False):
+    bias_spec = None if bias is None else spec(bias)
     shape, output_size, memory_format, weight_format = prepare_forward(
-        spec(input), spec(weight), None if bias is None else spec(bias), geometry_key(stride, padding, dilation, groups)
+        spec(input), spec(weight), bias_spec, geometry_key(stride, padding, dilation, groups), allow_winograd
     )
     output = empty(output_size, input, memory_format)
     if output.numel() == 0:
@@ -94,7 +103,7 @@ def _forward(input, weight, bias, stride, padding, dilation, groups):
     return output
 
 
-def _forward_fake(input, weight, bias, stride, padding, dilation, groups):
+def _forward_fake(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False):
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
     )
@@ -112,19 +121,28 @@ def _plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size, geometry):
+def prepare_backward_input(
+    grad_output: TensorSpec, weight: TensorSpec, input_size, geometry, allow_winograd: bool = False
+):
     memory_format = _plan_backward_input(grad_output, weight, input_size, geometry)
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
-        input_size, weight.size, grad_output.size, geometry, weight.dtype, memory_format, weight_format
+        input_size,
+        weight.size,
+        grad_output.size,
+        geometry,
+        weight.dtype,
+        memory_format,
+        weight_format,
+        allow_winograd,
     )
     return shape, memory_format, weight_format
 
 
-def _backward_input(grad_output, weight, input_size, stride, padding, dilation, groups):
+def _backward_input(grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False):
     geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_input(
-        spec(grad_output), spec(weight), tuple(input_size), geometry
+        spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd
     )
     grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
@@ -135,7 +153,7 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
     return grad_input
 
 
-def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups):
+def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False):
     geometry = (stride, padding, dilation, groups)
     memory_format = _plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
     return empty(input_size, grad_output, memory_format)
@@ -156,17 +174,23 @@ def weight_format_of(channels_last_weight: bool) -> torch.memory_format:
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare_backward_weight(grad_output: TensorSpec, input: TensorSpec, weight_size, geometry, channels_last_weight):
+def prepare_backward_weight(
+    grad_output: TensorSpec, input: TensorSpec, weight_size, geometry, channels_last_weight, allow_winograd=False
+):
     memory_format = _plan_backward_weight(grad_output, input, weight_size, geometry)
     weight_format = weight_format_of(channels_last_weight)
-    shape = native_shape(input.size, weight_size, grad_output.size, geometry, input.dtype, memory_format, weight_format)
+    shape = native_shape(
+        input.size, weight_size, grad_output.size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+    )
     return shape, memory_format, weight_format
 
 
-def _backward_weight(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
+def _backward_weight(
+    grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight, allow_winograd=False
+):
     geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_weight(
-        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight
+        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd
     )
     grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
@@ -178,7 +202,9 @@ def _backward_weight(grad_output, input, weight_size, stride, padding, dilation,
     return grad_weight
 
 
-def _backward_weight_fake(grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight):
+def _backward_weight_fake(
+    grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight, allow_winograd=False
+):
     _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
     weight_format = weight_format_of(channels_last_weight)
     return empty(weight_size, input, weight_format)
@@ -226,16 +252,18 @@ def _backward_bias_fake(grad_output):
 
 
 conv2d_forward = register(
-    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor", _forward, _forward_fake
+    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {_POLICY}) -> Tensor",
+    _forward,
+    _forward_fake,
 )
 conv2d_backward_input = register(
-    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}) -> Tensor",
+    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}, {_POLICY}) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 conv2d_backward_weight = register(
     f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {GEOMETRY}, "
-    "bool channels_last_weight) -> Tensor",
+    f"bool channels_last_weight, {_POLICY}) -> Tensor",
     _backward_weight,
     _backward_weight_fake,
 )

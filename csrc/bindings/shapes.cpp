@@ -45,6 +45,7 @@ void visit_fields(Visitor& v, Conv2dShape*) {
   v.set("kernel_h", &S::kernel_h).set("kernel_w", &S::kernel_w).set("stride_h", &S::stride_h).set("stride_w", &S::stride_w);
   v.set("pad_top", &S::pad_top).set("pad_left", &S::pad_left).set("dilation_h", &S::dilation_h).set("dilation_w", &S::dilation_w);
   v.set("groups", &S::groups).set("dtype", &S::dtype).set("layout", &S::layout).set("weight_layout", &S::weight_layout);
+  v.set("allow_winograd", &S::allow_winograd);
 }
 
 template <class Visitor>

@@ -35,8 +35,9 @@ struct Conv2dShape {
   int64_t dilation_h, dilation_w;
   int64_t groups;
   DType dtype;
-  Layout layout;         // of input, output and their gradients
-  Layout weight_layout;  // of weight and grad_weight
+  Layout layout;           // of input, output and their gradients
+  Layout weight_layout;    // of weight and grad_weight
+  int32_t allow_winograd;  // 0 or 1: whether a kernel may trade accuracy for speed within Winograd's error bound
 };
 
 enum class Pool2dOp : int32_t { max, avg };

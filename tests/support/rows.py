@@ -89,7 +89,9 @@ def empty(
     return tensor.permute(0, 3, 1, 2) if channels_last else tensor
 
 
-def conv2d_shape(case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layout: str) -> _native.Conv2dShape:
+def conv2d_shape(
+    case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layout: str, *, allow_winograd: bool = True
+) -> _native.Conv2dShape:
     """The struct that the kernels are given for ``case``."""
     fields = (
         "batch in_channels in_h in_w out_channels out_h out_w kernel_h kernel_w stride_h stride_w pad_top pad_left "
@@ -100,13 +102,14 @@ def conv2d_shape(case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layou
         dtype=_native.DTYPES[dtype],
         layout=getattr(_native.Layout, layout),
         weight_layout=getattr(_native.Layout, weight_layout),
+        allow_winograd=allow_winograd,
     )
 
 
 def fused_shape(case: FusedCase, dtype: torch.dtype, layout: str, weight_layout: str) -> _native.Conv2dReluPoolShape:
     """The struct that the kernels are given for ``case``."""
     return _native.Conv2dReluPoolShape(
-        conv=conv2d_shape(case.conv, dtype, layout, weight_layout),
+        conv=conv2d_shape(case.conv, dtype, layout, weight_layout, allow_winograd=False),
         pool_h=case.window,
         pool_w=case.window,
         pool_stride_h=case.stride,

@@ -1,0 +1,162 @@
+// Which tile a Winograd convolution takes, whether it pays, and how the work is cut.
+//
+// A block is a rectangle of Winograd tiles of an image, or all tiles of several images. Two schedules, by what is larger:
+//   blocks   The transformed weights of all channels are small. They are made once, and every task takes a block of tiles, small enough for
+//            the second cache, through all three steps.
+//   units    They are large, as in the deep layers of a network, where the maps are small. The inputs of a large block of tiles are
+//            transformed by all threads, then every task transforms the weights of its unit of output channels into its own scratch and
+//            multiplies all tiles of the block with them: transformed weights are never written to memory.
+// The reduction is cut into blocks of at most kReductionChannels, by the number of channels alone, so both schedules give the same bits.
+#pragma once
+
+#include "cpu/kernels/conv2d_direct_blocking.inl"
+#include "cpu/kernels/conv2d_winograd_multiply.inl"
+
+namespace {
+
+using cnn_ext::DType;
+
+constexpr int64_t kReductionChannels = 128;
+constexpr int64_t kSharedWeightBytes = 1 << 20;  // of transformed weights: above, the schedule is by units
+constexpr int64_t kBlockBytes = 1 << 20;         // of a block's transformed tensors, by blocks
+constexpr int64_t kSharedTileBytes = 8 << 20;    // of a block's transformed inputs, by units
+constexpr int64_t kBlocksPerThread = 4;
+
+inline int64_t rounded_up(int64_t x, int64_t step) { return ceil_div(x, step) * step; }
+
+// What an image costs, in vector operations: beside the products, what transforming inputs and outputs takes for each point, and an
+// image's share of the transformed weights, as measured against the products. The batch may not be looked at: a share of a sixth is what
+// batches from about 8 on pay at most.
+constexpr int64_t kTransformCost = 8, kFilterCost = 1;
+
+template <class T>
+int64_t winograd_cost(const Gather& g, int64_t outputs) {
+  const int64_t alpha = outputs + g.h.taps - 1, tiles = ceil_div(g.h.count, outputs) * ceil_div(g.w.count, outputs);
+  const int64_t vectors_in = ceil_div(g.channels, kLanes<T>), vectors_out = ceil_div(g.outputs, kLanes<T>);
+  const int64_t per_point =
+      tiles * (g.channels * vectors_out + kTransformCost * (vectors_in + vectors_out)) + kFilterCost * g.channels * vectors_out;
+  return alpha * alpha * per_point;
+}
+
+template <class T>
+int64_t direct_cost(const Gather& g) {
+  return g.h.count * g.w.count * g.terms() * ceil_div(g.outputs, kLanes<T>);
+}
+
+// m of F(m x m, r x r). F(2 x 2, 5 x 5) would serve maps of 2 x 2 alone.
+template <class T>
+int64_t tile_outputs(const Gather& g) {
+  return g.h.taps == 3 && winograd_cost<T>(g, 2) <= winograd_cost<T>(g, 4) ? 2 : 4;
+}
+
+inline bool is_winograd_problem(const Conv2dShape& s) {
+  return s.allow_winograd != 0 && s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5) && s.stride_h * s.stride_w == 1 &&
+         s.dilation_h * s.dilation_w == 1 && s.in_channels * s.out_channels > 0;
+}
+
+template <class T>
+bool pays(const Gather& g) {
+  return 5 * winograd_cost<T>(g, tile_outputs<T>(g)) < 4 * direct_cost<T>(g);
+}
+
+// How a Winograd convolution is cut. `images` x `rows` x `cols` Winograd tiles are a block.
+struct WinogradBlocking {
+  int64_t tile_rows, tile_cols;  // of an image
+  int64_t channels, channel_blocks;
+  int64_t channel_vectors;  // of a group
+  int64_t units;            // of a group
+  int64_t images, image_blocks;
+  int64_t rows, row_blocks;
+  int64_t cols, col_blocks;
+  bool by_units;
+  int64_t blocks() const { return image_blocks * row_blocks * col_blocks; }
+  int64_t tiles() const { return images * rows * cols; }
+};
+
+inline int64_t unit_width(int64_t outputs, int64_t unit, int64_t lanes) {
+  return outputs - unit * kUnitVectors * lanes > lanes ? kUnitVectors * lanes : lanes;
+}
+
+// Halves a block of whole images, then rows of tiles, then columns, until it fits.
+template <class Fits>
+void fit_block(int64_t batch, WinogradBlocking& b, const Fits& fits) {
+  b.images = batch, b.rows = b.tile_rows, b.cols = b.tile_cols;
+  int64_t* const parts[] = {&b.images, &b.rows, &b.cols};
+  for (int64_t* part : parts) {
+    while (*part > 1 && !fits()) *part = ceil_div(*part, 2);
+  }
+}
+
+inline void count_winograd_blocks(int64_t batch, WinogradBlocking& b) {
+  b.image_blocks = ceil_div(batch, b.images), b.row_blocks = ceil_div(b.tile_rows, b.rows), b.col_blocks = ceil_div(b.tile_cols, b.cols);
+}
+
+template <class T, int kOutputs, int kTaps>
+WinogradBlocking make_winograd_blocking(const Gather& g, int threads) {
+  constexpr int kAlpha = kOutputs + kTaps - 1;
+  constexpr int64_t kPointBytes = kAlpha * kAlpha * static_cast<int64_t>(sizeof(T)), kUnit = kUnitVectors * kLanes<T>;
+  const int64_t images = at_least_1(g.batch);
+  WinogradBlocking b{};
+  b.tile_rows = ceil_div(g.h.count, kOutputs), b.tile_cols = ceil_div(g.w.count, kOutputs);
+  b.channels = smaller(rounded_up(ceil_div(g.channels, ceil_div(g.channels, kReductionChannels)), kLanes<T>), g.channels);
+  b.channel_blocks = ceil_div(g.channels, b.channels);
+  b.channel_vectors = ceil_div(g.channels, kLanes<T>);
+  b.units = ceil_div(g.outputs, kUnit);
+  const int64_t channels = b.channel_vectors * kLanes<T>;
+  b.by_units = g.groups * channels * g.outputs * kPointBytes > kSharedWeightBytes;
+  if (b.by_units) {
+    fit_block(images, b, [&] { return b.tiles() * channels * kPointBytes <= kSharedTileBytes; });
+  } else {
+    const int64_t wanted = threads > 1 ? threads * kBlocksPerThread : 1;
+    fit_block(images, b, [&] {
+      count_winograd_blocks(images, b);
+      const bool fits = b.tiles() * (channels + kUnit) * kPointBytes <= kBlockBytes;
+      return fits && (b.tiles() < 2 * kProductTiles || g.groups * b.blocks() >= wanted);
+    });
+  }
+  count_winograd_blocks(images, b);
+  return b;
+}
+
+// One flag per image, at the beginning of the workspace.
+inline int64_t suspects_bytes(int64_t batch) { return aligned(batch * static_cast<int64_t>(sizeof(int32_t))); }
+
+// Where the other things lie in the workspace, in bytes; what a worker has begins at `workers + worker * worker_bytes`.
+struct WinogradScratch {
+  int64_t unit_weights, block_weights;             // transformed weights of a unit and of a block of its channels: elements
+  int64_t point_weights, point_tiles, point_sums;  // from a point to the next: elements
+  int64_t weights, tiles, workers;
+  int64_t own_packed, own_weights, own_tiles, own_staged, own_sums, own_outputs, worker_bytes;
+  int64_t total(int threads) const { return workers + threads * worker_bytes; }
+};
+
+template <class T, int kOutputs, int kTaps>
+WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b) {
+  constexpr int64_t kPoints = (kOutputs + kTaps - 1) * (kOutputs + kTaps - 1), kV = kLanes<T>, kUnit = kUnitVectors * kV;
+  WinogradScratch s{};
+  s.point_weights = plane_vectors(b.channels * kUnitVectors) * kV;
+  s.point_tiles = plane_vectors(b.channel_vectors * b.tiles()) * kV;
+  s.point_sums = plane_vectors(kUnitVectors * b.tiles()) * kV;
+  s.block_weights = kPoints * s.point_weights;
+  s.unit_weights = b.channel_blocks * s.block_weights;
+  int64_t end = 0;
+  const auto next = [&end](int64_t elements) {
+    const int64_t begin = end;
+    end += aligned(elements * static_cast<int64_t>(sizeof(T)));
+    return begin;
+  };
+  end = suspects_bytes(g.batch);
+  s.weights = next(b.by_units ? 0 : g.groups * b.units * s.unit_weights);
+  s.tiles = next(b.by_units ? kPoints * s.point_tiles : 0);
+  s.workers = end, end = 0;
+  s.own_packed = next(b.channels * kTaps * kTaps * kUnit);
+  s.own_weights = next(b.by_units ? s.unit_weights : 0);
+  s.own_tiles = next(b.by_units ? 0 : kPoints * s.point_tiles);
+  s.own_staged = next((b.rows * kOutputs + kTaps - 1) * (b.cols * kOutputs + kTaps - 1) * kV);
+  s.own_sums = next(kPoints * s.point_sums);
+  s.own_outputs = next(kOutputs * kOutputs * b.cols * kV);
+  s.worker_bytes = end;
+  return s;
+}
+
+}  // namespace
