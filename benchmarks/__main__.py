@@ -1,10 +1,10 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | report``."""
+"""``python -m benchmarks conv2d | pooling | mnist | all | install | report``."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import report, runner
+from benchmarks import install, report, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of one (%(default)s)")
         measure.add_argument("--data-dir", help="where MNIST/raw is; default: $CNN_EXT_DATA, ./data, ../shared/data")
         measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    installer = commands.add_parser("install", help="measure building and installing from a clone")
+    installer.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     writer = commands.add_parser("report", help="write the recorded results into README.md")
     writer.add_argument("--results", type=Path, default=RESULTS)
     writer.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
@@ -42,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "report":
             report.write(options.results, options.readme)
+            return 0
+        if options.command == "install":
+            install.measure(options.out)
             return 0
         require_device(options.device)
         if options.worker:

@@ -28,6 +28,12 @@ TRAINING_COLUMNS = [
     Column("share of the first line's time", lambda row: row["time_vs_torch"], ".3f"),
 ]
 
+INSTALL_COLUMNS = [
+    Column("build and install", lambda row: row["name"]),
+    Column("seconds", lambda row: row["seconds"], ".0f"),
+    Column("MB installed", lambda row: row["megabytes"], ".1f"),
+]
+
 SEED_COLUMNS = [
     Column("layers of", lambda row: f"`{row['backend']}`"),
     Column("seed", lambda row: row["seed"], "d"),
@@ -40,6 +46,7 @@ def write(results: Path, readme: Path) -> None:
     text = readme.read_text()
     text = _between(text, "benchmarks", _benchmarks_block(results, readme.parent))
     text = _between(text, "mnist", _mnist_block(results, readme.parent))
+    text = _between(text, "install", _install_block(results, readme.parent))
     readme.write_text(text)
     print(f"wrote {readme}")
 
@@ -78,6 +85,16 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
     return [head, markdown(GROUP_COLUMNS, groups), means, *_pictures(path, root)]
 
 
+def _install_block(results: Path, root: Path) -> str:
+    path = results / "install.json"
+    if not path.is_file():
+        return "No installation is recorded yet."
+    document = json.loads(path.read_text())
+    machine = document["machine"]
+    where = f"{machine['cores']} cores of {machine['cpu']}, {document['date'][:10]}, `{document['command']}`"
+    return "\n\n".join([markdown(INSTALL_COLUMNS, document["rows"]), f"({where})"])
+
+
 def _pictures(path: Path, root: Path) -> list[str]:
     found = sorted(path.parent.glob(f"{path.stem}_*.png"))
     return [f"![{picture.stem.replace('_', ' ')}]({_link(picture, root)})" for picture in found]
@@ -113,7 +130,7 @@ def _mean_line(backend: str, runs: list[dict]) -> str:
     line = f"- `{backend}`: mean test accuracy {statistics.mean(accuracies):.4f}"
     if len(accuracies) > 1:
         line += f", standard error {statistics.stdev(accuracies) / len(accuracies) ** 0.5:.4f}"
-    return f"{line} ({len(accuracies)} seeds)"
+    return f"{line} ({len(accuracies)} seed{'s' if len(accuracies) > 1 else ''})"
 
 
 def _histories(results: Path) -> dict[str, list[dict]]:

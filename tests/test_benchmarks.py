@@ -138,15 +138,25 @@ README = """before
 stale
 <!-- mnist:end -->
 between
+<!-- install:begin -->
+<!-- install:end -->
 <!-- benchmarks:begin -->
 <!-- benchmarks:end -->
 after
 """
 
+INSTALL = {
+    "machine": {"cpu": "a processor", "cores": 2},
+    "date": "2026-01-02 03:04 UTC",
+    "command": "python -m benchmarks install",
+    "rows": [{"name": "CPU only", "seconds": 61.6, "megabytes": 7.51}],
+}
+
 
 def test_report_writes_between_the_markers_and_nowhere_else(results):
     for seed, accuracy in enumerate((0.9900, 0.9910, 0.9920), 1):
         (results / f"mnist_cnn_ext_seed{seed}.json").write_text(history("cnn_ext", seed, accuracy))
+    (results / "install.json").write_text(json.dumps(INSTALL))
     readme = results / "README.md"
     readme.write_text(README)
     report.write(results, readme)
@@ -155,6 +165,10 @@ def test_report_writes_between_the_markers_and_nowhere_else(results):
     assert "stale" not in text
     assert "mean test accuracy 0.9910, standard error 0.0006 (3 seeds)" in text
     assert "0.9914" in text
+    assert (
+        "| CPU only | 62 | 7.5 |" in text
+        and "(2 cores of a processor, 2026-01-02, `python -m benchmarks install`)" in text
+    )
     assert "(conv2d_cpu_nofault.json)" in text and "![conv2d cpu nofault roofline]" in text
     with Image.open(results / "mnist_curves.png") as picture:
         picture.load()
