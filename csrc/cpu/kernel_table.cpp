@@ -29,13 +29,16 @@ namespace cnn_ext::cpu {
   ROW(conv2d_relu_max_pool2d_backward_weight_direct) \
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
-#define CNN_EXT_POOL2D_ROWS(ROW)  \
-  ROW(max_pool2d_forward_2x2)     \
-  ROW(max_pool2d_forward_direct)  \
-  ROW(max_pool2d_backward_2x2)    \
-  ROW(max_pool2d_backward_direct) \
-  ROW(max_pool2d_gather_direct)   \
-  ROW(avg_pool2d_forward_direct)  \
+#define CNN_EXT_POOL2D_ROWS(ROW)    \
+  ROW(max_pool2d_forward_2x2)       \
+  ROW(max_pool2d_forward_strips)    \
+  ROW(max_pool2d_forward_separable) \
+  ROW(max_pool2d_forward_direct)    \
+  ROW(max_pool2d_backward_2x2)      \
+  ROW(max_pool2d_backward_scatter)  \
+  ROW(max_pool2d_backward_direct)   \
+  ROW(max_pool2d_gather_direct)     \
+  ROW(avg_pool2d_forward_direct)    \
   ROW(avg_pool2d_backward_direct)
 
 #if defined(__x86_64__)

@@ -3,13 +3,12 @@
 //
 // nchw, stride 1 or 2: a vector holds the columns of one phase (column modulo stride), so that the outputs that a tap connects them to are
 // neighbours; the two phases of stride 2 are interleaved at the store. Where the vectors begin depends on the column alone and is computed
-// once per call. The two rows of a 2x2 window of stride 2 are done together: offsets and gradients are loaded once for four elements.
+// once per call.
 //
 // nhwc: a vector holds neighbouring channels of one pixel.
 //
-// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition. Where more than nine taps meet in an element, and
-// in nchw for larger strides, it is cheaper to clear a few rows and to add their outputs one by one, in L1: the same additions in the same
-// order.
+// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition. Where many windows meet in an element, scattering
+// is cheaper: max_pool2d_backward_scatter.cpp.
 #include "cpu/kernels/pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -30,12 +29,6 @@ struct Tables {
   int64_t begin[3];     // nchw
 };
 
-bool by_outputs(const Pool2dShape& s) {
-  return s.layout == Layout::nchw && (s.stride_w > 2 || s.kernel_h * s.kernel_w > 32 * s.stride_h * s.stride_w);
-}
-
-bool by_phases(const Pool2dShape& s) { return s.layout == Layout::nchw && !by_outputs(s); }
-
 // A vector q covers columns from q * lanes * stride_w - pad_left on.
 template <class T>
 int64_t vectors_of(const Pool2dShape& s) {
@@ -47,7 +40,7 @@ Tables carve_tables(const Pool2dShape& s, Carver& carver) {
   Tables t{};
   t.rows = carve_covers(carver, s.in_h, s.out_h, s.kernel_h);
   if (s.layout == Layout::nhwc) t.columns = carve_covers(carver, s.in_w, s.out_w, s.kernel_w);
-  if (by_phases(s)) t.covers = carver.take<VectorCover>(vectors_of<T>(s) * s.kernel_w);
+  if (s.layout == Layout::nchw) t.covers = carver.take<VectorCover>(vectors_of<T>(s) * s.kernel_w);
   return t;
 }
 
@@ -55,7 +48,7 @@ template <class T>
 void fill_tables(const Pool2dShape& s, Tables& t) {
   fill_row_covers(t.rows, s);
   if (s.layout == Layout::nhwc) fill_column_covers(t.columns, s);
-  if (!by_phases(s)) return;
+  if (s.layout == Layout::nhwc) return;
   VectorCover* cover = t.covers;
   for (int64_t v = 0; v < vectors_of<T>(s); ++v) {
     for (int64_t phase = 0; phase < s.stride_w; ++phase) {
@@ -116,46 +109,6 @@ void backward_row_by_phases(const Pool2dShape& s, const Tables& t, Outputs<T, Of
   }
 }
 
-// Whether rows ih and ih + 1 are the two rows of one row of 2x2 windows with stride 2.
-bool is_row_pair(const Pool2dShape& s, const Tables& t, int64_t ih) {
-  if (s.stride_w != 2 || s.kernel_w != 2 || s.dilation_w != 1 || s.stride_h != 2 || s.kernel_h != 2 || s.dilation_h != 1) return false;
-  return ih + 1 < s.in_h && t.rows.begin[ih] < t.rows.begin[ih + 1] && t.rows.covers[t.rows.begin[ih]].tap == 0;
-}
-
-template <class T, class Offset>
-void backward_row_pair(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
-  const int64_t out = t.rows.covers[t.rows.begin[ih]].out * s.out_w;
-  const VectorCover* cover = t.covers;
-  for (int64_t column = -s.pad_left; column < s.in_w; column += 2 * kLanes<T>, cover += 2) {
-    const Vec<T> grad = load_lanes(outputs.grad + out + cover->out, cover->lanes, Vec<T>{});
-    const IntVec<T> offset = load_offsets<T>(outputs.offsets + out + cover->out, cover->lanes);
-    for (int r = 0; r < 2; ++r) {
-      const Vec<T> even = Vec<T>{} + select(equal(offset, broadcast(static_cast<Int<T>>(2 * r))), grad, Vec<T>{});
-      const Vec<T> odd = Vec<T>{} + select(equal(offset, broadcast(static_cast<Int<T>>(2 * r + 1))), grad, Vec<T>{});
-      store_columns(grad_input + r * s.in_w, column, interleave_lower<T>(even, odd), s);
-      store_columns(grad_input + r * s.in_w, column + kLanes<T>, interleave_upper<T>(even, odd), s);
-    }
-  }
-}
-
-// The rows [first, last) of one nchw plane, output by output: those that lie in between get their gradients added in ascending order.
-template <class T, class Offset>
-void backward_by_outputs(const Pool2dShape& s, Outputs<T, Offset> outputs, int64_t first, int64_t last, T* plane) {
-  for (int64_t i = first * s.in_w; i < last * s.in_w; ++i) plane[i] = T{0};
-  const int64_t from = first + s.pad_top - (s.kernel_h - 1) * s.dilation_h;
-  const int64_t last_out = smaller(s.out_h - 1, (last - 1 + s.pad_top) / s.stride_h);
-  const uint32_t kernel_w = static_cast<uint32_t>(s.kernel_w);
-  for (int64_t oh = from > 0 ? ceil_div(from, s.stride_h) : 0; oh <= last_out; ++oh) {
-    const int64_t top = oh * s.stride_h - s.pad_top;
-    for (int64_t ow = 0; ow < s.out_w; ++ow) {
-      const uint32_t tap = static_cast<uint32_t>(outputs.offsets[oh * s.out_w + ow]);
-      const int64_t ih = top + tap / kernel_w * s.dilation_h;
-      const int64_t iw = ow * s.stride_w - s.pad_left + tap % kernel_w * s.dilation_w;
-      if (ih >= first && ih < last && iw >= 0 && iw < s.in_w) plane[ih * s.in_w + iw] += outputs.grad[oh * s.out_w + ow];
-    }
-  }
-}
-
 // The channels [channel, last_channel) of one row of one image.
 template <class T, class Offset>
 void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input, int64_t channel,
@@ -183,18 +136,15 @@ void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
 template <class T, class Offset>
 void backward_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t last, T* grad_input,
                    int64_t channel, int64_t last_channel) {
-  while (ih < last) {
+  for (; ih < last; ++ih) {
     T* row = grad_input + ih * s.in_w * pixel_of(s);
     if (s.layout == Layout::nhwc) {
       backward_row_nhwc(s, t, outputs, ih, row, channel, last_channel);
     } else if (s.stride_w == 1) {
       backward_row_by_phases<T, Offset, 1>(s, t, outputs, ih, row);
-    } else if (ih + 1 < last && is_row_pair(s, t, ih)) {
-      backward_row_pair(s, t, outputs, ih++, row);
     } else {
       backward_row_by_phases<T, Offset, 2>(s, t, outputs, ih, row);
     }
-    ++ih;
   }
 }
 
@@ -215,15 +165,13 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
       const Outputs<T, Offset> outputs{static_cast<const T*>(b.grad_output) + plane * plane_outputs,
                                        static_cast<const Offset*>(b.offsets) + plane * plane_outputs};
       T* grad_input = static_cast<T*>(b.grad_input) + plane * s.in_h * s.in_w * pixel_of(s);
-      if (by_outputs(s)) {
-        backward_by_outputs(s, outputs, first, last, grad_input);
-      } else {
-        backward_rows(s, tables, outputs, first, last, grad_input, channel, last_channel);
-      }
+      backward_rows(s, tables, outputs, first, last, grad_input, channel, last_channel);
       row += last - first;
     }
   });
 }
+
+bool accepts(const Pool2dShape& s) { return accepts_float_and_double(s) && (s.layout == Layout::nhwc || s.stride_w <= 2); }
 
 template <class T>
 Plan plan_for(const Pool2dShape& s, int threads) {
@@ -247,12 +195,7 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int thre
 
 }  // namespace
 
-extern const Pool2dKernel max_pool2d_backward_direct = {CNN_EXT_KERNEL_NAME("max_pool2d_backward_direct"),
-                                                        Isa::CNN_EXT_ISA,
-                                                        Pool2dOp::max,
-                                                        Pool2dDirection::backward,
-                                                        accepts_float_and_double,
-                                                        plan,
-                                                        run};
+extern const Pool2dKernel max_pool2d_backward_direct = {
+    CNN_EXT_KERNEL_NAME("max_pool2d_backward_direct"), Isa::CNN_EXT_ISA, Pool2dOp::max, Pool2dDirection::backward, accepts, plan, run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

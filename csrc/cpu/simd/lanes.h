@@ -165,6 +165,7 @@ inline Choice is_nan(Vec<float> a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_
 inline Choice is_nan(Vec<double> a) { return _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q); }
 inline Choice equal(Vec<int32_t> a, Vec<int32_t> b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
 inline Choice equal(Vec<int64_t> a, Vec<int64_t> b) { return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b); }
+inline bool any(Choice c) { return c != 0; }
 inline Vec<float> select(Choice c, Vec<float> a, Vec<float> b) { return _mm512_mask_blend_ps(static_cast<__mmask16>(c), b, a); }
 inline Vec<double> select(Choice c, Vec<double> a, Vec<double> b) { return _mm512_mask_blend_pd(static_cast<__mmask8>(c), b, a); }
 inline Vec<int32_t> select(Choice c, Vec<int32_t> a, Vec<int32_t> b) {
@@ -180,6 +181,11 @@ inline Vec<int32_t> is_nan(Vec<float> a) { return a != a; }
 inline Vec<int64_t> is_nan(Vec<double> a) { return a != a; }
 inline Vec<int32_t> equal(Vec<int32_t> a, Vec<int32_t> b) { return a == b; }
 inline Vec<int64_t> equal(Vec<int64_t> a, Vec<int64_t> b) { return a == b; }
+template <class C>
+inline bool any(C choice) {
+  const __typeof__(choice) none{};
+  return __builtin_memcmp(&choice, &none, sizeof choice) != 0;
+}
 inline Vec<float> select(Vec<int32_t> c, Vec<float> a, Vec<float> b) { return c ? a : b; }
 inline Vec<double> select(Vec<int64_t> c, Vec<double> a, Vec<double> b) { return c ? a : b; }
 inline Vec<int32_t> select(Vec<int32_t> c, Vec<int32_t> a, Vec<int32_t> b) { return c ? a : b; }
