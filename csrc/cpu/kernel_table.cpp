@@ -4,20 +4,23 @@ namespace cnn_ext::cpu {
 
 // The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of
 // them.)
-#define CNN_EXT_CONV2D_ROWS(ROW)        \
-  ROW(conv2d_forward_depthwise)         \
-  ROW(conv2d_backward_input_depthwise)  \
-  ROW(conv2d_backward_weight_depthwise) \
-  ROW(conv2d_forward_pointwise)         \
-  ROW(conv2d_backward_input_pointwise)  \
-  ROW(conv2d_forward_winograd)          \
-  ROW(conv2d_backward_input_winograd)   \
-  ROW(conv2d_forward_pixels)            \
-  ROW(conv2d_backward_input_pixels)     \
-  ROW(conv2d_forward_direct)            \
-  ROW(conv2d_backward_input_direct)     \
-  ROW(conv2d_backward_weight_taps)      \
-  ROW(conv2d_backward_weight_direct)    \
+#define CNN_EXT_CONV2D_ROWS(ROW)                 \
+  ROW(conv2d_forward_depthwise_channels)         \
+  ROW(conv2d_backward_input_depthwise_channels)  \
+  ROW(conv2d_backward_weight_depthwise_channels) \
+  ROW(conv2d_forward_depthwise)                  \
+  ROW(conv2d_backward_input_depthwise)           \
+  ROW(conv2d_backward_weight_depthwise)          \
+  ROW(conv2d_forward_pointwise)                  \
+  ROW(conv2d_backward_input_pointwise)           \
+  ROW(conv2d_forward_winograd)                   \
+  ROW(conv2d_backward_input_winograd)            \
+  ROW(conv2d_forward_pixels)                     \
+  ROW(conv2d_backward_input_pixels)              \
+  ROW(conv2d_forward_direct)                     \
+  ROW(conv2d_backward_input_direct)              \
+  ROW(conv2d_backward_weight_taps)               \
+  ROW(conv2d_backward_weight_direct)             \
   ROW(conv2d_backward_bias_direct)
 
 #define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)           \

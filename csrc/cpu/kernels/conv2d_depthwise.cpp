@@ -17,25 +17,6 @@ namespace {
 
 constexpr int kTilePixels = 14;
 
-// One axis of the gather. Target t has the phase (t + target_pad) % phases and the place q = (t + target_pad) / phases; tap k, if it
-// belongs to the phase, reads source position q * source_step + offset(k, phase).
-struct Axis {
-  int64_t source, target, taps;
-  int64_t stride, pad, dilation;
-  bool forward;
-
-  int64_t phases() const { return forward ? 1 : stride; }
-  int64_t source_step() const { return forward ? stride : 1; }
-  int64_t target_pad() const { return forward ? 0 : pad; }
-  int64_t phase(int64_t t) const { return (t + target_pad()) % phases(); }
-  int64_t place(int64_t t) const { return (t + target_pad()) / phases(); }
-  bool has_tap(int64_t k, int64_t phase) const { return forward || k * dilation % stride == phase; }
-  int64_t offset(int64_t k, int64_t phase) const { return forward ? k * dilation - pad : -((k * dilation - phase) / stride); }
-  // The source positions that the targets [t, last) read, unclipped.
-  int64_t first_source(int64_t t) const { return place(t) * source_step() + (forward ? -pad : -((taps - 1) * dilation / stride)); }
-  int64_t last_source(int64_t last) const { return place(last - 1) * source_step() + (forward ? (taps - 1) * dilation - pad : 0) + 1; }
-};
-
 struct Tap {
   int64_t offset;  // elements of the stage, from the pixel at the target's place
   int64_t weight;  // elements of the channel block's packed weights

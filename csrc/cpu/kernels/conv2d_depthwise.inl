@@ -34,6 +34,38 @@ inline bool accepts_depthwise(const Conv2dShape& s) {
   return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.groups > 1 && s.groups == s.in_channels && 2 * s.groups >= lanes;
 }
 
+// One axis of the gather. Target t has the phase (t + target_pad) % phases and the place q = (t + target_pad) / phases; tap k, if it
+// belongs to the phase, reads source position q * source_step + offset(k, phase).
+struct Axis {
+  int64_t source, target, taps;
+  int64_t stride, pad, dilation;
+  bool forward;
+
+  int64_t phases() const { return forward ? 1 : stride; }
+  int64_t source_step() const { return forward ? stride : 1; }
+  int64_t target_pad() const { return forward ? 0 : pad; }
+  int64_t phase(int64_t t) const { return (t + target_pad()) % phases(); }
+  int64_t place(int64_t t) const { return (t + target_pad()) / phases(); }
+  bool has_tap(int64_t k, int64_t phase) const { return forward || k * dilation % stride == phase; }
+  int64_t offset(int64_t k, int64_t phase) const { return forward ? k * dilation - pad : -((k * dilation - phase) / stride); }
+  // The source positions that the targets [t, last) read, unclipped.
+  int64_t first_source(int64_t t) const { return place(t) * source_step() + (forward ? -pad : -((taps - 1) * dilation / stride)); }
+  int64_t last_source(int64_t last) const { return place(last - 1) * source_step() + (forward ? (taps - 1) * dilation - pad : 0) + 1; }
+};
+
+// nhwc tensors of at least a vector of channels, one output channel each: what the kernels without a stage take.
+inline bool accepts_depthwise_channels(const Conv2dShape& s) {
+  const int lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
+  return accepts_depthwise(s) && s.layout == Layout::nhwc && multiplier_of(s) == 1 && s.groups >= lanes;
+}
+
+// Keeps the compiler from knowing how a pointer came about: it would otherwise hold a sum for every pixel of a tile in a register, spill
+// most of them and load each from the stack, where base + index * scale + displacement of a load costs nothing.
+template <class T>
+inline void hide_origin(T& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 // The channels first + i * step, i < count <= lanes, of one image of a tensor of height x width maps.
 template <class T>
 struct ChannelBlock {

@@ -1,0 +1,284 @@
+// The gradient of depthwise weights from nhwc tensors with one output channel per channel, for kernels of up to 7 columns, any stride and
+// dilation, straight from memory: a vector is neighbouring channels of one pixel, and a tap's gradient is a vector that adds up
+// grad_output[pixel] * input[pixel shifted by the tap], the padding left out.
+//
+// Tile: the taps of up to 5 rows and all columns, 28 sums (avx2: 14), over a row of pixels: one load of grad_output serves all taps, the
+// input is a memory operand. 3x3 kernels take two vectors at a time. A bit mask
+// per pixel says which taps have an input there; between the borders no mask is looked at.
+//
+// Order: pixels of a row in registers, rows and images of a chunk in memory, then the chunks in ascending order. Chunks are a function of
+// the shape and the instruction set, never of the threads.
+#include "cpu/kernels/conv2d_depthwise.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+constexpr int kTileRows = 5;
+constexpr int kTileColumns = 7;
+constexpr int kTileSums = kVectorRegisters == 32 ? 28 : 14;
+constexpr int kBlockVectors = 4;  // of the channels of a task: 256 bytes of each pixel
+
+template <class T>
+struct Job {
+  Conv2dShape s;
+  int64_t blocks;                  // of channels
+  int64_t chunk_rows, row_chunks;  // output rows of a chunk, chunks of an image
+  int64_t chunk_images, chunks;    // in all
+  int64_t tile_rows;               // tap rows of a tile
+  int64_t first_full, last_full;   // output columns where all tap columns have an input
+  uint32_t* masks;                 // [out_w]: bit c of tap column c, repeated for each tap row of a tile
+  T* sums;                         // [chunks, taps, vectors, lanes]
+
+  int64_t vectors() const { return ceil_div(s.groups, kLanes<T>); }
+  // A rest of channels is computed as the last full vector; its first lanes repeat the vector before and are thrown away.
+  int64_t first_channel(int64_t vector) const { return smaller(vector * kLanes<T>, s.groups - kLanes<T>); }
+  int64_t sums_of_chunk() const { return taps_of(s) * vectors() * kLanes<T>; }
+};
+
+// One output row for a tile of taps.
+template <class T>
+struct RowArguments {
+  const T *grad, *input;  // at output column 0; the input of tap 0, which may lie outside
+  int64_t columns, first_full, last_full;
+  int64_t channels;
+  int64_t input_pixel, tap_row, tap_column;  // elements from one output pixel, tap row, tap column to the next
+  const uint32_t* masks;
+  uint32_t row_mask;  // the bits of the tap rows that have an input
+  T* sums;            // of tap 0
+  int64_t sums_step;  // from one tap's to the next
+};
+
+template <class T, int kRows, int kColumns, int kVectors, bool kMasked>
+inline __attribute__((always_inline)) void add_pixels(const RowArguments<T>& a, int64_t first, int64_t last,
+                                                      Vec<T> (&sum)[kRows * kColumns][kVectors]) {
+  const T* grad = a.grad + first * a.channels;
+  const T* input = a.input + first * a.input_pixel;
+  const int64_t channels = a.channels, input_pixel = a.input_pixel, tap_row = a.tap_row, tap_column = a.tap_column;
+  for (int64_t column = first; column < last; ++column, grad += channels, input += input_pixel) {
+    const uint32_t mask = kMasked ? a.masks[column] & a.row_mask : 0;
+    Vec<T> g[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes<T>);
+    const T* row = input;
+#pragma GCC unroll 5
+    for (int r = 0; r < kRows; ++r, row += tap_row) {
+      const T* tap = row;
+#pragma GCC unroll 7
+      for (int c = 0; c < kColumns; ++c, tap += tap_column) {
+        hide_origin(tap);
+        if (kMasked && (mask & (1u << (r * kColumns + c))) == 0) continue;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r * kColumns + c][v] = fma(load(tap + v * kLanes<T>), g[v], sum[r * kColumns + c][v]);
+      }
+    }
+  }
+}
+
+template <class T, int kRows, int kColumns, int kVectors>
+void compute_row(const RowArguments<T>& a) {
+  constexpr int kSums = kRows * kColumns;
+  constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kSums) - 1);
+  Vec<T> sum[kSums][kVectors] = {};
+  const bool full = a.row_mask == kAll;
+  const int64_t first_full = full ? a.first_full : a.columns, last_full = full ? a.last_full : a.columns;
+  add_pixels<T, kRows, kColumns, kVectors, true>(a, 0, first_full, sum);
+  add_pixels<T, kRows, kColumns, kVectors, false>(a, first_full, last_full, sum);
+  add_pixels<T, kRows, kColumns, kVectors, true>(a, last_full, a.columns, sum);
+#pragma GCC unroll 28
+  for (int i = 0; i < kSums; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      T* total = a.sums + i * a.sums_step + v * kLanes<T>;
+      store(total, load(total) + sum[i][v]);
+    }
+  }
+}
+
+template <class T>
+using Row = void (*)(const RowArguments<T>&);
+
+template <class T, int kRows, int kColumns>
+Row<T> row_of(bool pair) {
+  if constexpr (kRows * kColumns > kTileSums) {
+    return nullptr;
+  } else if constexpr (kRows == 3 && kColumns == 3 && 2 * kRows * kColumns <= kTileSums) {
+    return pair ? compute_row<T, kRows, kColumns, 2> : compute_row<T, kRows, kColumns, 1>;
+  } else {
+    return compute_row<T, kRows, kColumns, 1>;
+  }
+}
+
+// Whether a tile takes two vectors of channels at once.
+inline bool takes_pairs(int64_t rows, int64_t columns) { return rows == 3 && columns == 3 && 2 * rows * columns <= kTileSums; }
+
+template <class T, int kRows>
+Row<T> row_of(int64_t columns, bool pair) {
+  const Row<T> rows[kTileColumns] = {row_of<T, kRows, 1>(pair), row_of<T, kRows, 2>(pair), row_of<T, kRows, 3>(pair),
+                                     row_of<T, kRows, 4>(pair), row_of<T, kRows, 5>(pair), row_of<T, kRows, 6>(pair),
+                                     row_of<T, kRows, 7>(pair)};
+  return rows[columns - 1];
+}
+
+template <class T>
+Row<T> row_of(int64_t rows, int64_t columns, bool pair) {
+  switch (rows) {
+    case 1:
+      return row_of<T, 1>(columns, pair);
+    case 2:
+      return row_of<T, 2>(columns, pair);
+    case 3:
+      return row_of<T, 3>(columns, pair);
+    case 4:
+      return row_of<T, 4>(columns, pair);
+    default:
+      return row_of<T, 5>(columns, pair);
+  }
+}
+
+// Lays out the call's scratch from `workspace` on (null: sizes only) and returns its bytes.
+template <class T>
+Job<T> make_job(const Conv2dShape& s, void* workspace, int64_t* bytes) {
+  constexpr int64_t kWantedTasks = 16;
+  Job<T> job{};
+  job.s = s;
+  job.blocks = ceil_div(s.groups, kBlockVectors * kLanes<T>);
+  const int64_t wanted_chunks = ceil_div(kWantedTasks, job.blocks);
+  job.row_chunks = smaller(s.out_h, ceil_div(wanted_chunks, larger(1, s.batch)));
+  job.chunk_rows = ceil_div(s.out_h, job.row_chunks);
+  job.row_chunks = ceil_div(s.out_h, job.chunk_rows);
+  job.chunk_images = job.row_chunks > 1 ? 1 : larger(1, s.batch / wanted_chunks);
+  job.chunks = ceil_div(s.batch, job.chunk_images) * job.row_chunks;
+  const int64_t most_rows = smaller(kTileRows, kTileSums / s.kernel_w);
+  job.tile_rows = ceil_div(s.kernel_h, ceil_div(s.kernel_h, most_rows));
+  const int64_t masks = align_64(s.out_w * 4), sums = align_64(job.chunks * job.sums_of_chunk() * static_cast<int64_t>(sizeof(T)));
+  if (workspace != nullptr) {
+    job.masks = static_cast<uint32_t*>(workspace);
+    job.sums = reinterpret_cast<T*>(static_cast<char*>(workspace) + masks);
+  }
+  *bytes = masks + sums;
+  return job;
+}
+
+template <class T>
+void fill_masks(Job<T>& job) {
+  const Conv2dShape& s = job.s;
+  job.first_full = s.out_w;
+  job.last_full = s.out_w;
+  for (int64_t ow = 0; ow < s.out_w; ++ow) {
+    uint32_t mask = 0;
+    int64_t valid = 0;
+    for (int64_t c = 0; c < s.kernel_w; ++c) {
+      const int64_t iw = ow * s.stride_w - s.pad_left + c * s.dilation_w;
+      if (iw < 0 || iw >= s.in_w) continue;
+      ++valid;
+      for (int64_t r = 0; r < job.tile_rows; ++r) mask |= 1u << (r * s.kernel_w + c);
+    }
+    job.masks[ow] = mask;
+    if (valid == s.kernel_w && job.first_full == s.out_w) job.first_full = ow;
+    if (valid != s.kernel_w && job.first_full < s.out_w && job.last_full == s.out_w) job.last_full = ow;
+  }
+}
+
+// One output row of one image for the vectors of channels [first, last).
+template <class T>
+void add_row(const Job<T>& job, const T* input, const T* grad, int64_t oh, int64_t first, int64_t last, T* sums) {
+  const Conv2dShape& s = job.s;
+  RowArguments<T> a;
+  a.columns = s.out_w;
+  a.first_full = job.first_full;
+  a.last_full = job.last_full;
+  a.channels = s.groups;
+  a.input_pixel = s.stride_w * s.groups;
+  a.tap_row = s.dilation_h * s.in_w * s.groups;
+  a.tap_column = s.dilation_w * s.groups;
+  a.masks = job.masks;
+  a.sums_step = job.vectors() * kLanes<T>;
+  for (int64_t tap_row = 0, rows; tap_row < s.kernel_h; tap_row += rows) {
+    rows = smaller(job.tile_rows, s.kernel_h - tap_row);
+    const int64_t ih = oh * s.stride_h - s.pad_top + tap_row * s.dilation_h;
+    a.row_mask = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool inside = ih + r * s.dilation_h >= 0 && ih + r * s.dilation_h < s.in_h;
+      if (inside) a.row_mask |= ((1u << s.kernel_w) - 1) << (r * s.kernel_w);
+    }
+    if (a.row_mask == 0) continue;
+    const T* tap_input = input + (ih * s.in_w - s.pad_left) * s.groups;
+    for (int64_t vector = first, vectors; vector < last; vector += vectors) {
+      vectors = takes_pairs(rows, s.kernel_w) && (vector + 2) * kLanes<T> <= s.groups && vector + 2 <= last ? 2 : 1;
+      a.input = tap_input + job.first_channel(vector);
+      a.grad = grad + oh * s.out_w * s.groups + job.first_channel(vector);
+      a.sums = sums + tap_row * s.kernel_w * a.sums_step + vector * kLanes<T>;
+      row_of<T>(rows, s.kernel_w, vectors == 2)(a);
+    }
+  }
+}
+
+// A chunk of rows or images of one block of channels.
+template <class T>
+void run_task(const Job<T>& job, const Conv2dBuffers& b, int64_t task) {
+  const Conv2dShape& s = job.s;
+  const int64_t block = task % job.blocks, chunk = task / job.blocks;
+  const int64_t first = block * kBlockVectors, last = smaller(job.vectors(), first + kBlockVectors);
+  const int64_t image = chunk / job.row_chunks * job.chunk_images, row = chunk % job.row_chunks * job.chunk_rows;
+  T* sums = job.sums + chunk * job.sums_of_chunk();
+  for (int64_t tap = 0; tap < taps_of(s); ++tap) clear_pixels(sums + (tap * job.vectors() + first) * kLanes<T>, last - first);
+  for (int64_t n = image; n < smaller(s.batch, image + job.chunk_images); ++n) {
+    const T* input = static_cast<const T*>(b.input) + n * s.in_h * s.in_w * s.groups;
+    const T* grad = static_cast<const T*>(b.grad_output) + n * s.out_h * s.out_w * s.groups;
+    for (int64_t oh = row; oh < smaller(s.out_h, row + job.chunk_rows); ++oh) add_row(job, input, grad, oh, first, last, sums);
+  }
+}
+
+// Adds up the chunks of one vector of channels and writes them as [channel, tap].
+template <class T>
+void write_vector(const Job<T>& job, int64_t vector, T* grad_weight) {
+  const int64_t taps = taps_of(job.s), first = job.first_channel(vector);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    Vec<T> total{};
+    for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
+      total += load(job.sums + chunk * job.sums_of_chunk() + (tap * job.vectors() + vector) * kLanes<T>);
+    }
+    for (int64_t i = vector * kLanes<T> - first; i < kLanes<T>; ++i) grad_weight[(first + i) * taps + tap] = total[i];
+  }
+}
+
+template <class T>
+Outcome run_job(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  int64_t bytes;
+  Job<T> job = make_job<T>(s, workspace, &bytes);
+  fill_masks(job);
+  parallel_for(threads, job.chunks * job.blocks, [&](int, int64_t task) { run_task(job, b, task); });
+  parallel_for(threads, job.vectors(), [&](int, int64_t vector) { write_vector(job, vector, static_cast<T*>(b.grad_weight)); });
+  return Outcome::done;
+}
+
+template <class T>
+Plan plan_job(const Conv2dShape& s) {
+  int64_t bytes;
+  const Job<T> job = make_job<T>(s, nullptr, &bytes);
+  return {kLanes<T>, 1, job.chunks * job.blocks, static_cast<size_t>(bytes)};
+}
+
+Plan plan(const Conv2dShape& s, int) { return s.dtype == DType::float32 ? plan_job<float>(s) : plan_job<double>(s); }
+
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  return s.dtype == DType::float32 ? run_job<float>(s, b, workspace, threads) : run_job<double>(s, b, workspace, threads);
+}
+
+// Where fewer than a third of the columns lie between the borders (7x7 on 7x7 maps), the masks cost more than the other kernel's stage.
+bool accepts(const Conv2dShape& s) {
+  if (!accepts_depthwise_channels(s) || s.kernel_w > kTileColumns) return false;
+  const int64_t reach = (s.kernel_w - 1) * s.dilation_w;
+  return 3 * (s.in_w - reach) >= s.out_w * s.stride_w;
+}
+
+}  // namespace
+
+extern const Conv2dKernel conv2d_backward_weight_depthwise_channels = {CNN_EXT_KERNEL_NAME("conv2d_backward_weight_depthwise_channels"),
+                                                                       Isa::CNN_EXT_ISA,
+                                                                       Conv2dDirection::backward_weight,
+                                                                       accepts,
+                                                                       plan,
+                                                                       run};
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
