@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from cnn_ext import policy
 from cnn_ext.mnist import artefacts, cli, data, images, model, plots
 from cnn_ext.mnist.errors import InputError
 
@@ -98,6 +99,17 @@ def test_a_fused_models_checkpoint_serves_every_backend(switches, fused, tmp_pat
 
 def test_torch_has_no_fused_layers(tmp_path, capsys):
     assert "--fused" in refused(capsys, "train", "--dataset", "digits", "--fused", "--out", tmp_path, *FAST)
+
+
+def test_winograd_is_allowed_for_one_training(tmp_path, capsys):
+    few = ("--dataset", "digits", "--epochs", 1, "--batch-size", 432, "--threads", 1, "--out", tmp_path)
+    losses = {}
+    for switch in ("--no-fused", "--winograd"):
+        assert run(capsys, "train", *few, switch)[0] == 0
+        losses[switch] = json.loads((tmp_path / "history.json").read_text())["train_loss"]
+    assert losses["--no-fused"] != losses["--winograd"]
+    assert not policy.allowed.winograd
+    assert "--winograd" in refused(capsys, "train", "--dataset", "digits", "--winograd", *FAST)
 
 
 def test_predict_reads_any_image(trained, tmp_path, capsys):

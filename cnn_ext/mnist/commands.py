@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+import cnn_ext
 from cnn_ext.info import main as print_info
 from cnn_ext.mnist import artefacts, checkpoint, data, images, machine, run
 from cnn_ext.mnist import model as model_module
@@ -63,17 +64,22 @@ def cli() -> None:
 @click.option(
     "--fused/--no-fused",
     default=None,
-    show_default="fused, where the layers are cnn_ext's",
+    show_default="fused, where the layers are cnn_ext's and --winograd is not given",
     help="Each convolution with its ReLU and pool in one, or layer by layer.",
 )
+@click.option("--winograd", is_flag=True, help="Let convolutions trade accuracy for speed (cnn_ext.flags).")
 @data_options
 @click.option("--out", type=A_PATH, default=DEFAULT_OUT, help="Folder for history, pictures and checkpoint.")
-def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, fused, data_dir, dataset, out) -> None:
+def train(
+    epochs, batch_size, lr, weight_decay, seed, device, threads, backend, fused, winograd, data_dir, dataset, out
+) -> None:
     """Train; after every epoch --out holds everything of that epoch."""
     arguments = {name: _plain(value) for name, value in click.get_current_context().params.items()}
     if fused and backend == "torch":
         raise InputError("--fused: torch has no fused layers; take --backend cnn_ext or --no-fused")
-    fused = backend == "cnn_ext" if fused is None else fused
+    if winograd and (fused or backend == "torch"):
+        raise InputError("--winograd: only unfused layers of cnn_ext have it; take --backend cnn_ext and --no-fused")
+    fused = backend == "cnn_ext" and not winograd if fused is None else fused
     machine.keep_freed_memory()
     place = machine.device(device, backend)
     machine.set_threads(threads)
@@ -82,7 +88,8 @@ def train(epochs, batch_size, lr, weight_decay, seed, device, threads, backend, 
     command = shlex.join(["cnn-ext", *sys.argv[1:]])
     training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, fused, place, out, command, arguments)
     try:
-        training.execute(click.echo)
+        with cnn_ext.flags(winograd=winograd):
+            training.execute(click.echo)
     except KeyboardInterrupt:
         saved = f"{out} holds epoch {training.saved}" if training.saved else f"nothing was saved in {out}"
         raise StoppedError(f"stopped by Ctrl-C; {saved}") from None
