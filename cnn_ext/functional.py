@@ -40,11 +40,11 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         NotImplementedError: a dtype or device that no kernel serves.
     """
     geometry = conv2d_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    geometry = (*geometry, policy.allowed.winograd)
     if activation is not None:
         if activation != "relu":
             raise ValueError(f"conv2d() expected activation to be None or 'relu', but got {activation!r}")
         return _conv2d_relu_max_pool2d(input, weight, bias, geometry, ((1, 1), (1, 1)))
-    geometry = (*geometry, policy.allowed.winograd)
     if input.dim() == 3:
         return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return autograd.conv2d(input, weight, bias, geometry)
@@ -73,6 +73,7 @@ def conv2d_relu_max_pool2d(
     """
     op = "conv2d_relu_max_pool2d"
     geometry = conv2d_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    geometry = (*geometry, policy.allowed.winograd)
     return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
 
 

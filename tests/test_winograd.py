@@ -197,3 +197,19 @@ def test_opcheck(name):
         "conv2d_backward_weight": (input, input, [48, 48, 3, 3], *geometry, False, True),
     }
     torch.library.opcheck(getattr(torch.ops.cnn_ext, name).default, arguments[name])
+
+
+@pytest.mark.parametrize("pool_size", [1, 2])
+def test_the_fused_convolution_follows_the_flag(pool_size):
+    """Its sums are then those of the plain convolution that is allowed the same, in forward and in backward."""
+    case = a_case(4, 5)
+    input = torch.randn(2, case.in_channels, case.in_h, case.in_w, requires_grad=True)
+    weight = torch.randn(case.out_channels, case.in_channels, 5, 5, requires_grad=True)
+    with cnn_ext.flags(winograd=True):
+        fused = cnn_ext.functional.conv2d_relu_max_pool2d(input, weight, padding=2, pool_size=pool_size)
+        conv = cnn_ext.functional.conv2d(input, weight, padding=2)
+    chain = cnn_ext.functional.max_pool2d(torch.relu(conv), pool_size)
+    exact = cnn_ext.functional.conv2d_relu_max_pool2d(input, weight, padding=2, pool_size=pool_size)
+    assert torch.equal(fused, chain) and not torch.equal(fused, exact)
+    grad_output = torch.randn_like(fused)
+    assert torch.equal(*(torch.autograd.grad(y, input, grad_output)[0] for y in (fused, chain)))

@@ -27,7 +27,9 @@ class _Forward(Function):
 
     @staticmethod
     def forward(input, weight, bias, geometry, pool, with_offsets):
-        return ops.conv2d_relu_max_pool2d_forward(input, weight, bias, *geometry, *pool, with_offsets)
+        return ops.conv2d_relu_max_pool2d_forward(
+            input, weight, bias, *geometry[:4], *pool, with_offsets, *geometry[4:]
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -64,7 +66,9 @@ class _BackwardInput(Function):
 
     @staticmethod
     def forward(grad_output, mask, weight, input_size, geometry, pool):
-        return ops.conv2d_relu_max_pool2d_backward_input(grad_output, mask, weight, input_size, *geometry, *pool)
+        return ops.conv2d_relu_max_pool2d_backward_input(
+            grad_output, mask, weight, input_size, *geometry[:4], *pool, *geometry[4:]
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -93,7 +97,7 @@ class _BackwardWeight(Function):
     @staticmethod
     def forward(grad_output, mask, input, geometry, pool, weight):
         return ops.conv2d_relu_max_pool2d_backward_weight(
-            grad_output, mask, input, weight.size, *geometry, *pool, is_channels_last(weight)
+            grad_output, mask, input, weight.size, *geometry[:4], *pool, is_channels_last(weight), *geometry[4:]
         )
 
     @staticmethod
@@ -154,5 +158,5 @@ def _pick(conv: torch.Tensor, mask: torch.Tensor, pool) -> torch.Tensor:
 
 
 def conv2d_relu_max_pool2d(input: torch.Tensor, weight: torch.Tensor, bias, geometry, pool) -> torch.Tensor:
-    """The fused operator. ``geometry`` is (stride, padding, dilation, groups), ``pool`` is (pool_size, pool_stride)."""
+    """The fused operator. ``geometry`` is that of autograd.conv2d, ``pool`` is (pool_size, pool_stride)."""
     return _forward(input, weight, bias, geometry, pool, needs_backward(input, weight, bias))[0]

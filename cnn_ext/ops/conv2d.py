@@ -15,7 +15,7 @@ from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
-_POLICY = "bool allow_winograd=False"
+POLICY = "bool allow_winograd=False"
 
 
 def _layout(memory_format: torch.memory_format):
@@ -252,18 +252,18 @@ def _backward_bias_fake(grad_output):
 
 
 conv2d_forward = register(
-    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {_POLICY}) -> Tensor",
+    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {POLICY}) -> Tensor",
     _forward,
     _forward_fake,
 )
 conv2d_backward_input = register(
-    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}, {_POLICY}) -> Tensor",
+    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}, {POLICY}) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 conv2d_backward_weight = register(
     f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {GEOMETRY}, "
-    f"bool channels_last_weight, {_POLICY}) -> Tensor",
+    f"bool channels_last_weight, {POLICY}) -> Tensor",
     _backward_weight,
     _backward_weight_fake,
 )

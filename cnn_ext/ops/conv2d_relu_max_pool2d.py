@@ -11,7 +11,7 @@ import torch
 
 from cnn_ext import _native
 from cnn_ext.ops import shapes
-from cnn_ext.ops.conv2d import GEOMETRY, empty, geometry_key, native_shape, weight_format_of
+from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, geometry_key, native_shape, weight_format_of
 from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
@@ -73,15 +73,21 @@ def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, pool):
+def prepare_forward(
+    input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, pool, allow_winograd: bool = False
+):
     output_size, memory_format = _plan_forward(input, weight, bias, geometry, pool)
     weight_format = shapes.memory_format(weight)
     conv_size = shapes.conv2d_output_size(input.size, weight.size, *geometry)
-    conv = native_shape(input.size, weight.size, conv_size, geometry, input.dtype, memory_format, weight_format)
+    conv = native_shape(
+        input.size, weight.size, conv_size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+    )
     return _native_shape(conv, pool, output_size), output_size, memory_format, weight_format
 
 
-def _forward(input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets):
+def _forward(
+    input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets, allow_winograd=False
+):
     pool = _pool_key(pool_size, pool_stride)
     shape, output_size, memory_format, weight_format = prepare_forward(
         spec(input),
@@ -89,6 +95,7 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, pool_size, 
         None if bias is None else spec(bias),
         geometry_key(stride, padding, dilation, groups),
         pool,
+        allow_winograd,
     )
     output = empty(output_size, input, memory_format)
     offsets = None
@@ -102,7 +109,9 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, pool_size, 
     return output, _no_offsets(input) if offsets is None else offsets
 
 
-def _forward_fake(input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets):
+def _forward_fake(
+    input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets, allow_winograd=False
+):
     pool = _pool_key(pool_size, pool_stride)
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups), pool
@@ -124,15 +133,37 @@ def _plan_backward_input(grad_output: TensorSpec, mask: TensorSpec, weight: Tens
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare_backward_input(grad_output: TensorSpec, mask: TensorSpec, weight: TensorSpec, input_size, geometry, pool):
+def prepare_backward_input(
+    grad_output: TensorSpec,
+    mask: TensorSpec,
+    weight: TensorSpec,
+    input_size,
+    geometry,
+    pool,
+    allow_winograd: bool = False,
+):
     memory_format = _plan_backward_input(grad_output, mask, weight, input_size, geometry, pool)
     weight_format = shapes.memory_format(weight)
     conv_size = shapes.conv2d_output_size(input_size, weight.size, *geometry)
-    conv = native_shape(input_size, weight.size, conv_size, geometry, weight.dtype, memory_format, weight_format)
+    conv = native_shape(
+        input_size, weight.size, conv_size, geometry, weight.dtype, memory_format, weight_format, allow_winograd
+    )
     return _native_shape(conv, pool, grad_output.size), memory_format, weight_format
 
 
-def _backward_input(grad_output, mask, weight, input_size, stride, padding, dilation, groups, pool_size, pool_stride):
+def _backward_input(
+    grad_output,
+    mask,
+    weight,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    pool_size,
+    pool_stride,
+    allow_winograd=False,
+):
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output),
         spec(mask),
@@ -140,6 +171,7 @@ def _backward_input(grad_output, mask, weight, input_size, stride, padding, dila
         tuple(input_size),
         geometry_key(stride, padding, dilation, groups),
         _pool_key(pool_size, pool_stride),
+        allow_winograd,
     )
     grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() != 0:
@@ -151,7 +183,17 @@ def _backward_input(grad_output, mask, weight, input_size, stride, padding, dila
 
 
 def _backward_input_fake(
-    grad_output, mask, weight, input_size, stride, padding, dilation, groups, pool_size, pool_stride
+    grad_output,
+    mask,
+    weight,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    pool_size,
+    pool_stride,
+    allow_winograd=False,
 ):
     geometry, pool = (stride, padding, dilation, groups), _pool_key(pool_size, pool_stride)
     memory_format = _plan_backward_input(spec(grad_output), spec(mask), spec(weight), input_size, geometry, pool)
@@ -170,12 +212,21 @@ def _plan_backward_weight(grad_output: TensorSpec, mask: TensorSpec, input: Tens
 
 @functools.lru_cache(maxsize=1024)
 def prepare_backward_weight(
-    grad_output: TensorSpec, mask: TensorSpec, input: TensorSpec, weight_size, geometry, pool, channels_last_weight
+    grad_output: TensorSpec,
+    mask: TensorSpec,
+    input: TensorSpec,
+    weight_size,
+    geometry,
+    pool,
+    channels_last_weight,
+    allow_winograd: bool = False,
 ):
     memory_format = _plan_backward_weight(grad_output, mask, input, weight_size, geometry, pool)
     weight_format = weight_format_of(channels_last_weight)
     conv_size = shapes.conv2d_output_size(input.size, weight_size, *geometry)
-    conv = native_shape(input.size, weight_size, conv_size, geometry, input.dtype, memory_format, weight_format)
+    conv = native_shape(
+        input.size, weight_size, conv_size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+    )
     return _native_shape(conv, pool, grad_output.size), memory_format, weight_format
 
 
@@ -191,6 +242,7 @@ def _backward_weight(
     pool_size,
     pool_stride,
     channels_last_weight,
+    allow_winograd=False,
 ):
     shape, memory_format, weight_format = prepare_backward_weight(
         spec(grad_output),
@@ -200,6 +252,7 @@ def _backward_weight(
         geometry_key(stride, padding, dilation, groups),
         _pool_key(pool_size, pool_stride),
         channels_last_weight,
+        allow_winograd,
     )
     grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
@@ -225,6 +278,7 @@ def _backward_weight_fake(
     pool_size,
     pool_stride,
     channels_last_weight,
+    allow_winograd=False,
 ):
     geometry, pool = (stride, padding, dilation, groups), _pool_key(pool_size, pool_stride)
     _plan_backward_weight(spec(grad_output), spec(mask), spec(input), weight_size, geometry, pool)
@@ -279,19 +333,19 @@ def _backward_bias_fake(grad_output, mask, pool_size, pool_stride):
 
 conv2d_relu_max_pool2d_forward = register(
     f"conv2d_relu_max_pool2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {_POOL}, "
-    "bool with_offsets) -> (Tensor output, Tensor offsets)",
+    f"bool with_offsets, {POLICY}) -> (Tensor output, Tensor offsets)",
     _forward,
     _forward_fake,
 )
 conv2d_relu_max_pool2d_backward_input = register(
     "conv2d_relu_max_pool2d_backward_input(Tensor grad_output, Tensor mask, Tensor weight, SymInt[4] input_size, "
-    f"{GEOMETRY}, {_POOL}) -> Tensor",
+    f"{GEOMETRY}, {_POOL}, {POLICY}) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 conv2d_relu_max_pool2d_backward_weight = register(
     "conv2d_relu_max_pool2d_backward_weight(Tensor grad_output, Tensor mask, Tensor input, SymInt[4] weight_size, "
-    f"{GEOMETRY}, {_POOL}, bool channels_last_weight) -> Tensor",
+    f"{GEOMETRY}, {_POOL}, bool channels_last_weight, {POLICY}) -> Tensor",
     _backward_weight,
     _backward_weight_fake,
 )

@@ -9,6 +9,7 @@
 // activation alone where they are faster, but not pooling, which would have to pick lanes apart.
 #include "cpu/kernels/conv2d_direct_pixels.inl"
 #include "cpu/kernels/conv2d_direct_pooled.inl"
+#include "cpu/kernels/conv2d_winograd_blocking.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -107,21 +108,20 @@ using Forward = FusedRow<Tile, PooledForward, ReluForward>;
 template <template <class> class Tile>
 using BackwardInput = FusedRow<Tile, PooledBackwardInput, ReluBackwardInput>;
 
-// Other rows of the plain convolution are so much faster for one tap or for few channels in a group that passing over a tensor once more
-// is the smaller evil.
+// Other rows of the plain convolution are so much faster for one tap, for few channels in a group and where Winograd's algorithm is allowed
+// that passing over a tensor once more is the smaller evil.
+template <Conv2dDirection kDirection>
 bool accepts(const Conv2dReluPoolShape& s) {
   const Conv2dShape& c = s.conv;
   const bool is_served = (c.dtype == DType::float32 || c.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
-  return is_served && c.kernel_h * c.kernel_w > 1 && (c.groups == 1 || c.in_channels / c.groups >= kLanes<float>);
+  const bool is_dense = c.kernel_h * c.kernel_w > 1 && (c.groups == 1 || c.in_channels / c.groups >= kLanes<float>);
+  return is_served && is_dense && !winograd_serves<kDirection>(c);
 }
 
-bool accepts_forward_pixels(const Conv2dReluPoolShape& s) {
-  return accepts(s) && !has_pooling(s) &&
-         pixels_are_cheaper(make_gather_of_rows(Conv2dDirection::forward, s.conv, 0), s.conv.dtype, s.conv.layout);
-}
-
-bool accepts_backward_input_pixels(const Conv2dReluPoolShape& s) {
-  return accepts(s) && pixels_are_cheaper(make_gather_of_rows(Conv2dDirection::backward_input, s.conv, 0), s.conv.dtype, s.conv.layout);
+template <Conv2dDirection kDirection>
+bool accepts_pixels(const Conv2dReluPoolShape& s) {
+  const bool fits = kDirection == Conv2dDirection::backward_input || !has_pooling(s);
+  return fits && accepts<kDirection>(s) && pixels_are_cheaper(make_gather_of_rows(kDirection, s.conv, 0), s.conv.dtype, s.conv.layout);
 }
 
 }  // namespace
@@ -129,27 +129,27 @@ bool accepts_backward_input_pixels(const Conv2dReluPoolShape& s) {
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_pixels = {CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_forward_pixels"),
                                                                            Isa::CNN_EXT_ISA,
                                                                            Conv2dDirection::forward,
-                                                                           accepts_forward_pixels,
+                                                                           accepts_pixels<Conv2dDirection::forward>,
                                                                            Forward<PixelTile>::plan,
                                                                            Forward<PixelTile>::run};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_pixels = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_pixels"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
-    accepts_backward_input_pixels,
+    accepts_pixels<Conv2dDirection::backward_input>,
     BackwardInput<PixelTile>::plan,
     BackwardInput<PixelTile>::run};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_direct = {CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_forward_direct"),
                                                                            Isa::CNN_EXT_ISA,
                                                                            Conv2dDirection::forward,
-                                                                           accepts,
+                                                                           accepts<Conv2dDirection::forward>,
                                                                            Forward<ChannelTile>::plan,
                                                                            Forward<ChannelTile>::run};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_direct = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_direct"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
-    accepts,
+    accepts<Conv2dDirection::backward_input>,
     BackwardInput<ChannelTile>::plan,
     BackwardInput<ChannelTile>::run};
 

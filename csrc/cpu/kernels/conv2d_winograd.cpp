@@ -81,13 +81,6 @@ auto with_tile(Conv2dDirection direction, const Conv2dShape& s, const Use& use) 
 }
 
 template <Conv2dDirection kDirection>
-bool accepts(const Conv2dShape& s) {
-  if (!is_winograd_problem(s)) return false;
-  const Gather g = make_gather(kDirection, s, 0);
-  return s.dtype == DType::float32 ? pays<float>(g) : s.dtype == DType::float64 && pays<double>(g);
-}
-
-template <Conv2dDirection kDirection>
 Plan plan(const Conv2dShape& s, int threads) {
   return with_tile(kDirection, s, [&](auto tiled) { return tiled.plan(kDirection, s, threads); });
 }
@@ -102,11 +95,11 @@ constexpr Conv2dDirection kForward = Conv2dDirection::forward, kBackwardInput = 
 }  // namespace
 
 extern const Conv2dKernel conv2d_forward_winograd = {
-    CNN_EXT_KERNEL_NAME("conv2d_forward_winograd"), Isa::CNN_EXT_ISA, kForward, accepts<kForward>, plan<kForward>, run<kForward>};
+    CNN_EXT_KERNEL_NAME("conv2d_forward_winograd"), Isa::CNN_EXT_ISA, kForward, winograd_serves<kForward>, plan<kForward>, run<kForward>};
 extern const Conv2dKernel conv2d_backward_input_winograd = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_winograd"),
                                                             Isa::CNN_EXT_ISA,
                                                             kBackwardInput,
-                                                            accepts<kBackwardInput>,
+                                                            winograd_serves<kBackwardInput>,
                                                             plan<kBackwardInput>,
                                                             run<kBackwardInput>};
 

@@ -59,6 +59,14 @@ bool pays(const Gather& g) {
   return 5 * winograd_cost<T>(g, tile_outputs<T>(g)) < 4 * direct_cost<T>(g);
 }
 
+// Whether the Winograd row of this direction takes the shape.
+template <Conv2dDirection kDirection>
+inline bool winograd_serves(const Conv2dShape& s) {
+  if (!is_winograd_problem(s)) return false;
+  const Gather g = make_gather(kDirection, s, 0);
+  return s.dtype == cnn_ext::DType::float32 ? pays<float>(g) : s.dtype == cnn_ext::DType::float64 && pays<double>(g);
+}
+
 // How a Winograd convolution is cut. `images` x `rows` x `cols` Winograd tiles are a block.
 struct WinogradBlocking {
   int64_t tile_rows, tile_cols;  // of an image
