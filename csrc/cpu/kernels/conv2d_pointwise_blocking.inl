@@ -16,6 +16,7 @@ using cnn_ext::cpu::Plan;
 constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
 constexpr int64_t kBlockPoints = 128;
+constexpr int64_t kWholePlane = 256;       // points of a planar map that is not cut, so that it lies in one piece
 constexpr int64_t kFewestCopiedUnits = 3;  // units of outputs that pay for copying the source
 constexpr int64_t kAliasedPlane = 4096;    // bytes: the distance of rows that compete, ...
 constexpr int64_t kAliasedPixel = 2048;    // ... half of it where a tile reads 14 of them side by side
@@ -61,6 +62,7 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   if (p.groups * units * divide_up(all_points, fitting) < wanted) {
     fitting = larger(Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted)));
   }
+  if (!Tile::kPointsInLanes && p.source_channel != 1 && p.points <= kWholePlane) fitting = larger(fitting, p.points);
   b.point_blocks = divide_up(p.points, fitting);
   b.points = divide_up(p.points, b.point_blocks);
   if (b.point_blocks > 1) b.points = divide_up(b.points, Tile::kMaxPoints) * Tile::kMaxPoints;

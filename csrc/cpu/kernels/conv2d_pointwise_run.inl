@@ -139,37 +139,35 @@ class PointwiseRun {
     return source.first + (b_.copy_pitch == 0 ? p_.source_line(block.line + i) : i * source.line);
   }
 
-  // What is fetched while a block is summed: the source of the next one, in equal parts with every tile. A source that lies in one piece is
-  // walked through; of the planes of a larger one every tile fetches another line of cache.
+  // What is fetched while a block is summed: the source of the next one, a part of it with every tile. A source that lies in one piece is
+  // walked through; of larger planes every tile fetches the pieces of some channels, line after line, as memory likes to be read.
   struct Ahead {
-    const T* source = nullptr;
-    int64_t part = 0, step = 0;  // of a piece: elements for each tile and each of its steps
-    int64_t lines = 0;           // of planes: cache lines still to be fetched of each
+    const T* source;
+    int64_t part;  // elements from tile to tile
+    int64_t step, jump;
+    int64_t tiles;  // that still fetch
   };
 
   Ahead ahead_of(const Task& task, const Block& block, const Block& next) const {
     const T* source = source_ + task.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
-    const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || b_.point_blocks == 1) {
-      const int64_t points = next.lines * next.points, elements = points * larger(p_.source_point, p_.channels);
+      const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
+      const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
       const int64_t step = divide_up(elements, tiles * larger(1, p_.channels));
-      return {source, step * b_.channels, step, 0};
+      return {source, step * b_.channels, step, 0, tiles * b_.channel_blocks};
     }
-    return {source, 0, p_.source_channel, 1 + next.points / kLineElements};
+    if (!Tile::kPointsInLanes) return {};
+    const int64_t planes = divide_up(b_.channels, kAheadRun);
+    return {source, planes * p_.source_channel, kLineElements, p_.source_channel - kAheadRun * kLineElements,
+            divide_up(p_.channels, larger(1, planes))};
   }
 
-  static const T* take(Ahead& ahead, const T* otherwise, int64_t first_channel, int64_t& step) {
-    step = 0;
-    if (ahead.source == nullptr) return otherwise;
-    const T* source = ahead.source;
-    step = ahead.step;
-    if (ahead.part > 0) {
-      ahead.source += ahead.part;
-      return source;
-    }
-    ahead.source += kLineElements;
-    if (--ahead.lines == 0) ahead.source = nullptr;
-    return source + first_channel * step;
+  static void fetch_ahead(Ahead& ahead, PointwiseTile<T>& tile) {
+    tile.ahead = tile.source, tile.ahead_step = 0, tile.ahead_jump = 0;
+    if (ahead.tiles == 0) return;
+    tile.ahead = ahead.source, tile.ahead_step = ahead.step, tile.ahead_jump = ahead.jump;
+    ahead.source += ahead.part;
+    --ahead.tiles;
   }
 
   // One block of channels for one unit of outputs.
@@ -196,7 +194,7 @@ class PointwiseRun {
         const int64_t begin = Tile::tile_begin(block.points, t), points = Tile::tile_begin(block.points, t + 1) - begin;
         T* const place = dest + (block.point + begin) * p_.dest_point;
         tile.source = line + begin * source.point;
-        tile.ahead = take(ahead, tile.source, channel_block * b_.channels, tile.ahead_step);
+        fetch_ahead(ahead, tile);
         tile.out = in_place ? place : sums;
         if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
         Tile::run(tile, Tile::width(p_.outputs, unit), points);
@@ -241,10 +239,12 @@ bool prefers_point_lanes(const Product& p) {
   return points_cost <= outputs_cost;
 }
 
-// Narrow groups would leave most lanes empty: there the direct rows are faster.
+// Where the direct rows are faster: narrow groups would leave most lanes empty, and from planes read with gaps, of which the elements in
+// between come along in any case, a staged copy without gaps pays.
 template <class T>
-bool fills_lanes(const Product& p) {
-  return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
+bool is_served_best(const Product& p) {
+  const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
+  return !reads_gaps && (p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p));
 }
 
 template <class T, Conv2dDirection kDirection>
@@ -282,8 +282,8 @@ template <Conv2dDirection kDirection>
 struct PointwiseRow {
   static bool accepts(const Conv2dShape& s) {
     if (!is_pointwise(s)) return false;
-    if (s.dtype == cnn_ext::DType::float32) return fills_lanes<float>(make_product(kDirection, s));
-    return s.dtype == cnn_ext::DType::float64 && fills_lanes<double>(make_product(kDirection, s));
+    if (s.dtype == cnn_ext::DType::float32) return is_served_best<float>(make_product(kDirection, s));
+    return s.dtype == cnn_ext::DType::float64 && is_served_best<double>(make_product(kDirection, s));
   }
   static Plan plan(const Conv2dShape& s, int threads) {
     return s.dtype == cnn_ext::DType::float32 ? plan_product<float, kDirection>(s, threads) : plan_product<double, kDirection>(s, threads);

@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int kTileSums = kVectorRegisters == 32 ? 28 : 12;
+constexpr int64_t kAheadRun = 8;
 
 template <class T>
 struct PointwiseTile {
@@ -26,9 +27,10 @@ struct PointwiseTile {
   T* out;
   int64_t pitch;  // from point to point (outputs in the lanes) or from output to output (points in the lanes)
   int last;       // lanes of the last vector that exist
-  // What a later tile will read, fetched towards the second cache on the way: `ahead_step` elements further at every step.
+  // What a later tile will read, fetched towards the second cache on the way: a line at every step, `ahead_step` elements further, and,
+  // with points in the lanes, after kAheadRun steps `ahead_jump` more, to the next plane.
   const T* ahead;
-  int64_t ahead_step;
+  int64_t ahead_step, ahead_jump;
 };
 
 // A function that takes sums by reference must vanish into its caller, or the sums live in memory.
@@ -183,20 +185,23 @@ void point_lanes(const PointwiseTile<T>& tile) {
   const T* source = tile.source;
   const T* ahead = tile.ahead;
   const int last = tile.last;
-  for (int64_t c = tile.channels; c > 0; --c) {
-    Vec<T> x[kVectors];
+  for (int64_t left = tile.channels; left > 0; left -= kAheadRun) {
+    for (int64_t c = left < kAheadRun ? left : kAheadRun; c > 0; --c) {
+      Vec<T> x[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
+      for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
 #pragma GCC unroll 14
-    for (int k = 0; k < kWidth; ++k) {
-      const Vec<T> weight = broadcast_from(weights + k);
+      for (int k = 0; k < kWidth; ++k) {
+        const Vec<T> weight = broadcast_from(weights + k);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(x[v], weight, sum[k][v]);
+        for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(x[v], weight, sum[k][v]);
+      }
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += tile.ahead_step;
+      weights += kWidth;
+      source += tile.source_channel;
     }
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += tile.ahead_step;
-    weights += kWidth;
-    source += tile.source_channel;
+    ahead += tile.ahead_jump;
   }
 #pragma GCC unroll 14
   for (int k = 0; k < kWidth; ++k) {
