@@ -48,6 +48,7 @@ def step_rows(bench: Bench) -> list[dict]:
         contenders[f"torch {layout}"] = _step(model, images.contiguous(memory_format=memory_format), labels)
     contenders["cnn_ext nchw"] = _step(cnn_ext.convert(copy.deepcopy(original)), images, labels)
     contenders["cnn_ext fused nchw"] = _step(cnn_ext.convert(copy.deepcopy(original), fuse=True), images, labels)
+    contenders["cnn_ext fused winograd nchw"] = _with_winograd(contenders["cnn_ext fused nchw"])
     times = compare(contenders, bench.timer, bench.peak, bench.effort.times(STEP_EFFORT_FACTOR))
     return [_step_row(name, times) for name in contenders]
 
@@ -62,6 +63,14 @@ def _step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Call:
         optimizer.zero_grad()
 
     return step
+
+
+def _with_winograd(step: Call) -> Call:
+    def allowed() -> None:
+        with cnn_ext.flags(winograd=True):
+            step()
+
+    return allowed
 
 
 def _check_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -102,6 +111,17 @@ def epoch_rows(directory: Path, bench: Bench) -> list[dict]:
     commands = {
         "the lecture's script": ["-m", "benchmarks.lecture_script", *common],
         "cnn-ext train": ["-m", "cnn_ext", "train", "--epochs", "1", "--dataset", "mnist", *common],
+        "cnn-ext train --winograd": [
+            "-m",
+            "cnn_ext",
+            "train",
+            "--winograd",
+            "--epochs",
+            "1",
+            "--dataset",
+            "mnist",
+            *common,
+        ],
     }
     rows = []
     for name, command in commands.items():

@@ -104,10 +104,10 @@ def test_torch_has_no_fused_layers(tmp_path, capsys):
 def test_winograd_is_allowed_for_one_training(tmp_path, capsys):
     few = ("--dataset", "digits", "--epochs", 1, "--batch-size", 432, "--threads", 1, "--out", tmp_path)
     losses = {}
-    for switch in ("--no-fused", "--winograd"):
+    for switch in ("--fused", "--winograd"):
         assert run(capsys, "train", *few, switch)[0] == 0
         losses[switch] = json.loads((tmp_path / "history.json").read_text())["train_loss"]
-    assert losses["--no-fused"] != losses["--winograd"]
+    assert losses["--fused"] != losses["--winograd"]
     assert not policy.allowed.winograd
     assert "--winograd" in refused(capsys, "train", "--dataset", "digits", "--winograd", *FAST)
 

@@ -64,7 +64,7 @@ def cli() -> None:
 @click.option(
     "--fused/--no-fused",
     default=None,
-    show_default="fused, where the layers are cnn_ext's and --winograd is not given",
+    show_default="fused, where the layers are cnn_ext's",
     help="Each convolution with its ReLU and pool in one, or layer by layer.",
 )
 @click.option("--winograd", is_flag=True, help="Let convolutions trade accuracy for speed (cnn_ext.flags).")
@@ -77,9 +77,9 @@ def train(
     arguments = {name: _plain(value) for name, value in click.get_current_context().params.items()}
     if fused and backend == "torch":
         raise InputError("--fused: torch has no fused layers; take --backend cnn_ext or --no-fused")
-    if winograd and (fused or backend == "torch"):
-        raise InputError("--winograd: only unfused layers of cnn_ext have it; take --backend cnn_ext and --no-fused")
-    fused = backend == "cnn_ext" and not winograd if fused is None else fused
+    if winograd and backend == "torch":
+        raise InputError("--winograd: torch's layers have no such switch; take --backend cnn_ext")
+    fused = backend == "cnn_ext" if fused is None else fused
     machine.keep_freed_memory()
     place = machine.device(device, backend)
     machine.set_threads(threads)
