@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
     raise ImportError("cnn_ext needs PyTorch >= 2.6: pip install torch") from None
 
 from cnn_ext import functional
+from cnn_ext.allocator import tune_malloc
 from cnn_ext.inspection import build_info, explain, force_kernel, kernels, version
 from cnn_ext.nn import AvgPool2d, Conv2d, ConvReLUPool2d, MaxPool2d, conversion_report, convert, revert
 from cnn_ext.policy import flags
@@ -35,4 +36,5 @@ __all__ = [
     "kernels",
     "output_size",
     "revert",
+    "tune_malloc",
 ]

@@ -34,8 +34,16 @@ PYTHON_FLOORS = {
     "cnn_ext._arguments": ["cnn_ext.ops.shapes"],
     "cnn_ext.ops": ["cnn_ext._native"],
     "cnn_ext._native": ["cnn_ext._source_hash"],
+    "cnn_ext.allocator": [],
     "cnn_ext._source_hash": [],
-    "cnn_ext": ["cnn_ext.functional", "cnn_ext.inspection", "cnn_ext.nn", "cnn_ext.policy", "cnn_ext.signal"],
+    "cnn_ext": [
+        "cnn_ext.allocator",
+        "cnn_ext.functional",
+        "cnn_ext.inspection",
+        "cnn_ext.nn",
+        "cnn_ext.policy",
+        "cnn_ext.signal",
+    ],
 }
 # Each part of csrc, by folder, and what its files may include with quotes.
 CSRC_FLOORS = {

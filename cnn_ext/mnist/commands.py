@@ -80,7 +80,7 @@ def train(
     if winograd and backend == "torch":
         raise InputError("--winograd: torch's layers have no such switch; take --backend cnn_ext")
     fused = backend == "cnn_ext" if fused is None else fused
-    machine.keep_freed_memory()
+    cnn_ext.tune_malloc()
     place = machine.device(device, backend)
     machine.set_threads(threads)
     artefacts.prepare(out)

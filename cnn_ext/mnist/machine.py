@@ -1,6 +1,5 @@
 """The device, the threads and the versions of a run."""
 
-import ctypes
 import os
 import platform
 from pathlib import Path
@@ -10,8 +9,6 @@ import torch
 
 import cnn_ext
 from cnn_ext.mnist.errors import InputError
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
 def device(name: str, backend: str) -> torch.device:
@@ -82,15 +79,6 @@ def set_threads(requested: int | None) -> int:
     threads = min(requested or torch.get_num_threads(), usable_cores())
     torch.set_num_threads(threads)
     return threads
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep the memory of freed tensors: fresh memory costs a page fault for every 4 KiB of every step."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(M_TOP_PAD, 1 << 26)
 
 
 def versions() -> dict[str, str]:

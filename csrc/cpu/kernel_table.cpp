@@ -41,7 +41,9 @@ namespace cnn_ext::cpu {
   ROW(max_pool2d_backward_scatter)  \
   ROW(max_pool2d_backward_direct)   \
   ROW(max_pool2d_gather_direct)     \
+  ROW(avg_pool2d_forward_2x2)       \
   ROW(avg_pool2d_forward_direct)    \
+  ROW(avg_pool2d_backward_2x2)      \
   ROW(avg_pool2d_backward_direct)
 
 #if defined(__x86_64__)

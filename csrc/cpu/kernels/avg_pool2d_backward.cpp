@@ -8,7 +8,7 @@
 //
 // nhwc: the shares alone; a vector holds neighbouring channels of one pixel.
 //
-// So a share is divided once, and rows of windows that don't overlap are copied from L1.
+// So a share is divided once, and what a single window covers is copied from L1.
 #include "cpu/kernels/avg_pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -149,10 +149,20 @@ class Ring {
   int64_t next_ = 0;  // rows of outputs of this plane before it are prepared or no longer needed
 };
 
+// Adding to 0 makes a 0.0 of a -0.0, as a sum does.
+template <class T>
+void copy_sums(const T* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, Vec<T>{} + load(from + i));
+  const LaneSet lanes = first_lanes<T>(count - i);
+  if (i < count) store_lanes(to + i, Vec<T>{} + load_lanes(from + i, lanes, Vec<T>{}), lanes);
+}
+
 template <class T>
 void backward_row_nchw(const Pool2dShape& s, const Scratch<T>& scratch, const Ring<T>& ring, int64_t ih, T* grad_input) {
   const Cover* first = scratch.rows.covers + scratch.rows.begin[ih];
   const Cover* last = scratch.rows.covers + scratch.rows.begin[ih + 1];
+  if (last - first == 1) return copy_sums(ring.row(first->out) + s.pad_left, grad_input, s.in_w);
   for (int64_t iw = 0; iw < s.in_w; iw += kLanes<T>) {
     Vec<T> sum{};
     for (const Cover* cover = first; cover < last; ++cover) sum += load(ring.row(cover->out) + s.pad_left + iw);
@@ -164,7 +174,13 @@ template <class T>
 void backward_row_nhwc(const Pool2dShape& s, const Scratch<T>& scratch, const Ring<T>& ring, int64_t ih, T* grad_input, int64_t channel,
                        int64_t last_channel) {
   const AxisCovers &rows = scratch.rows, &columns = scratch.columns;
+  const bool in_one_row = rows.begin[ih + 1] - rows.begin[ih] == 1;
   for (int64_t iw = 0; iw < s.in_w; ++iw) {
+    if (in_one_row && columns.begin[iw + 1] - columns.begin[iw] == 1) {
+      const T* shares = ring.row(rows.covers[rows.begin[ih]].out) + columns.covers[columns.begin[iw]].out * s.channels;
+      copy_sums(shares + channel, grad_input + iw * s.channels + channel, last_channel - channel);
+      continue;
+    }
     for (int64_t c = channel; c < last_channel; c += kLanes<T>) {
       const LaneSet lanes = first_lanes<T>(last_channel - c);
       Vec<T> sum{};

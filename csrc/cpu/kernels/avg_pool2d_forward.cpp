@@ -159,7 +159,10 @@ void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* i
     for (; c + kVectors * kLanes<T> <= last_channel; c += kVectors * kLanes<T>) {
       average_channels<T, kVectors>(s, window + c, row_count, column_count, divisor, output + c, first_lanes<T>(kLanes<T>));
     }
-    for (; c < last_channel; c += kLanes<T>) {
+    for (; c + kLanes<T> < last_channel; c += 2 * kLanes<T>) {
+      average_channels<T, 2>(s, window + c, row_count, column_count, divisor, output + c, first_lanes<T>(last_channel - c - kLanes<T>));
+    }
+    if (c < last_channel) {
       average_channels<T, 1>(s, window + c, row_count, column_count, divisor, output + c, first_lanes<T>(last_channel - c));
     }
   }
@@ -168,6 +171,19 @@ void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* i
 template <class T>
 Split split_of(const Pool2dShape& s, int threads) {
   return split_rows(s, s.out_h, larger(smaller(s.stride_h, s.kernel_h) * s.in_w, s.out_w) * pixel_of(s), kLanes<T>, threads);
+}
+
+bool is_empty_row(const Pool2dShape& s, int64_t oh) {
+  return taps_inside(oh * s.stride_h - s.pad_top, s.kernel_h, s.dilation_h, s.in_h).empty();
+}
+
+// The average of an empty window is 0, whatever the sign of an override.
+template <class T>
+void write_zeros(const Pool2dShape& s, T* output, int64_t channel, int64_t last_channel) {
+  if (s.layout == Layout::nchw) channel = 0, last_channel = 1;
+  for (int64_t ow = 0; ow < s.out_w; ++ow) {
+    for (int64_t c = channel; c < last_channel; ++c) output[ow * pixel_of(s) + c] = T{0};
+  }
 }
 
 template <class T>
@@ -182,7 +198,9 @@ void forward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int 
     for (; row < last_row; ++row) {
       const T* plane = static_cast<const T*>(b.input) + row / s.out_h * plane_elements;
       T* output = static_cast<T*>(b.output) + row * row_elements;
-      if (s.layout == Layout::nchw) {
+      if (is_empty_row(s, row % s.out_h)) {
+        write_zeros(s, output, channel, last_channel);
+      } else if (s.layout == Layout::nchw) {
         forward_row_nchw(s, scratch.column_divisors, sums, plane, row % s.out_h, output);
       } else {
         forward_row_nhwc(s, scratch.column_divisors, plane, row % s.out_h, output, channel, last_channel);
