@@ -141,3 +141,12 @@ def test_same_padding(word, stride):
     assert torch.equal(C.max_pool2d(input, 3, stride, tuple(sides)), output)
     inside = C.avg_pool2d(torch.ones_like(input), 3, stride, word, count_include_pad=False)
     assert torch.equal(inside, torch.ones_like(inside))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_average_of_an_empty_window_has_no_sign(memory_format):
+    input = torch.ones(1, 5, 1, 4).to(memory_format=memory_format)
+    padding = ((2, 1), (1, 1))
+    average = C.avg_pool2d(input, 2, 1, padding, dilation=(3, 1), divisor_override=-3)
+    empty = average == 0
+    assert empty.any() and not torch.signbit(average[empty]).any()
