@@ -172,6 +172,16 @@ def test_the_choice_does_not_depend_on_the_batch_nor_on_threads(row):
             assert len(kernels) == 1, (case.name, layouts, kernels)
 
 
+def test_the_best_instruction_set_leaves_nothing_to_a_lesser_one():
+    """What no row of the best one serves goes to composed rows, which call the best of the parts, or to naive ones."""
+    for row in (row for row in CPU_ROWS if row.is_naive):
+        for case in cases_of(row.op):
+            for layouts in layouts_of(row.op)[:2]:
+                chosen = choice(row, shape_of(case, torch.float32, layouts))
+                fallback = any(word in chosen["kernel"] for word in ("_composed_", "_naive_"))
+                assert fallback or chosen["isa"] == SUPPORTED_ISAS[-1], (case.name, layouts, chosen["kernel"])
+
+
 def test_small_problems_run_serially_and_large_ones_with_all_threads():
     forward = rows(op="conv2d", direction="forward")[-1]
     small, large = case_named("one_of_everything"), case_named("threads_dense")

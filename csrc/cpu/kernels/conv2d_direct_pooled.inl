@@ -10,6 +10,12 @@ namespace {
 
 using cnn_ext::Conv2dReluPoolShape;
 
+// Depthwise convolutions and narrow groups have rows of their own, so much faster that passing over a tensor once more is the smaller
+// evil. The bound is the same for every instruction set: else rows for a lesser one would take what those for a better one leave.
+constexpr int64_t kWideGroup = 16;  // input channels
+
+inline bool has_wide_groups(const cnn_ext::Conv2dShape& s) { return s.groups == 1 || s.in_channels / s.groups >= kWideGroup; }
+
 // Without pooling: the gradient passes where the output is positive or NaN.
 template <class T>
 struct ReluGradient {

@@ -72,8 +72,8 @@ struct FusedRow {
   }
 };
 
-bool accepts(const Conv2dReluPoolShape& s) { return accepts_direct(s.conv); }
-bool accepts_taps_of(const Conv2dReluPoolShape& s) { return accepts_taps(s.conv); }
+bool accepts(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && accepts_direct(s.conv); }
+bool accepts_taps_of(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && accepts_taps(s.conv); }
 
 }  // namespace
 

@@ -108,13 +108,12 @@ using Forward = FusedRow<Tile, PooledForward, ReluForward>;
 template <template <class> class Tile>
 using BackwardInput = FusedRow<Tile, PooledBackwardInput, ReluBackwardInput>;
 
-// Other rows of the plain convolution are so much faster for one tap, for few channels in a group and where Winograd's algorithm is allowed
-// that passing over a tensor once more is the smaller evil.
+// One tap, too, has rows of its own that are so much faster, and so it is where Winograd's algorithm is allowed.
 template <Conv2dDirection kDirection>
 bool accepts(const Conv2dReluPoolShape& s) {
   const Conv2dShape& c = s.conv;
   const bool is_served = (c.dtype == DType::float32 || c.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
-  const bool is_dense = c.kernel_h * c.kernel_w > 1 && (c.groups == 1 || c.in_channels / c.groups >= kLanes<float>);
+  const bool is_dense = c.kernel_h * c.kernel_w > 1 && has_wide_groups(c);
   return is_served && is_dense && !winograd_serves<kDirection>(c);
 }
 
