@@ -16,6 +16,17 @@ constexpr int64_t kWideGroup = 16;  // input channels
 
 inline bool has_wide_groups(const cnn_ext::Conv2dShape& s) { return s.groups == 1 || s.in_channels / s.groups >= kWideGroup; }
 
+inline bool has_2x2_windows(const Conv2dReluPoolShape& s) {
+  return s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2;
+}
+
+// Dense rows (those of nchw, and of a single channel) under other windows would have to be made up element by element: the pooling's own
+// backward is faster then.
+inline bool can_make_up(const Conv2dReluPoolShape& s) {
+  const bool has_dense_rows = s.conv.layout == cnn_ext::Layout::nchw || s.conv.out_channels == 1;
+  return !has_pooling(s) || has_2x2_windows(s) || !has_dense_rows;
+}
+
 // Without pooling: the gradient passes where the output is positive or NaN.
 template <class T>
 struct ReluGradient {
@@ -62,19 +73,20 @@ struct PooledGradient {
     end = at / stride + 1 < pooled ? at / stride + 1 : pooled;
   }
 
+  // Of 2x2 windows: a pooled vector becomes two, of which each pair of lanes holds its gradient at most once.
   const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
-    const int64_t plane = n * strides.n + channel * strides.c;
-    if (s.pool_h == 2 && s.pool_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2) return row_of_2x2(plane, y, line);
-    for (int64_t x = 0; x < s.conv.out_w; ++x) line[x] = T{0};
-    int64_t begin, end;
-    windows_of(y, s.pool_h, s.pool_stride_h, s.pooled_h, begin, end);
-    for (int64_t py = begin; py < end; ++py) {
-      const int64_t tap_row = (y - py * s.pool_stride_h) * s.pool_w, at = plane + py * strides.h;
-      for (int64_t px = 0; px < s.pooled_w; ++px) {
-        const int64_t tap = offsets[at + px] - tap_row;
-        if (tap >= 0 && tap < s.pool_w && offsets[at + px] != cnn_ext::kNoGradient) line[px * s.pool_stride_w + tap] += grad[at + px];
-      }
+    const Int<T> left = static_cast<Int<T>>(y % 2 * 2);
+    const int64_t at = n * strides.n + channel * strides.c + y / 2 * strides.h, pooled = y / 2 < s.pooled_h ? s.pooled_w : 0;
+    for (int64_t px = 0; px < pooled; px += kLanes<T>) {
+      const LaneSet lanes = first_lanes<T>(pooled - px);
+      const IntVec<T> offset = load_offsets<T>(offsets + at + px, lanes);
+      const Vec<T> g = load_lanes(grad + at + px, lanes, Vec<T>{});
+      const Vec<T> even = select(equal(offset, IntVec<T>{} + left), g, Vec<T>{});
+      const Vec<T> odd = select(equal(offset, IntVec<T>{} + (left + 1)), g, Vec<T>{});
+      store(line + 2 * px, interleave_lower<T>(even, odd));
+      store(line + 2 * px + kLanes<T>, interleave_upper<T>(even, odd));
     }
+    for (int64_t x = 2 * pooled; x < s.conv.out_w; ++x) line[x] = T{0};
     return line;
   }
 
@@ -109,24 +121,6 @@ struct PooledGradient {
   const T* grad;
   const uint8_t* offsets;
   Strides strides;  // of the pooled tensors
-
- private:
-  // The most frequent window: a pooled vector becomes two, of which each pair of lanes holds its gradient at most once.
-  const T* row_of_2x2(int64_t plane, int64_t y, T* line) const {
-    const Int<T> left = static_cast<Int<T>>(y % 2 * 2);
-    const int64_t at = plane + y / 2 * strides.h, pooled = y / 2 < s.pooled_h ? s.pooled_w : 0;
-    for (int64_t px = 0; px < pooled; px += kLanes<T>) {
-      const LaneSet lanes = first_lanes<T>(pooled - px);
-      const IntVec<T> offset = load_offsets<T>(offsets + at + px, lanes);
-      const Vec<T> g = load_lanes(grad + at + px, lanes, Vec<T>{});
-      const Vec<T> even = select(equal(offset, IntVec<T>{} + left), g, Vec<T>{});
-      const Vec<T> odd = select(equal(offset, IntVec<T>{} + (left + 1)), g, Vec<T>{});
-      store(line + 2 * px, interleave_lower<T>(even, odd));
-      store(line + 2 * px + kLanes<T>, interleave_upper<T>(even, odd));
-    }
-    for (int64_t x = 2 * pooled; x < s.conv.out_w; ++x) line[x] = T{0};
-    return line;
-  }
 };
 
 }  // namespace

@@ -72,8 +72,9 @@ struct FusedRow {
   }
 };
 
-bool accepts(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && accepts_direct(s.conv); }
-bool accepts_taps_of(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && accepts_taps(s.conv); }
+bool serves(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && can_make_up(s); }
+bool accepts(const Conv2dReluPoolShape& s) { return serves(s) && accepts_direct(s.conv); }
+bool accepts_taps_of(const Conv2dReluPoolShape& s) { return serves(s) && accepts_taps(s.conv); }
 
 }  // namespace
 

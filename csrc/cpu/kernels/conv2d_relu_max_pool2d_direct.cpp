@@ -114,7 +114,8 @@ bool accepts(const Conv2dReluPoolShape& s) {
   const Conv2dShape& c = s.conv;
   const bool is_served = (c.dtype == DType::float32 || c.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
   const bool is_dense = c.kernel_h * c.kernel_w > 1 && has_wide_groups(c);
-  return is_served && is_dense && !winograd_serves<kDirection>(c);
+  const bool has_source = kDirection == Conv2dDirection::forward || can_make_up(s);
+  return is_served && is_dense && has_source && !winograd_serves<kDirection>(c);
 }
 
 template <Conv2dDirection kDirection>
