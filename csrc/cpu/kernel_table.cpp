@@ -8,6 +8,8 @@ namespace cnn_ext::cpu {
   ROW(conv2d_forward_depthwise_channels)         \
   ROW(conv2d_backward_input_depthwise_channels)  \
   ROW(conv2d_backward_weight_depthwise_channels) \
+  ROW(conv2d_forward_grouped_channels)           \
+  ROW(conv2d_backward_input_grouped_channels)    \
   ROW(conv2d_forward_depthwise)                  \
   ROW(conv2d_backward_input_depthwise)           \
   ROW(conv2d_backward_weight_depthwise)          \

@@ -1,6 +1,6 @@
-// Depthwise convolution of nhwc tensors with one output channel per channel, forward and backward_input, for any kernel, stride and
-// dilation, straight from memory: a vector is neighbouring channels of one pixel, no copy of the source is made, and padding is left out of
-// the sums instead of being multiplied.
+// Convolution of nhwc tensors in groups of 1 (depthwise), 2, 4 or 8 channels with as many outputs, forward and backward_input, for any
+// kernel, stride and dilation, straight from memory: a vector is neighbouring channels of one pixel, no copy of the source is made, and
+// padding is left out of the sums instead of being multiplied.
 //
 // Both directions are one gather (Axis in conv2d_depthwise.inl). backward_input of stride s falls into s * s phases, each with its own
 // taps.
@@ -9,11 +9,15 @@
 // source is a memory operand. 7, for maps are 7, 14, 28, 56 or 112 wide. At borders and at a row's end a bit mask per tap column says which
 // pixels of the tile have a source; a predictable branch per pixel skips the others.
 //
+// In wider groups every lane adds up the source channels of its own group: a shuffle of the pixel's vector brings channel j of each group
+// to the group's lanes, for j = 0, 1, ...; 14 sums then leave registers for the shuffled vectors. Shuffles share a port with half of the
+// multiplications, so half of the peak is the most there is; a group of 16 is a vector, and conv2d_direct.cpp serves it.
+//
 // Order of the tiles: kernels of up to 3 rows read along the rows, all channels of a pixel, as memory lies: they wait for memory, and the
 // rows come from L2. Taller kernels wait for arithmetic; they take 4 vectors of channels over all rows, so that the rows are still in L1.
 //
-// A target is one chain: bias, then its taps in row-major order. Fewer channels than a vector are left to conv2d_depthwise.cpp; a rest
-// of channels is computed as the last full vector, which repeats some sums to the same bits.
+// A target is one chain: bias, then its taps in row-major order, of each tap the channels of the group. Fewer channels than a vector are
+// left to conv2d_depthwise.cpp; a rest of channels is computed as the last full vector, which repeats some sums to the same bits.
 #include "cpu/kernels/conv2d_depthwise_channels_tile.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -31,12 +35,12 @@ struct Job {
   Conv2dShape s;
   Axis h, w;
   TapLists h_lists, w_lists;
-  int64_t channels, vectors;
+  int64_t channels, vectors, group;  // group: channels of one
   int64_t rows_per_task, row_tasks;
   int64_t tiles;     // per phase of w
   bool by_channels;  // the channels of one tile over all rows, then the next ones
   uint32_t* masks;   // [phases of w, tiles, taps of the phase (kernel_w)]
-  T* weights;        // [taps, channels]
+  T* weights;        // [taps, channels of a group, channels]
   T* zeros;          // [channels]
   int64_t tasks() const { return s.batch * row_tasks; }
 };
@@ -47,7 +51,8 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.s = s;
   job.h = {forward ? s.in_h : s.out_h, forward ? s.out_h : s.in_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h, forward};
   job.w = {forward ? s.in_w : s.out_w, forward ? s.out_w : s.in_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w, forward};
-  job.channels = s.groups;
+  job.channels = s.in_channels;
+  job.group = s.in_channels / s.groups;
   job.vectors = job.channels / kLanes<T>;
   job.tiles = ceil_div(ceil_div(job.w.target, job.w.phases()), kTilePixels);
   job.by_channels = s.kernel_h > 3;
@@ -58,7 +63,7 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
                            align_64((job.h.phases() + 1) * 8),
                            align_64((job.w.phases() + 1) * 8),
                            align_64(job.w.phases() * job.tiles * s.kernel_w * 4),
-                           align_64(taps_of(s) * job.channels * static_cast<int64_t>(sizeof(T))),
+                           align_64(taps_of(s) * job.group * job.channels * static_cast<int64_t>(sizeof(T))),
                            align_64(job.channels * static_cast<int64_t>(sizeof(T)))};
   void* parts[7];
   char* at = static_cast<char*>(workspace);
@@ -112,13 +117,22 @@ void fill_masks(const Job<T>& job) {
   }
 }
 
-// The weights of kLanes channels, from [channel, tap] to [tap, channel].
+// Where the weight lies that connects a target channel with the source channel `term` of its group. A group has a power of 2 of channels.
+template <class T>
+int64_t weight_index(const Job<T>& job, int64_t channel, int64_t term, int64_t tap) {
+  const int64_t group_channel = channel & (job.group - 1), first = channel - group_channel, taps = taps_of(job.s);
+  const int64_t k = job.h.forward ? channel : first + term, c = job.h.forward ? term : group_channel;
+  return job.s.weight_layout == Layout::nchw ? (k * job.group + c) * taps + tap : (k * taps + tap) * job.group + c;
+}
+
+// The weights of kLanes target channels as [tap, term, channel].
 template <class T>
 void pack_channels(const Job<T>& job, const T* weight, int64_t first) {
-  const int64_t taps = taps_of(job.s);
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const Vec<T> v = load_strided(weight + first * taps + tap, taps, first_lanes<T>(kLanes<T>), Vec<T>{});
-    store(job.weights + tap * job.channels + first, v);
+  for (int64_t tap = 0; tap < taps_of(job.s); ++tap) {
+    for (int64_t term = 0; term < job.group; ++term) {
+      T* packed = job.weights + (tap * job.group + term) * job.channels + first;
+      for (int64_t i = 0; i < kLanes<T>; ++i) packed[i] = weight[weight_index(job, first + i, term, tap)];
+    }
   }
 }
 
@@ -144,7 +158,8 @@ void clip_rows(const Job<T>& job, int64_t row, TileArguments<T>& a) {
 template <class T>
 int64_t vectors_of_tile(const Job<T>& job, int64_t first_vector) {
   const int64_t left = job.vectors - first_vector;
-  return left > 0 ? ceil_div(left, ceil_div(left, kTileVectors)) : 1;
+  const int64_t most = job.group == 1 ? kTileVectors : kGroupedVectors;
+  return left > 0 ? ceil_div(left, ceil_div(left, most)) : 1;
 }
 
 // A tile of columns of one target row, the channel vectors [first_vector, last_vector).
@@ -170,7 +185,7 @@ void compute_columns(const Job<T>& job, TileArguments<T>& a, int64_t tile, int64
       a.weights = job.weights + channel;
       a.initial = initial + channel;
       a.target = target + column * job.channels + channel;
-      (all == kAll ? tile_of<T, false>(vectors) : tile_of<T, true>(vectors))(a);
+      (all == kAll ? tile_of<T, false>(job.group, vectors) : tile_of<T, true>(job.group, vectors))(a);
     }
   }
 }
@@ -181,6 +196,7 @@ void compute_rows(const Job<T>& job, const T* source, int64_t first_row, int64_t
   TileArguments<T> a;
   a.source_step = w.source_step() * job.channels;
   a.target_step = w.phases() * job.channels;
+  a.channels = job.channels;
   const int64_t all_vectors = ceil_div(job.channels, kLanes<T>);
   for (int64_t first_vector = 0, vectors; first_vector < all_vectors; first_vector += vectors) {
     vectors = job.by_channels ? vectors_of_tile(job, first_vector) : all_vectors;
@@ -198,8 +214,8 @@ template <class T>
 Outcome run_job(const Conv2dShape& s, const Conv2dBuffers& b, bool forward, void* workspace, int threads) {
   int64_t bytes;
   const Job<T> job = make_job<T>(s, forward, threads, workspace, &bytes);
-  fill_lists(job.h, job.w.source * job.channels, s.kernel_w * job.channels, job.h_lists);
-  fill_lists(job.w, job.channels, job.channels, job.w_lists);
+  fill_lists(job.h, job.w.source * job.channels, s.kernel_w * job.group * job.channels, job.h_lists);
+  fill_lists(job.w, job.channels, job.group * job.channels, job.w_lists);
   fill_masks(job);
   pack_weights(job, static_cast<const T*>(b.weight), threads);
   for (int64_t c = 0; c < job.channels; ++c) job.zeros[c] = 0;
@@ -218,7 +234,7 @@ template <class T>
 Plan plan_job(const Conv2dShape& s, bool forward, int threads) {
   int64_t bytes;
   const Job<T> job = make_job<T>(s, forward, threads, nullptr, &bytes);
-  return {kLanes<T> * kTileVectors, kTilePixels, job.tasks(), static_cast<size_t>(bytes)};
+  return {kLanes<T> * (job.group == 1 ? kTileVectors : kGroupedVectors), kTilePixels, job.tasks(), static_cast<size_t>(bytes)};
 }
 
 template <bool kForward>
@@ -230,6 +246,14 @@ template <bool kForward>
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
   return s.dtype == DType::float32 ? run_job<float>(s, b, kForward, workspace, threads)
                                    : run_job<double>(s, b, kForward, workspace, threads);
+}
+
+// nhwc tensors of at least a vector of channels in groups of 2, 4 or 8, as many outputs as inputs.
+bool accepts_groups(const Conv2dShape& s) {
+  if ((s.dtype != DType::float32 && s.dtype != DType::float64) || s.layout != Layout::nhwc) return false;
+  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>, group = s.in_channels / s.groups;
+  return s.groups > 1 && s.in_channels == s.out_channels && s.in_channels >= lanes && group <= lanes &&
+         (group == 2 || group == 4 || group == 8);
 }
 
 }  // namespace
@@ -246,5 +270,18 @@ extern const Conv2dKernel conv2d_backward_input_depthwise_channels = {CNN_EXT_KE
                                                                       accepts_depthwise_channels,
                                                                       plan<false>,
                                                                       run<false>};
+
+extern const Conv2dKernel conv2d_forward_grouped_channels = {CNN_EXT_KERNEL_NAME("conv2d_forward_grouped_channels"),
+                                                             Isa::CNN_EXT_ISA,
+                                                             Conv2dDirection::forward,
+                                                             accepts_groups,
+                                                             plan<true>,
+                                                             run<true>};
+extern const Conv2dKernel conv2d_backward_input_grouped_channels = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_grouped_channels"),
+                                                                    Isa::CNN_EXT_ISA,
+                                                                    Conv2dDirection::backward_input,
+                                                                    accepts_groups,
+                                                                    plan<false>,
+                                                                    run<false>};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -7,7 +7,8 @@ namespace {
 
 constexpr bool kManyRegisters = kVectorRegisters == 32;
 constexpr int kTilePixels = kManyRegisters ? 7 : 6;
-constexpr int kTileVectors = kManyRegisters ? 4 : 2;
+constexpr int kTileVectors = kManyRegisters ? 4 : 2;  // of groups of one channel
+constexpr int kGroupedVectors = 2;
 
 // A tap of one axis that belongs to a phase: the distance of its source from the target's place, in positions and in elements, and where
 // its weights lie.
@@ -25,7 +26,8 @@ struct TileArguments {
   const Tap *column, *last_column;
   const uint32_t* masks;
   uint32_t stored;
-  const T* weights;
+  int64_t channels;
+  const T* weights;  // [taps, channels of a group, channels]
   const T* initial;
   T* target;
   int64_t target_step;
@@ -49,9 +51,46 @@ struct TilePixels {
   }
 };
 
-template <class T, int kVectors, bool kMasked>
+// Lane l takes the channel kTerm of its own group of kGroup neighbouring lanes.
+template <class T, int kGroup, int kTerm, int... J>
+inline Vec<T> spread(Vec<T> v, Lanes<J...>) {
+  return __builtin_shufflevector(v, v, (J / kGroup * kGroup + kTerm)...);
+}
+
+template <class T, int kVectors>
+using TileSums = Vec<T>[kTilePixels][kVectors];
+
+// Adds one tap of one source channel of each group. bits: the pixels that have a source.
+template <class T, int kGroup, int kTerm, int kVectors, bool kMasked>
+inline __attribute__((always_inline)) void add_term(const TilePixels<T>& pixels, const T* weights, uint32_t bits,
+                                                    TileSums<T, kVectors>& sum) {
+  Vec<T> w[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes<T>);
+#pragma GCC unroll 7
+  for (int i = 0; i < kTilePixels; ++i) {
+    if (kMasked && (bits & (1u << i)) == 0) continue;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> x = load(pixels.at(i) + v * kLanes<T>);
+      if constexpr (kGroup == 1) {
+        sum[i][v] = fma(x, w[v], sum[i][v]);
+      } else {
+        sum[i][v] = fma(spread<T, kGroup, kTerm>(x, typename CountedLanes<kLanes<T>>::type{}), w[v], sum[i][v]);
+      }
+    }
+  }
+}
+
+template <class T, int kGroup, int kVectors, bool kMasked, int... kTerm>
+inline __attribute__((always_inline)) void add_terms(const TilePixels<T>& pixels, const T* weights, int64_t channels, uint32_t bits,
+                                                     TileSums<T, kVectors>& sum, Lanes<kTerm...>) {
+  (add_term<T, kGroup, kTerm, kVectors, kMasked>(pixels, weights + kTerm * channels, bits, sum), ...);
+}
+
+template <class T, int kGroup, int kVectors, bool kMasked>
 void compute_tile(const TileArguments<T>& a) {
-  Vec<T> sum[kTilePixels][kVectors];
+  TileSums<T, kVectors> sum;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const Vec<T> initial = load(a.initial + v * kLanes<T>);
@@ -61,6 +100,7 @@ void compute_tile(const TileArguments<T>& a) {
   constexpr int64_t kScalar = sizeof(T);
   const int64_t step = a.source_step * kScalar;
   const T* source = a.source;
+  const int64_t channels = a.channels;
   const Tap *first_column = a.column, *last_column = a.last_column;
   for (const Tap* r = a.row; r < a.last_row; ++r) {
     const T* row = source + r->source;
@@ -70,16 +110,8 @@ void compute_tile(const TileArguments<T>& a) {
       const TilePixels<T> pixels(row + c->source, step);
       const T* tap_weights = weights + c->weight;
       hide_origin(tap_weights);
-      Vec<T> w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = load(tap_weights + v * kLanes<T>);
       const uint32_t bits = kMasked ? *mask++ : 0;
-#pragma GCC unroll 7
-      for (int i = 0; i < kTilePixels; ++i) {
-        if (kMasked && (bits & (1u << i)) == 0) continue;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(load(pixels.at(i) + v * kLanes<T>), w[v], sum[i][v]);
-      }
+      add_terms<T, kGroup, kVectors, kMasked>(pixels, tap_weights, channels, bits, sum, typename CountedLanes<kGroup>::type{});
     }
   }
 #pragma GCC unroll 7
@@ -93,16 +125,25 @@ void compute_tile(const TileArguments<T>& a) {
 template <class T>
 using Tile = void (*)(const TileArguments<T>&);
 
-template <class T, bool kMasked>
+template <class T, int kGroup, bool kMasked>
 Tile<T> tile_of(int64_t vectors) {
-  if constexpr (kManyRegisters) {
-    static constexpr Tile<T> tiles[] = {compute_tile<T, 1, kMasked>, compute_tile<T, 2, kMasked>, compute_tile<T, 3, kMasked>,
-                                        compute_tile<T, 4, kMasked>};
+  if constexpr (kGroup > kLanes<T>) {
+    return nullptr;
+  } else if constexpr (kGroup == 1 && kManyRegisters) {
+    static constexpr Tile<T> tiles[] = {compute_tile<T, 1, 1, kMasked>, compute_tile<T, 1, 2, kMasked>, compute_tile<T, 1, 3, kMasked>,
+                                        compute_tile<T, 1, 4, kMasked>};
     return tiles[vectors - 1];
   } else {
-    static constexpr Tile<T> tiles[] = {compute_tile<T, 1, kMasked>, compute_tile<T, 2, kMasked>};
+    static constexpr Tile<T> tiles[] = {compute_tile<T, kGroup, 1, kMasked>, compute_tile<T, kGroup, 2, kMasked>};
     return tiles[vectors - 1];
   }
+}
+
+template <class T, bool kMasked>
+Tile<T> tile_of(int64_t group, int64_t vectors) {
+  if (group == 1) return tile_of<T, 1, kMasked>(vectors);
+  if (group == 2) return tile_of<T, 2, kMasked>(vectors);
+  return group == 4 ? tile_of<T, 4, kMasked>(vectors) : tile_of<T, 8, kMasked>(vectors);
 }
 
 }  // namespace
