@@ -50,29 +50,13 @@ inline int64_t extent(int64_t size, int64_t before, int64_t after, int64_t kerne
 inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layout weight_layout) {
   const int64_t out_h = extent(c["in_h"], c["pad_top"], c["pad_bottom"], c["kernel_h"], c["stride_h"], c["dilation_h"], false);
   const int64_t out_w = extent(c["in_w"], c["pad_left"], c["pad_right"], c["kernel_w"], c["stride_w"], c["dilation_w"], false);
-  return {c["batch"],
-          c["in_channels"],
-          c["in_h"],
-          c["in_w"],
-          c["out_channels"],
-          out_h,
-          out_w,
-          c["kernel_h"],
-          c["kernel_w"],
-          c["stride_h"],
-          c["stride_w"],
-          c["pad_top"],
-          c["pad_left"],
-          c["dilation_h"],
-          c["dilation_w"],
-          c["groups"],
-          dtype,
-          layout,
-          weight_layout,
+  return {c["batch"],          c["in_channels"], c["in_h"],     c["in_w"],     c["out_channels"], out_h,         out_w,
+          c["kernel_h"],       c["kernel_w"],    c["stride_h"], c["stride_w"], c["pad_top"],      c["pad_left"], c["dilation_h"],
+          c["dilation_w"],     c["groups"],      dtype,         layout,        weight_layout,
           /*allow_winograd=*/1};
 }
 
-// The poolings that every convolution is fused with: window and stride, the same along both axes.
+// The poolings that convolutions are fused with: window and stride, the same along both axes.
 constexpr int64_t kFusedPools[][2] = {{1, 1}, {2, 2}, {3, 2}, {2, 1}};
 
 // pooled_h or pooled_w < 1: the window does not fit.

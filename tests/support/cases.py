@@ -6,6 +6,7 @@ that is a function of the case's name, so a failure reproduces alone.
 
 import csv
 import functools
+import itertools
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -314,11 +315,11 @@ def pool2d_cases() -> tuple[Pool2dCase, ...]:
 
 @functools.cache
 def fused_cases() -> tuple[FusedCase, ...]:
-    """Every convolution of the list with every pooling that fits its output."""
+    """The convolutions of the list, each with one of the poolings in turn, where its output holds the window."""
+    poolings = zip(conv2d_cases(), itertools.cycle(FUSED_POOLS), strict=False)
     return tuple(
         FusedCase(conv, window, stride)
-        for conv in conv2d_cases()
-        for window, stride in FUSED_POOLS
+        for conv, (window, stride) in poolings
         if conv.out_h >= window and conv.out_w >= window
     )
 
