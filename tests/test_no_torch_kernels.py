@@ -5,6 +5,7 @@ CPU, every function still runs, forward, backward and twice backward. A planted 
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -14,30 +15,9 @@ import torch.nn.functional as F
 
 import cnn_ext
 import cnn_ext.functional as C
+from tests.support.forbid import forbid_torchs_kernels
 
-FORBIDDEN = ("conv", "pool", "unfold", "im2col", "col2im", "mm", "bmm", "matmul", "addmm", "addbmm", "baddbmm", "addmv",
-             "mv", "dot", "vdot", "einsum", "linear")
-library = torch.library.Library("aten", "IMPL")
-
-
-def forbid(name):
-    def kernel(*args, **kwargs):
-        raise AssertionError(f"torch computes: aten::{name}")
-
-    for key in ("CPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-            library.impl(name, kernel, "CPU", allow_override=True)
-            return True
-    return False
-
-
-def is_forbidden(name):
-    base = name.split(".")[0].strip("_")
-    return "conv" in base or "pool" in base or "im2col" in base or "unfold_b" in base or base in FORBIDDEN
-
-
-names = [name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
-forbidden = [name for name in names if is_forbidden(name) and forbid(name)]
+forbidden = forbid_torchs_kernels()
 """
 
 CALLS = """
@@ -76,7 +56,8 @@ print("done")
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", PROLOGUE + textwrap.dedent(code)], capture_output=True, text=True)
+    program = [sys.executable, "-c", PROLOGUE + textwrap.dedent(code)]
+    return subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
 
 def test_every_function_runs_without_torchs_kernels():
