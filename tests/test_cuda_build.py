@@ -119,8 +119,8 @@ def test_no_atomics(path):
 
 def test_every_launch_is_checked():
     launches = {path.name: code(path).count("<<<") for path in SOURCES if "<<<" in code(path)}
-    assert launches == {"common.cuh": 1}
-    assert re.search(r"<<<[^;]*;\s*CUDA_CHECK\(cudaGetLastError\(\)\);", code(ROOT / "csrc" / "cuda" / "common.cuh"))
+    assert launches == {"launch.cuh": 1}
+    assert re.search(r"<<<[^;]*;\s*CUDA_CHECK\(cudaGetLastError\(\)\);", code(ROOT / "csrc" / "cuda" / "launch.cuh"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -1,15 +1,14 @@
-// What all kernels share: element types, and the one way to launch.
+// What all kernels share: element types, and one thread per element.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <stdexcept>
 
-#include "cuda/check.h"
 #include "cuda/geometry.h"
 #include "cuda/kernel.h"
+#include "cuda/launch.cuh"
 
 namespace cnn_ext::cuda {
 
@@ -56,15 +55,6 @@ void with_element_type(DType dtype, const Function& function) {
     case DType::bfloat16:
       return function(__nv_bfloat16{});
   }
-}
-
-// Runs kernel<<<blocks, kBlockThreads, 0, stream>>>(arguments...). No blocks: nothing to do.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return;
-  if (blocks > INT32_MAX) throw std::invalid_argument("the problem is too large: it needs more blocks than a CUDA grid holds");
-  kernel<<<static_cast<unsigned>(blocks), kBlockThreads, 0, stream>>>(arguments...);
-  CUDA_CHECK(cudaGetLastError());
 }
 
 // One thread per element: this thread's, or none (an index not below the count).

@@ -1,0 +1,37 @@
+// The one way to launch a kernel. The test programs without a GPU have a launch.cuh of their own (csrc/tests/emulation).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/check.h"
+#include "cuda/kernel.h"
+
+namespace cnn_ext::cuda {
+
+struct Grid {
+  Grid(int64_t blocks_, int threads_ = kBlockThreads, size_t shared_bytes_ = 0)
+      : blocks(blocks_), threads(threads_), shared_bytes(shared_bytes_) {}
+  int64_t blocks;
+  int threads;          // of a block
+  size_t shared_bytes;  // of a block, behind dynamic_shared()
+};
+
+// What a block may ask for without saying so to the runtime first.
+constexpr size_t kPlainSharedBytes = 48 * 1024;
+
+// Runs kernel<<<grid>>>(arguments...) on the stream. No blocks: nothing to do.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
+  if (grid.blocks == 0) return;
+  if (grid.blocks > INT32_MAX) throw std::invalid_argument("the problem is too large: it needs more blocks than a CUDA grid holds");
+  if (grid.shared_bytes > kPlainSharedBytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(grid.shared_bytes)));
+  }
+  kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes, stream>>>(arguments...);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace cnn_ext::cuda
