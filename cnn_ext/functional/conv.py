@@ -1,0 +1,78 @@
+"""The convolution, and the convolution fused with its ReLU and max pooling."""
+
+import torch
+
+from cnn_ext import autograd, policy
+from cnn_ext._arguments import conv2d_geometry, fused_pool
+from cnn_ext.ops.shapes import MOST_FUSED_TAPS
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
+    """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32 or float64 (on CUDA float16 and bfloat16 as well).
+        weight: [K, C / groups, R, S], of the same dtype and device.
+        bias: [K] or None.
+        stride, dilation: an int or a pair (height, width), at least 1.
+        padding: zeros around the input, which never multiply: an int, a pair, ((top, bottom), (left, right)),
+            'valid', 'same', 'same_lower' or 'full'.
+        groups: into how many independent convolutions the channels are divided.
+        activation: None or 'relu', which is then computed with the convolution: its input is never written, and
+            backward reads the output instead.
+
+    Returns:
+        [N, K, OH, OW] (or without N) with OH = floor((H + top + bottom - dilation * (R - 1) - 1) / stride) + 1;
+        channels_last where input or weight is. Without input channels (C = 0) the bias is all there is.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together, with torch's message.
+        TypeError, ValueError: an argument of the wrong type; an integer beyond int64.
+        NotImplementedError: a dtype or device that no kernel serves.
+    """
+    geometry = conv2d_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    geometry = (*geometry, policy.allowed.winograd)
+    if activation is not None:
+        if activation != "relu":
+            raise ValueError(f"conv2d() expected activation to be None or 'relu', but got {activation!r}")
+        return _conv2d_relu_max_pool2d(input, weight, bias, geometry, ((1, 1), (1, 1)))
+    if input.dim() == 3:
+        return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
+    return autograd.conv2d(input, weight, bias, geometry)
+
+
+def conv2d_relu_max_pool2d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, pool_size=2, pool_stride=None
+):
+    """Max pooling of ``relu(conv2d(input, weight, bias, ...))``, without the tensors in between.
+
+    The values are those of the three functions one after the other. For backward it keeps the input, the weight and
+    one byte for each pooled output; a CUDA tensor and a pooling window of more than 255 taps run the three functions.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as for :func:`conv2d`.
+        pool_size, pool_stride: of the pooling, which is not padded: an int or a pair (height, width); ``pool_stride``
+            is ``pool_size`` if omitted.
+
+    Returns:
+        [N, K, PH, PW] (or without N) with PH = floor((OH - pool_size) / pool_stride) + 1, OH being conv2d's. Where a
+        window's maximum is not above 0 the output is 0 and no gradient passes; else it passes to the first of equal
+        maxima. A NaN is above all numbers.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d and max_pool2d.
+    """
+    op = "conv2d_relu_max_pool2d"
+    geometry = conv2d_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    geometry = (*geometry, policy.allowed.winograd)
+    return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
+
+
+def _conv2d_relu_max_pool2d(input, weight, bias, geometry, pool):
+    if input.dim() == 3:
+        return _conv2d_relu_max_pool2d(input.unsqueeze(0), weight, bias, geometry, pool).squeeze(0)
+    (pool_h, pool_w), _ = pool
+    if input.is_cuda or pool_h * pool_w > MOST_FUSED_TAPS:
+        activated = torch.relu(autograd.conv2d(input, weight, bias, geometry))
+        return autograd.max_pool2d(activated, (*pool, (0, 0, 0, 0), (1, 1), False), False)[0]
+    return autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry, pool)
