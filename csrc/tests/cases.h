@@ -47,12 +47,31 @@ inline int64_t extent(int64_t size, int64_t before, int64_t after, int64_t kerne
   return ceil_mode && (out - 1) * stride >= size + before ? out - 1 : out;
 }
 
+// As the operators describe a problem: the stride of an axis with one output is 1.
+inline int64_t stride_of(int64_t stride, int64_t outputs) { return outputs == 1 ? 1 : stride; }
+
 inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layout weight_layout) {
   const int64_t out_h = extent(c["in_h"], c["pad_top"], c["pad_bottom"], c["kernel_h"], c["stride_h"], c["dilation_h"], false);
   const int64_t out_w = extent(c["in_w"], c["pad_left"], c["pad_right"], c["kernel_w"], c["stride_w"], c["dilation_w"], false);
-  return {c["batch"],          c["in_channels"], c["in_h"],     c["in_w"],     c["out_channels"], out_h,         out_w,
-          c["kernel_h"],       c["kernel_w"],    c["stride_h"], c["stride_w"], c["pad_top"],      c["pad_left"], c["dilation_h"],
-          c["dilation_w"],     c["groups"],      dtype,         layout,        weight_layout,
+  return {c["batch"],
+          c["in_channels"],
+          c["in_h"],
+          c["in_w"],
+          c["out_channels"],
+          out_h,
+          out_w,
+          c["kernel_h"],
+          c["kernel_w"],
+          stride_of(c["stride_h"], out_h),
+          stride_of(c["stride_w"], out_w),
+          c["pad_top"],
+          c["pad_left"],
+          c["dilation_h"],
+          c["dilation_w"],
+          c["groups"],
+          dtype,
+          layout,
+          weight_layout,
           /*allow_winograd=*/1};
 }
 
@@ -78,8 +97,8 @@ inline Pool2dShape pool2d_shape(const Case& c, DType dtype, Layout layout) {
           out_w,
           c["kernel_h"],
           c["kernel_w"],
-          c["stride_h"],
-          c["stride_w"],
+          stride_of(c["stride_h"], out_h),
+          stride_of(c["stride_w"], out_w),
           c["pad_top"],
           c["pad_bottom"],
           c["pad_left"],

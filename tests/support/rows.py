@@ -89,6 +89,11 @@ def empty(
     return tensor.permute(0, 3, 1, 2) if channels_last else tensor
 
 
+def _normalised(fields: dict[str, int]) -> dict[str, int]:
+    """As the operators describe a problem: the stride of an axis with one output is 1."""
+    return fields | {f"stride_{axis}": 1 for axis in "hw" if fields[f"out_{axis}"] == 1}
+
+
 def conv2d_shape(
     case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layout: str, *, allow_winograd: bool = True
 ) -> _native.Conv2dShape:
@@ -98,7 +103,7 @@ def conv2d_shape(
         "dilation_h dilation_w groups"
     )
     return _native.Conv2dShape(
-        **{field: getattr(case, field) for field in fields.split()},
+        **_normalised({field: getattr(case, field) for field in fields.split()}),
         dtype=_native.DTYPES[dtype],
         layout=getattr(_native.Layout, layout),
         weight_layout=getattr(_native.Layout, weight_layout),
@@ -126,7 +131,7 @@ def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.P
         "pad_right dilation_h dilation_w divisor_override count_include_pad"
     )
     return _native.Pool2dShape(
-        **{field: getattr(case, field) for field in fields.split()},
+        **_normalised({field: getattr(case, field) for field in fields.split()}),
         dtype=_native.DTYPES[dtype],
         layout=getattr(_native.Layout, layout),
     )

@@ -267,7 +267,7 @@ Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, void* wo
   const T* weight = static_cast<const T*>(buffers.weight);
   const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
   T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-  if (!forward && s.stride_h * s.stride_w > 1) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
+  if (!forward && s.out_h * s.out_w < s.in_h * s.in_w) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
   if (p.is_empty()) return Outcome::done;
   if (prefers_point_lanes<T>(p)) {
     PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, workspace, threads).run();
