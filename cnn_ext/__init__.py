@@ -12,16 +12,34 @@ except ModuleNotFoundError as error:
 from cnn_ext import functional
 from cnn_ext.allocator import tune_malloc
 from cnn_ext.inspection import build_info, explain, force_kernel, kernels, version
-from cnn_ext.nn import AvgPool2d, Conv2d, ConvReLUPool2d, MaxPool2d, conversion_report, convert, revert
+from cnn_ext.nn import (
+    AvgPool1d,
+    AvgPool2d,
+    Conv1d,
+    Conv2d,
+    ConvReLUPool2d,
+    LazyConv1d,
+    LazyConv2d,
+    MaxPool1d,
+    MaxPool2d,
+    conversion_report,
+    convert,
+    revert,
+)
 from cnn_ext.policy import flags
 from cnn_ext.signal import convolve, correlate, output_size
 
 __version__ = version()
 
 __all__ = [
+    "AvgPool1d",
     "AvgPool2d",
+    "Conv1d",
     "Conv2d",
     "ConvReLUPool2d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "MaxPool1d",
     "MaxPool2d",
     "__version__",
     "build_info",

@@ -3,12 +3,13 @@
 Those take pairs (height, width) and paddings (top, bottom, left, right).
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 
 import torch
 
-from cnn_ext.ops.shapes import INT64_MAX, check_pool2d_rank, same_padding, window_extent
+from cnn_ext.ops.shapes import INT64_MAX, check_max_pool1d, check_pool2d_rank, same_padding, window_extent
 
 CONV_WORDS = ("valid", "same", "same_lower", "full")
 POOL_WORDS = CONV_WORDS[:-1]
@@ -35,17 +36,22 @@ def integer(op: str, name: str, value) -> int:
     return value
 
 
-def conv_pair(op: str, name: str, value) -> tuple[int, int]:
-    """An int, or one or two ints, as (height, width)."""
+def conv_ints(op: str, name: str, value, axes: int) -> tuple[int, ...]:
+    """An int, or one int or one for each axis, as one for each axis."""
     if isinstance(value, (tuple, list)):
-        if len(value) not in (1, 2):
+        if len(value) not in (1, axes):
             raise RuntimeError(
-                f"expected {name} to be a single integer value or a list of 2 values to match the convolution "
+                f"expected {name} to be a single integer value or a list of {axes} values to match the convolution "
                 f"dimensions, but got {name}={list(value)}"
             )
-        return integer(op, name, value[0]), integer(op, name, value[-1])
-    value = integer(op, name, value)
-    return value, value
+        values = tuple(integer(op, name, item) for item in value)
+        return values if len(values) == axes else values * axes
+    return (integer(op, name, value),) * axes
+
+
+def conv_pair(op: str, name: str, value) -> tuple[int, int]:
+    """An int, or one or two ints, as (height, width)."""
+    return conv_ints(op, name, value, 2)
 
 
 _POOL_WANTED = {
@@ -65,16 +71,41 @@ def pool_pair(op: str, name: str, value) -> tuple[int, int]:
     return conv_pair(op, name, value)
 
 
+def max_pool1d_ints(op: str, name: str, value) -> tuple[int]:
+    """An int, or one int in a list."""
+    if isinstance(value, (tuple, list)) and len(value) != 1:
+        none = "None, " if name == "stride" else ""
+        raise RuntimeError(f"{op}() {name} must be {none}an int{_OF_SIZE_1[name]} of size 1 but got size {len(value)}")
+    return conv_ints(op, name, value, 1)
+
+
+_OF_SIZE_1 = {  # torch sets its commas so
+    "kernel_size": ", list of ints or tuple of ints",
+    "stride": ", list of ints, or tuple of ints",
+    "padding": ", list of ints, or tuple of ints",
+    "dilation": ", list of ints or tuple of ints",
+}
+
+
+def avg_pool1d_ints(op: str, name: str, value) -> tuple[int]:
+    """An int, or one int in a list."""
+    if isinstance(value, (tuple, list)) and len(value) != 1:
+        raise RuntimeError(f"{op}() argument '{name}' should contain one int (got {len(value)})")
+    return conv_ints(op, name, value, 1)
+
+
 def is_per_side(padding) -> bool:
-    """Whether a padding has the form ((top, bottom), (left, right))."""
+    """Whether a padding has the form ((top, bottom), (left, right)), or ((left, right),) of one axis."""
     return (
-        isinstance(padding, (tuple, list)) and len(padding) == 2 and all(isinstance(p, (tuple, list)) for p in padding)
+        isinstance(padding, (tuple, list))
+        and len(padding) in (1, 2)
+        and all(isinstance(sides, (tuple, list)) for sides in padding)
     )
 
 
-def _word_padding(word: str, size, kernel_size, stride, dilation) -> tuple[int, int, int, int]:
+def _word_padding(word: str, size, kernel_size, stride, dilation) -> tuple[int, ...]:
     sides: list[int] = []
-    for axis in (0, 1):
+    for axis in range(len(stride)):
         if word == "valid":
             sides += (0, 0)
         elif word == "full":
@@ -83,48 +114,69 @@ def _word_padding(word: str, size, kernel_size, stride, dilation) -> tuple[int, 
             sides += same_padding(
                 size[axis], kernel_size[axis], stride[axis], dilation[axis], odd_before=word == "same_lower"
             )
-    return sides[0], sides[1], sides[2], sides[3]
+    return tuple(sides)
 
 
-def resolve_padding(op: str, padding, size, kernel_size, stride, dilation, *, words: Sequence[str], as_pair):
-    """Padding as (top, bottom, left, right) from an int, a pair, ((top, bottom), (left, right)) or a word.
+def _side_pair(op: str, sides) -> tuple[int, int]:
+    """What lies before and behind one axis, as two ints or one for both."""
+    if len(sides) not in (1, 2):
+        raise RuntimeError(f"{op}(): padding of one axis must be (before, after), but got padding={list(sides)}")
+    before, after = integer(op, "padding", sides[0]), integer(op, "padding", sides[-1])
+    return before, after
 
-    ``size`` and ``kernel_size`` end with (height, width); ``as_pair`` reads an int or a pair.
+
+def resolve_padding(op: str, padding, size, kernel_size, stride, dilation, *, words: Sequence[str], as_ints):
+    """Padding as (before, after) of each axis in turn, (top, bottom, left, right), from an int, an int for each axis,
+    a pair of sides for each axis or a word.
+
+    ``size`` and ``kernel_size`` end with the axes'; ``as_ints`` reads an int or one for each axis.
     """
+    axes = len(stride)
     if type(padding) is int:
-        padding = integer(op, "padding", padding)
-        return padding, padding, padding, padding
+        return (integer(op, "padding", padding),) * (2 * axes)
     if isinstance(padding, str):
         if padding not in words:
             raise RuntimeError(f"Invalid padding string: '{padding}', {op}() expected one of {', '.join(words)}")
         if min(*stride, *dilation) < 1:
-            return 0, 0, 0, 0  # the operator refuses these strides and dilations itself
-        return _word_padding(padding, size[-2:], kernel_size[-2:], stride, dilation)
-    if is_per_side(padding):
-        (top, bottom), (left, right) = (as_pair(op, "padding", side) for side in padding)
-        return top, bottom, left, right
-    vertical, horizontal = as_pair(op, "padding", padding)
-    return vertical, vertical, horizontal, horizontal
+            return (0,) * (2 * axes)  # the operator refuses these strides and dilations itself
+        return _word_padding(padding, size[-axes:], kernel_size[-axes:], stride, dilation)
+    if is_per_side(padding) and len(padding) == axes:
+        return tuple(side for sides in padding for side in _side_pair(op, sides))
+    return tuple(side for value in as_ints(op, "padding", padding) for side in (value, value))
 
 
-def conv2d_geometry(op: str, input, weight, bias, stride, padding, dilation, groups):
+def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, groups, axes: int):
     """The arguments of a convolution as the operators take them: (stride, padding, dilation, groups)."""
     check_tensor(op, "input", input)
     check_tensor(op, "weight", weight)
     if bias is not None:
         check_tensor(op, "bias", bias)
-    if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"Expected 3D (unbatched) or 4D (batched) input to {op}, but got input of size: {list(input.shape)}"
-        )
-    if weight.dim() != 4:
-        raise RuntimeError(f"Expected 4D weight to {op}, but got weight of size: {list(weight.shape)}")
-    stride = conv_pair(op, "stride", stride)
-    dilation = conv_pair(op, "dilation", dilation)
+    check_conv_ranks(op, input, weight, axes)
+    stride = conv_ints(op, "stride", stride, axes)
+    dilation = conv_ints(op, "dilation", dilation, axes)
     padding = resolve_padding(
-        op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_pair=conv_pair
+        op,
+        padding,
+        input.shape,
+        weight.shape,
+        stride,
+        dilation,
+        words=CONV_WORDS,
+        as_ints=functools.partial(conv_ints, axes=axes),
     )
+    if min(padding) < 0:
+        raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
     return stride, padding, dilation, integer(op, "groups", groups)
+
+
+def check_conv_ranks(op: str, input, weight, axes: int) -> None:
+    if input.dim() not in (axes + 1, axes + 2):
+        raise RuntimeError(
+            f"Expected {axes + 1}D (unbatched) or {axes + 2}D (batched) input to {op}, but got input of size: "
+            f"{list(input.shape)}"
+        )
+    if weight.dim() != axes + 2:
+        raise RuntimeError(f"Expected {axes + 2}D weight to {op}, but got weight of size: {list(weight.shape)}")
 
 
 def fused_pool(op: str, pool_size, pool_stride) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -133,16 +185,47 @@ def fused_pool(op: str, pool_size, pool_stride) -> tuple[tuple[int, int], tuple[
     return pool_size, pool_size if pool_stride is None else pool_pair(op, "pool_stride", pool_stride)
 
 
+def _pool_window(op: str, input, kernel_size, stride, padding, dilation, ceil_mode, as_ints):
+    kernel_size = as_ints(op, "kernel_size", kernel_size)
+    omitted = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
+    stride = kernel_size if omitted else as_ints(op, "stride", stride)
+    dilation = as_ints(op, "dilation", dilation)
+    padding = resolve_padding(
+        op, padding, input.shape, kernel_size, stride, dilation, words=POOL_WORDS, as_ints=as_ints
+    )
+    return kernel_size, stride, padding, dilation, ceil_mode
+
+
 def pool2d_window(op: str, input, kernel_size, stride, padding, dilation, ceil_mode):
     """The arguments that both poolings share, as the operators take them."""
     check_tensor(op, "input", input)
     check_bool(op, "ceil_mode", ceil_mode)
     check_pool2d_rank(op, input.shape)
-    kernel_size = pool_pair(op, "kernel_size", kernel_size)
-    omitted = stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
-    stride = kernel_size if omitted else pool_pair(op, "stride", stride)
-    dilation = pool_pair(op, "dilation", dilation)
-    padding = resolve_padding(
-        op, padding, input.shape, kernel_size, stride, dilation, words=POOL_WORDS, as_pair=pool_pair
-    )
-    return kernel_size, stride, padding, dilation, ceil_mode
+    return _pool_window(op, input, kernel_size, stride, padding, dilation, ceil_mode, pool_pair)
+
+
+def _of_height_1(kernel_size, stride, padding, dilation, ceil_mode):
+    """A window over one axis as one over two, the first of size 1."""
+    return (1, *kernel_size), (1, *stride), (0, 0, *padding), (1, *dilation), ceil_mode
+
+
+def max_pool1d_window(input, kernel_size, stride, padding, dilation, ceil_mode):
+    """The arguments of max_pool1d as the operators of two axes take them."""
+    check_tensor("max_pool1d", "input", input)
+    check_bool("max_pool1d", "ceil_mode", ceil_mode)
+    window = _pool_window("max_pool1d", input, kernel_size, stride, padding, dilation, ceil_mode, max_pool1d_ints)
+    check_max_pool1d(input.shape, *window)
+    return _of_height_1(*window)
+
+
+def avg_pool1d_window(input, kernel_size, stride, padding, dilation, ceil_mode):
+    """The arguments of avg_pool1d as the operators of two axes take them."""
+    check_tensor("avg_pool1d", "input", input)
+    check_bool("avg_pool1d", "ceil_mode", ceil_mode)
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"Expected 2 to 3 dimensions, but got {input.dim()}-dimensional tensor for argument #1 'self' (while "
+            f"checking arguments for avg_pool1d)"
+        )
+    window = _pool_window("avg_pool1d", input, kernel_size, stride, padding, dilation, ceil_mode, avg_pool1d_ints)
+    return _of_height_1(*window)

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from cnn_ext import _native, policy
-from cnn_ext._arguments import conv2d_geometry
+from cnn_ext._arguments import conv_geometry
 from cnn_ext.ops.conv2d import prepare_backward_bias, prepare_forward
 from cnn_ext.ops.shapes import spec, taps_inside
 
@@ -134,7 +134,7 @@ def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     choices = _native.Conv2dDirection.__members__
     if direction not in choices:
         raise ValueError(f"explain() expected direction to be one of {', '.join(choices)}, but got {direction!r}")
-    geometry = conv2d_geometry("explain", input, weight, bias, stride, padding, dilation, groups)
+    geometry = conv_geometry("explain", input, weight, bias, stride, padding, dilation, groups, axes=2)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     bias_spec = None if bias is None else spec(bias)
     shape, output_size, memory_format, _ = prepare_forward(

@@ -210,7 +210,7 @@ def test_what_torch_cannot_do_is_not_reverted(layer):
 
 
 def test_the_report_says_who_computes_what():
-    net = nn.Sequential(model(), nn.AdaptiveAvgPool2d(1), nn.Conv1d(1, 1, 1))
+    net = nn.Sequential(model(), nn.AdaptiveAvgPool3d(1), nn.Conv3d(1, 1, 1), nn.Conv1d(1, 1, 1))
     cnn_ext.convert(net, skip={"0.2"})
     report = cnn_ext.conversion_report(net)
     assert [(row.name, row.layer, row.converted) for row in report] == [
@@ -218,8 +218,10 @@ def test_the_report_says_who_computes_what():
         ("0.2", "MaxPool2d", False),
         ("0.3.0", "OwnForward", False),
         ("0.3.1", "AvgPool2d", True),
-        ("1", "AdaptiveAvgPool2d", False),
-        ("2", "Conv1d", False),
+        ("1", "AdaptiveAvgPool3d", False),
+        ("2", "Conv3d", False),
+        ("3", "Conv1d", True),
     ]
-    for line, words in zip(str(report).splitlines(), ["cnn_ext", "not", "own", "cnn_ext", "no", "no"], strict=True):
+    who = ["cnn_ext", "not", "own", "cnn_ext", "no", "no", "cnn_ext"]
+    for line, words in zip(str(report).splitlines(), who, strict=True):
         assert words in line

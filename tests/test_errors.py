@@ -3,13 +3,11 @@
 ``EXTRA`` lists the calls that only this package refuses, or refuses in its own words, with the reason.
 """
 
-import re
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 import cnn_ext.functional as C
+from tests.support.errors import assert_raises_as_torch, raised
 
 X, W, B = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
 HUGE = 2**62
@@ -106,26 +104,9 @@ OWN_WORDS = {
 }
 
 
-def raised(function, arguments):
-    with pytest.raises(Exception) as info:
-        function(*arguments)
-    return info.value
-
-
-def core(message: str) -> str:
-    """What of torch's message has to reappear: its first line, without the advice on MKLDNN tensors."""
-    line = message.splitlines()[0].split(" or input should be a MKLDNN")[0]
-    return line.removesuffix("=[]")
-
-
 @pytest.mark.parametrize(("op", "name", "arguments"), CALLS, ids=[f"{op}: {name}" for op, name, _ in CALLS])
 def test_errors_are_torchs(op, name, arguments):
-    torchs, ours = raised(getattr(F, op), arguments), raised(getattr(C, op), arguments)
-    assert type(ours) is type(torchs), f"{ours!r} instead of {torchs!r}"
-    if isinstance(torchs, TypeError):  # torch lists its overloads; here the argument is named
-        assert re.search(r"argument '\w+' must be", str(ours))
-        return
-    assert OWN_WORDS.get(name, core(str(torchs))) in str(ours)
+    assert_raises_as_torch(op, arguments, OWN_WORDS.get(name))
 
 
 def mixed(dtype):

@@ -1,10 +1,10 @@
-"""The convolution, and the convolution fused with its ReLU and max pooling."""
+"""Convolutions over one axis and two, and the convolution fused with its ReLU and max pooling."""
 
 import torch
 
 from cnn_ext import autograd, policy
-from cnn_ext._arguments import conv2d_geometry, fused_pool
-from cnn_ext.ops.shapes import MOST_FUSED_TAPS
+from cnn_ext._arguments import conv_geometry, fused_pool
+from cnn_ext.ops.shapes import MOST_FUSED_TAPS, check_conv_tensors, conv_output_size, spec
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
@@ -30,11 +30,54 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         TypeError, ValueError: an argument of the wrong type; an integer beyond int64.
         NotImplementedError: a dtype or device that no kernel serves.
     """
-    geometry = conv2d_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    geometry = conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups, axes=2)
+    return _conv2d("conv2d", input, weight, bias, geometry, activation)
+
+
+def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
+    """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv1d`.
+
+    It is the convolution over two axes with height 1; the tensors are looked at so, not copied.
+
+    Args:
+        input: [N, C, L] or [C, L]; float32 or float64 (on CUDA float16 and bfloat16 as well).
+        weight: [K, C / groups, R], of the same dtype and device.
+        bias: [K] or None.
+        stride, dilation: an int or a list of one, at least 1.
+        padding: zeros around the input, which never multiply: an int, a list of one, ((left, right),), 'valid',
+            'same', 'same_lower' or 'full'.
+        groups, activation: as for :func:`conv2d`.
+
+    Returns:
+        [N, K, OL] (or without N) with OL = floor((L + left + right - dilation * (R - 1) - 1) / stride) + 1.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d.
+    """
+    geometry = conv_geometry("conv1d", input, weight, bias, stride, padding, dilation, groups, axes=1)
+    batched = input if input.dim() == 3 else input.unsqueeze(0)
+    conv_output_size(batched.shape, weight.shape, *geometry)
+    check_conv_tensors(spec(input), spec(weight), None if bias is None else spec(bias))
+    output = _conv2d("conv1d", of_height_1(batched), of_height_1(weight), bias, _of_height_1(geometry), activation)
+    output = output.squeeze(-2)
+    return output if input.dim() == 3 else output.squeeze(0)
+
+
+def of_height_1(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over one axis as one over two; contiguous, for torch has no channels_last over one axis."""
+    return tensor.contiguous().unsqueeze(-2)
+
+
+def _of_height_1(geometry):
+    (stride,), padding, (dilation,), groups = geometry
+    return (1, stride), (0, 0, *padding), (1, dilation), groups
+
+
+def _conv2d(op, input, weight, bias, geometry, activation):
     geometry = (*geometry, policy.allowed.winograd)
     if activation is not None:
         if activation != "relu":
-            raise ValueError(f"conv2d() expected activation to be None or 'relu', but got {activation!r}")
+            raise ValueError(f"{op}() expected activation to be None or 'relu', but got {activation!r}")
         return _conv2d_relu_max_pool2d(input, weight, bias, geometry, ((1, 1), (1, 1)))
     if input.dim() == 3:
         return autograd.conv2d(input.unsqueeze(0), weight, bias, geometry).squeeze(0)
@@ -63,7 +106,7 @@ def conv2d_relu_max_pool2d(
         RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d and max_pool2d.
     """
     op = "conv2d_relu_max_pool2d"
-    geometry = conv2d_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    geometry = conv_geometry(op, input, weight, bias, stride, padding, dilation, groups, axes=2)
     geometry = (*geometry, policy.allowed.winograd)
     return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
 

@@ -1,9 +1,9 @@
-"""Max and average pooling."""
+"""Max and average pooling over one axis and two."""
 
 import torch
 
 from cnn_ext import autograd
-from cnn_ext._arguments import check_bool, integer, pool2d_window
+from cnn_ext._arguments import avg_pool1d_window, check_bool, integer, max_pool1d_window, pool2d_window
 
 
 def _axis_indices(offsets: torch.Tensor, taps: torch.Tensor, axis: int, window, extent: int) -> torch.Tensor:
@@ -45,14 +45,39 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     """
     check_bool("max_pool2d", "return_indices", return_indices)
     window = pool2d_window("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode)
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    output, offsets = autograd.max_pool2d(batched, window, return_indices)
-    if batched is not input:
-        output = output.squeeze(0)
-    if not return_indices:
-        return output
-    indices = _flat_indices(offsets, window, input.shape)
-    return output, indices if batched is input else indices.squeeze(0)
+    return _max_pool2d(input, window, return_indices, added=() if input.dim() == 4 else (0,))
+
+
+def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Maximum of each window, as :func:`torch.nn.functional.max_pool1d`.
+
+    Args:
+        input: [N, C, L] or [C, L].
+        kernel_size, stride, dilation: an int or a list of one; ``stride`` is ``kernel_size`` if omitted.
+        padding: an int, a list of one, ((left, right),), 'valid', 'same' or 'same_lower'; at most half the dilated
+            window.
+        ceil_mode, return_indices: as for :func:`max_pool2d`; an index is the place along L.
+
+    Returns:
+        [N, C, OL], or a pair of it and the int64 indices.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages.
+    """
+    check_bool("max_pool1d", "return_indices", return_indices)
+    window = max_pool1d_window(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return _max_pool2d(input, window, return_indices, added=(-2,) if input.dim() == 3 else (-2, 0))
+
+
+def _max_pool2d(input, window, return_indices, added):
+    """The maxima, or the pair of them and their indices; ``added`` axes are given to the input and taken again."""
+    for axis in added:
+        input = input.unsqueeze(axis)
+    output, offsets = autograd.max_pool2d(input, window, return_indices)
+    results = [output, _flat_indices(offsets, window, input.shape)] if return_indices else [output]
+    for axis in reversed(added):
+        results = [result.squeeze(axis) for result in results]
+    return tuple(results) if return_indices else results[0]
 
 
 def avg_pool2d(
@@ -92,3 +117,28 @@ def avg_pool2d(
     if input.dim() == 4:
         return autograd.avg_pool2d(input, window, divisor)
     return autograd.avg_pool2d(input.unsqueeze(0), window, divisor).squeeze(0)
+
+
+def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, *, dilation=1):
+    """Mean of each window, as :func:`torch.nn.functional.avg_pool1d`.
+
+    Args:
+        input: [N, C, L] or [C, L].
+        kernel_size, stride, dilation: an int or a list of one; ``stride`` is ``kernel_size`` if omitted, ``dilation``
+            is beyond torch.
+        padding: an int, a list of one, ((left, right),), 'valid', 'same' or 'same_lower'; at most half the dilated
+            window.
+        ceil_mode, count_include_pad: as for :func:`avg_pool2d`.
+
+    Returns:
+        [N, C, OL]; a window without taps inside the input gives 0.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages.
+    """
+    check_bool("avg_pool1d", "count_include_pad", count_include_pad)
+    window = avg_pool1d_window(input, kernel_size, stride, padding, dilation, ceil_mode)
+    divisor = (count_include_pad, None)
+    if input.dim() == 3:
+        return autograd.avg_pool2d(input.unsqueeze(-2), window, divisor).squeeze(-2)
+    return autograd.avg_pool2d(input.unsqueeze(0).unsqueeze(-2), window, divisor).squeeze(-2).squeeze(0)

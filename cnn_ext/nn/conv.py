@@ -1,4 +1,4 @@
-"""The convolution layer: torch's, except for who computes."""
+"""The convolution layers: torch's, except for who computes."""
 
 import torch
 
@@ -8,12 +8,8 @@ from cnn_ext._arguments import CONV_WORDS, is_per_side
 _EXTENDED_WORDS = tuple(word for word in CONV_WORDS if word not in ("valid", "same"))
 
 
-class Conv2d(torch.nn.Conv2d):
-    """:class:`torch.nn.Conv2d` computed by this package: same constructor, initialisation, ``repr`` and ``state_dict``.
-
-    ``padding`` takes every form of :func:`cnn_ext.functional.conv2d` too; forms that torch does not know need
-    ``padding_mode='zeros'``.
-    """
+class _Conv:
+    """What the layers over one axis and two share; stands before torch's class among their bases."""
 
     def __init__(
         self,
@@ -55,12 +51,43 @@ class Conv2d(torch.nn.Conv2d):
             padding = 0
         return self._compute(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
+
+class Conv1d(_Conv, torch.nn.Conv1d):
+    """:class:`torch.nn.Conv1d` computed by this package: same constructor, initialisation, ``repr`` and ``state_dict``.
+
+    ``padding`` takes every form of :func:`cnn_ext.functional.conv1d` too; forms that torch does not know need
+    ``padding_mode='zeros'``.
+    """
+
+    def _compute(self, *arguments):
+        return functional.conv1d(*arguments)
+
+
+class Conv2d(_Conv, torch.nn.Conv2d):
+    """:class:`torch.nn.Conv2d` computed by this package: same constructor, initialisation, ``repr`` and ``state_dict``.
+
+    ``padding`` takes every form of :func:`cnn_ext.functional.conv2d` too; forms that torch does not know need
+    ``padding_mode='zeros'``.
+    """
+
     def _compute(self, *arguments):
         return functional.conv2d(*arguments)
+
+
+class LazyConv1d(torch.nn.LazyConv1d, Conv1d):
+    """:class:`torch.nn.LazyConv1d` that becomes this package's :class:`Conv1d` at its first input."""
+
+    cls_to_become = Conv1d
+
+
+class LazyConv2d(torch.nn.LazyConv2d, Conv2d):
+    """:class:`torch.nn.LazyConv2d` that becomes this package's :class:`Conv2d` at its first input."""
+
+    cls_to_become = Conv2d
 
 
 def _is_extended(padding, stride) -> bool:
     """Whether torch's constructor would refuse or misread this padding."""
     if isinstance(padding, str):
-        return padding in _EXTENDED_WORDS or (padding == "same" and stride not in (1, (1, 1), [1, 1]))
+        return padding in _EXTENDED_WORDS or (padding == "same" and stride not in (1, (1,), (1, 1), [1], [1, 1]))
     return is_per_side(padding)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Container
 import torch
 
 from cnn_ext._arguments import is_per_side
-from cnn_ext.nn.conv import Conv2d
+from cnn_ext.nn.conv import Conv1d, Conv2d, LazyConv1d, LazyConv2d
 from cnn_ext.nn.fuse import FUSED, FusedConv2d, find_chains, unfuse
 from cnn_ext.nn.fused import ConvReLUPool2d
-from cnn_ext.nn.pooling import AvgPool2d, MaxPool2d
+from cnn_ext.nn.pooling import AvgPool1d, AvgPool2d, MaxPool1d, MaxPool2d
 
 _POOL_KINDS = ("MaxPool", "AvgPool", "LPPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "MaxUnpool")
-_REPLACEMENTS = {torch.nn.Conv2d: Conv2d, torch.nn.MaxPool2d: MaxPool2d, torch.nn.AvgPool2d: AvgPool2d}
+_LAYERS = (Conv1d, Conv2d, LazyConv1d, LazyConv2d, MaxPool1d, MaxPool2d, AvgPool1d, AvgPool2d)
+_REPLACEMENTS = {getattr(torch.nn, layer.__name__): layer for layer in _LAYERS}  # which are named as torch's are
 _ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
 _OURS = (*_ORIGINALS, ConvReLUPool2d, *FUSED)
 _KINDS = (torch.nn.modules.conv._ConvNd, *(getattr(torch.nn.modules.pooling, f"_{kind}Nd") for kind in _POOL_KINDS))
@@ -41,7 +42,7 @@ def convert(
     fuse: bool = False,
     functional: bool = False,
 ) -> torch.nn.Module:
-    """Makes every Conv2d, MaxPool2d and AvgPool2d of ``model`` compute with this package.
+    """Makes the convolutions and poolings of ``model`` that this package has compute with it.
 
     Exactly torch's classes are swapped; a subclass with a forward of its own is left alone.
 
@@ -88,8 +89,9 @@ def _check_revertible(name: str, module: torch.nn.Module) -> None:
         raise ValueError(f"revert(): torch has no layer like {name or 'the model'} ({module})")
     padding = getattr(module, "padding", 0)
     if isinstance(padding, str):
-        known = ("valid", "same") if module.stride == (1, 1) else ("valid",)
-        foreign = not isinstance(module, Conv2d) or padding not in known
+        is_convolution = isinstance(module, (Conv1d, Conv2d))
+        known = ("valid", "same") if is_convolution and set(module.stride) == {1} else ("valid",)
+        foreign = not is_convolution or padding not in known
     else:
         foreign = is_per_side(padding)
     if foreign:

@@ -3,6 +3,37 @@
 import torch
 
 from cnn_ext import functional
+from cnn_ext._arguments import is_per_side
+
+
+class MaxPool1d(torch.nn.MaxPool1d):
+    """:class:`torch.nn.MaxPool1d` computed by this package."""
+
+    def forward(self, input):
+        return functional.max_pool1d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
+
+
+class AvgPool1d(torch.nn.AvgPool1d):
+    """:class:`torch.nn.AvgPool1d` computed by this package."""
+
+    def __init__(self, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
+        extended = isinstance(padding, str) or is_per_side(padding)
+        super().__init__(kernel_size, stride, 0 if extended else padding, ceil_mode, count_include_pad)
+        if extended:
+            self.padding = padding
+
+    def forward(self, input):
+        return functional.avg_pool1d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad
+        )
 
 
 class MaxPool2d(torch.nn.MaxPool2d):

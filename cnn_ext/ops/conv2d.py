@@ -69,7 +69,7 @@ def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch
 
 def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry):
     output_size = shapes.conv2d_output_size(input.size, weight.size, *geometry)
-    shapes.check_conv2d_tensors(input, weight, bias)
+    shapes.check_conv_tensors(input, weight, bias)
     shapes.check_fits("output", output_size, input.dtype.itemsize)
     return output_size, shapes.memory_format(input, weight)
 

@@ -66,7 +66,7 @@ def _no_offsets(like: torch.Tensor) -> torch.Tensor:
 
 def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, pool):
     output_size = shapes.conv2d_relu_max_pool2d_output_size(input.size, weight.size, geometry, pool)
-    shapes.check_conv2d_tensors(input, weight, bias)
+    shapes.check_conv_tensors(input, weight, bias)
     shapes.check_fused_device(input)
     shapes.check_fits("output", output_size, input.dtype.itemsize)
     return output_size, shapes.memory_format(input, weight)

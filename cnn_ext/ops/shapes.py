@@ -183,20 +183,20 @@ def check_fits(name: str, size: Sequence[int], itemsize: int) -> None:
         )
 
 
-def _check_conv2d_arguments(weight_size, stride, padding, dilation, groups) -> None:
-    if padding[0] < 0 or padding[1] < 0 or padding[2] < 0 or padding[3] < 0:
+def _check_conv_arguments(weight_size, stride, padding, dilation, groups) -> None:
+    if min(padding[::2]) < 0:  # behind the input a negative one leaves its end out, as output_padding needs it
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
-    if stride[0] <= 0 or stride[1] <= 0:
+    if min(stride) <= 0:
         raise RuntimeError(f"non-positive stride is not supported, but got stride={list(stride)}")
-    if dilation[0] <= 0 or dilation[1] <= 0:
+    if min(dilation) <= 0:
         raise RuntimeError(f"non-positive dilation is not supported, but got dilation={list(dilation)}")
     if groups <= 0:
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
-    if weight_size[2] <= 0 or weight_size[3] <= 0:
+    if min(weight_size[2:]) <= 0:
         raise RuntimeError(f"kernel size should be greater than zero, but got weight of size {list(weight_size)}")
 
 
-def _check_channels(input_size, weight_size, groups) -> None:
+def _check_divisible(weight_size, groups) -> None:
     if weight_size[0] < groups:
         raise RuntimeError(
             f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, "
@@ -207,11 +207,46 @@ def _check_channels(input_size, weight_size, groups) -> None:
             f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, "
             f"but got weight of size [{list(weight_size)}] instead"
         )
-    if input_size[1] != weight_size[1] * groups:
+
+
+def _check_channels(what: str, input_size, weight_size, channels: int) -> None:
+    if input_size[1] != channels:
         raise RuntimeError(
-            f"Given groups={groups}, weight of size {list(weight_size)}, expected input{list(input_size)} to have "
-            f"{weight_size[1] * groups} channels, but got {input_size[1]} channels instead"
+            f"Given {what}, weight of size {list(weight_size)}, expected input{list(input_size)} to have "
+            f"{channels} channels, but got {input_size[1]} channels instead"
         )
+
+
+def _check_not_empty(input_size) -> None:
+    if 0 in input_size[2:] and input_size[0] != 0 and input_size[1] != 0:
+        raise RuntimeError(
+            f"Only zero batch or zero channel inputs are supported, but got input shape: {list(input_size)}"
+        )
+
+
+def _by_axis(extents: Sequence[int]) -> str:
+    return f"({' x '.join(map(str, extents))})"
+
+
+def conv_output_size(input_size, weight_size, stride, padding, dilation, groups) -> tuple[int, ...]:
+    """Checks a convolution over any number of axes and returns [N, K, ...]; ``padding`` has (before, after) of each
+    axis in turn."""
+    _check_conv_arguments(weight_size, stride, padding, dilation, groups)
+    _check_divisible(weight_size, groups)
+    _check_channels(f"groups={groups}", input_size, weight_size, weight_size[1] * groups)
+    sides = list(zip(padding[::2], padding[1::2], strict=True))
+    padded = [size + before + after for size, (before, after) in zip(input_size[2:], sides, strict=True)]
+    extents = [window_extent(kernel, step) for kernel, step in zip(weight_size[2:], dilation, strict=True)]
+    if any(size < extent for size, extent in zip(padded, extents, strict=True)):
+        raise RuntimeError(
+            f"Calculated padded input size per channel: {_by_axis(padded)}. "
+            f"Kernel size: {_by_axis(extents)}. Kernel size can't be greater than actual input size"
+        )
+    _check_not_empty(input_size)
+    check_fits("the padded input", padded, 8)
+    axes = zip(input_size[2:], weight_size[2:], stride, sides, dilation, strict=True)
+    outputs = (conv_output_extent(size, kernel, s, *side, d) for size, kernel, s, side, d in axes)
+    return input_size[0], weight_size[0], *outputs
 
 
 def conv2d_output_size(input_size, weight_size, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
@@ -222,29 +257,10 @@ def conv2d_output_size(input_size, weight_size, stride, padding, dilation, group
         )
     if len(weight_size) != 4:
         raise RuntimeError(f"Expected 4D weight to conv2d, but got weight of size: {list(weight_size)}")
-    _check_conv2d_arguments(weight_size, stride, padding, dilation, groups)
-    _check_channels(input_size, weight_size, groups)
-    padded = [input_size[2] + padding[0] + padding[1], input_size[3] + padding[2] + padding[3]]
-    extents = [window_extent(weight_size[2], dilation[0]), window_extent(weight_size[3], dilation[1])]
-    if padded[0] < extents[0] or padded[1] < extents[1]:
-        raise RuntimeError(
-            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
-            f"Kernel size: ({extents[0]} x {extents[1]}). Kernel size can't be greater than actual input size"
-        )
-    if (input_size[2] == 0 or input_size[3] == 0) and input_size[0] != 0 and input_size[1] != 0:
-        raise RuntimeError(
-            f"Only zero batch or zero channel inputs are supported, but got input shape: {list(input_size)}"
-        )
-    check_fits("the padded input", padded, 8)
-    return (
-        input_size[0],
-        weight_size[0],
-        conv_output_extent(input_size[2], weight_size[2], stride[0], padding[0], padding[1], dilation[0]),
-        conv_output_extent(input_size[3], weight_size[3], stride[1], padding[2], padding[3], dilation[1]),
-    )
+    return conv_output_size(input_size, weight_size, stride, padding, dilation, groups)
 
 
-def check_conv2d_tensors(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None) -> None:
+def check_conv_tensors(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None) -> None:
     """Dtypes and devices of a convolution, and the bias's size."""
     check_same_type(input, weight)
     if bias is not None:
@@ -321,6 +337,29 @@ def pool2d_output_size(input_size, kernel_size, stride, padding, dilation, ceil_
             f"({channels}x{out_h}x{out_w}). Output size is too small"
         )
     return batch, channels, out_h, out_w
+
+
+def check_max_pool1d(input_size, kernel_size, stride, padding, dilation, ceil_mode) -> None:
+    """Refuses what max_pool1d refuses in words of its own; the operator of two axes checks the rest."""
+    for name, (value,) in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        if value <= 0:
+            raise RuntimeError(f"max_pool1d() {name} must be greater than zero, but got {value}")
+    for pad in padding:
+        if pad < 0:
+            raise RuntimeError(f"max_pool1d() padding must be non-negative, but got {pad}")
+        if pad > window_extent(kernel_size[0], dilation[0]) // 2:
+            raise RuntimeError(
+                f"max_pool1d() padding should be at most half of kernel size, but got padding={pad} and "
+                f"kernel_size={kernel_size[0]} with dilation={dilation[0]}"
+            )
+    if len(input_size) not in (2, 3) or 0 in input_size[-2:]:
+        raise RuntimeError(
+            "max_pool1d: Expected 2D or 3D (batch mode) tensor with optional 0 dim batch size for input, but got:"
+            f"{list(input_size)}"
+        )
+    extent = pool_output_extent(input_size[-1], kernel_size[0], stride[0], *padding, dilation[0], ceil_mode)
+    if extent < 1:
+        raise RuntimeError(f"max_pool1d() Invalid computed output size: {extent}")
 
 
 def conv2d_relu_max_pool2d_output_size(input_size, weight_size, geometry, pool) -> tuple[int, int, int, int]:
