@@ -173,35 +173,3 @@ def test_gradient_checkpointing():
     output = checkpoint(lambda *t: C.max_pool2d(C.conv2d(*t), 2), *tensors, use_reentrant=False)
     for got, wanted in zip(torch.autograd.grad(output.square().sum(), tensors), direct, strict=True):
         assert torch.equal(got, wanted)
-
-
-def loss(weight, bias, input):
-    hidden = C.max_pool2d(C.conv2d(input[None], weight, bias).tanh(), 2)
-    return C.avg_pool2d(hidden, 1).square().sum()
-
-
-def test_torch_func_grad():
-    input, weight, bias = operands()
-    got = torch.func.grad(loss, argnums=(0, 1))(weight, bias, input[0])
-    for ours, eager in zip(got, torch.autograd.grad(loss(weight, bias, input[0]), (weight, bias)), strict=True):
-        assert torch.equal(ours, eager)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_torch_func_per_sample_gradients():
-    input, weight, bias = operands()
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(weight, bias, input)
-    for got, image in zip(per_sample, input, strict=True):
-        (wanted,) = torch.autograd.grad(loss(weight, bias, image), weight)
-        assert torch.equal(got, wanted)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (0, 0, 0)], ids=str)
-def test_vmap(in_dims):
-    tensors = [t.detach() for t in operands()]
-    stacked = [t if d is None else torch.stack([t, 2 * t, -t]) for t, d in zip(tensors, in_dims, strict=True)]
-    got = torch.func.vmap(C.conv2d, in_dims=in_dims)(*stacked)
-    for i in range(3):
-        operand = [t if d is None else t[i] for t, d in zip(stacked, in_dims, strict=True)]
-        assert torch.equal(got[i], C.conv2d(*operand))

@@ -210,19 +210,6 @@ def test_the_layer_is_a_conv2d_with_more_behind_it():
         assert torch.equal(twin(input), layer(input))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_torch_func():
-    input, weight, bias = operands()
-
-    def loss(weight, bias, image):
-        return C.conv2d_relu_max_pool2d(image[None], weight, bias, padding=1).square().sum()
-
-    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, None, 0))(weight, bias, input)
-    for i, image in enumerate(input):
-        wanted = torch.autograd.grad(loss(weight, bias, image), (weight, bias))
-        assert all(torch.equal(got[i], grad) for got, grad in zip(per_sample, wanted, strict=True))
-
-
 @pytest.mark.parametrize("pool_size", [1, 2])
 def test_torch_compile(pool_size):
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ are made of each other: with F(x, w), I(g, w), W(g, x) for the three,
     dF: I(g, w) to the input,        W(g, x) to the weight
     dI: F(v, w) to the grad_output,  W(g, v) to the weight      (v: gradient of the grad_input)
     dW: F(x, v) to the grad_output,  I(g, v) to the input       (v: gradient of the grad_weight)
+and forward mode (``jvp``) puts the tangent of one operand in its place, for each that has one.
 Each saves and computes what the inputs that require gradients ask for, nothing else; torch does not tell a Function
 which of them torch.autograd.grad(output, weight) leaves out, so that computes the input's as well. ``geometry`` is
 (stride, padding, dilation, groups), and allow_winograd where the forward of the graph was told.
@@ -13,7 +14,7 @@ which of them torch.autograd.grad(output, weight) leaves out, so that computes t
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable, in_layout
+from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save
 from cnn_ext.ops.shapes import is_channels_last, spec
 
 
@@ -28,8 +29,9 @@ class _Forward(Function):
     def setup_context(ctx, inputs, output):
         input, weight, _, ctx.geometry = inputs
         input_needs, weight_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(input if weight_needs else None, weight if input_needs else None)
+        save(ctx, (input, weight), (weight_needs, input_needs))
         ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
+        ctx.output_size = output.shape
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
@@ -46,6 +48,12 @@ class _Forward(Function):
             grad_bias = conv2d_backward_bias(grad_output)
         return grad_input, grad_weight, grad_bias, None
 
+    @staticmethod
+    def jvp(ctx, input_tangent, weight_tangent, bias_tangent, _):
+        input, weight = ctx.saved_tensors
+        tangent = conv2d_tangent(input, weight, input_tangent, weight_tangent, ctx.geometry)
+        return plus_bias(tangent, bias_tangent, ctx.output_size)
+
 
 class _BackwardInput(Function):
     """grad_input = I(grad_output, weight)"""
@@ -55,12 +63,12 @@ class _BackwardInput(Function):
         return ops.conv2d_backward_input(grad_output, weight, input_size, *geometry)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, grad_input):
         grad_output, weight, _, ctx.geometry = inputs
         grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(grad_output if weight_needs else None, weight if grad_output_needs else None)
-        ctx.weight = spec(weight) if weight_needs else None
-        ctx.channels_last = not output.is_contiguous()
+        save(ctx, (grad_output, weight), (weight_needs, grad_output_needs))
+        ctx.input_size, ctx.weight = grad_input.shape, spec(weight) if weight_needs else None
+        ctx.channels_last = not grad_input.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad):
@@ -74,6 +82,13 @@ class _BackwardInput(Function):
             grad_weight = conv2d_backward_weight(grad_output, grad, ctx.geometry, ctx.weight)
         return grad_grad_output, grad_weight, None, None
 
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, weight_tangent, *_):
+        def compute(grad_output, weight):
+            return conv2d_backward_input(grad_output, weight, ctx.input_size, ctx.geometry)
+
+        return bilinear_tangent(compute, ctx.saved_tensors, (grad_output_tangent, weight_tangent))
+
 
 class _BackwardWeight(Function):
     """grad_weight = W(grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
@@ -85,9 +100,9 @@ class _BackwardWeight(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, input, ctx.geometry, _ = inputs
+        grad_output, input, ctx.geometry, ctx.weight = inputs
         grad_output_needs, input_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(grad_output if input_needs else None, input if grad_output_needs else None)
+        save(ctx, (grad_output, input), (input_needs, grad_output_needs))
         ctx.input_size = input.shape
 
     @staticmethod
@@ -101,6 +116,13 @@ class _BackwardWeight(Function):
             grad_input = conv2d_backward_input(grad_output, grad, ctx.input_size, ctx.geometry)
         return grad_grad_output, grad_input, None, None
 
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, input_tangent, *_):
+        def compute(grad_output, input):
+            return conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight)
+
+        return bilinear_tangent(compute, ctx.saved_tensors, (grad_output_tangent, input_tangent))
+
 
 class _BackwardBias(Function):
     """grad_bias = sum of grad_output over images and positions"""
@@ -111,11 +133,33 @@ class _BackwardBias(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        save(ctx, (), ())
         ctx.output_size = inputs[0].shape
 
     @staticmethod
     def backward(ctx, grad):
         return grad.view(1, -1, 1, 1).expand(ctx.output_size)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return conv2d_backward_bias(tangent)
+
+
+def conv2d_tangent(input, weight, input_tangent, weight_tangent, geometry):
+    """The tangent of F(input, weight)."""
+
+    def compute(input, weight):
+        return conv2d(input, weight, None, geometry)
+
+    return bilinear_tangent(compute, (input, weight), (input_tangent, weight_tangent))
+
+
+def plus_bias(output, bias, output_size):
+    """``output + bias``, either of which may be None."""
+    if bias is None:
+        return output
+    bias = bias.view(1, -1, 1, 1)
+    return bias.expand(output_size) if output is None else output + bias
 
 
 conv2d = differentiable(_Forward)

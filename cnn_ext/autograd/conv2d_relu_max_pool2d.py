@@ -13,8 +13,8 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.conv2d import conv2d
-from cnn_ext.autograd.function import differentiable, in_layout, needs_backward
+from cnn_ext.autograd.conv2d import conv2d, conv2d_tangent, plus_bias
+from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, needs_backward, save
 from cnn_ext.autograd.pooling import max_pool2d_gather
 from cnn_ext.ops.conv2d_relu_max_pool2d import has_pooling
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS, is_channels_last, spec
@@ -36,18 +36,15 @@ class _Forward(Function):
         input, weight, _, ctx.geometry, ctx.pool, _ = inputs
         values, offsets = output
         ctx.mark_non_differentiable(offsets)
-        ctx.set_materialize_grads(False)
         input_needs, weight_needs, *_ = ctx.needs_input_grad
         mask = offsets if has_pooling(ctx.pool) else values
-        ctx.save_for_backward(input if weight_needs else None, weight if input_needs else None, mask)
+        save(ctx, (input, weight, mask), (weight_needs, input_needs, True))
         ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
         ctx.channels_last = not values.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad_output, _):
         grad_input = grad_weight = grad_bias = None
-        if grad_output is None:
-            return None, None, None, None, None, None
         input, weight, mask = ctx.saved_tensors
         mask = mask.detach()  # an output, without pooling; its sign has no derivative
         input_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
@@ -59,6 +56,13 @@ class _Forward(Function):
         if bias_needs:
             grad_bias = _backward_bias(grad_output, mask, ctx.pool)
         return grad_input, grad_weight, grad_bias, None, None, None
+
+    @staticmethod
+    def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
+        input, weight, mask = ctx.saved_tensors
+        tangent = conv2d_tangent(input, weight, input_tangent, weight_tangent, ctx.geometry)
+        picked = None if tangent is None else _pick(tangent, mask, ctx.pool)
+        return plus_bias(picked, bias_tangent, mask.shape).masked_fill(_is_stopped(mask, ctx.pool), 0.0), None
 
 
 class _BackwardInput(Function):
@@ -72,9 +76,9 @@ class _BackwardInput(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, mask, weight, _, ctx.geometry, ctx.pool = inputs
+        grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool = inputs
         grad_output_needs, _, weight_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(grad_output if weight_needs else None, mask, weight if grad_output_needs else None)
+        save(ctx, (grad_output, mask, weight), (weight_needs, True, grad_output_needs))
         ctx.weight = spec(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
@@ -90,6 +94,15 @@ class _BackwardInput(Function):
             grad_weight = _backward_weight(grad_output, mask, grad, ctx.geometry, ctx.pool, ctx.weight)
         return grad_grad_output, None, grad_weight, None, None, None
 
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, _, weight_tangent, *__):
+        grad_output, mask, weight = ctx.saved_tensors
+
+        def compute(grad_output, weight):
+            return _backward_input(grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool)
+
+        return bilinear_tangent(compute, (grad_output, weight), (grad_output_tangent, weight_tangent))
+
 
 class _BackwardWeight(Function):
     """grad_weight = W(E grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
@@ -102,9 +115,9 @@ class _BackwardWeight(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, mask, input, ctx.geometry, ctx.pool, _ = inputs
+        grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight = inputs
         grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(grad_output if input_needs else None, mask, input if grad_output_needs else None)
+        save(ctx, (grad_output, mask, input), (input_needs, True, grad_output_needs))
         ctx.input_size = input.shape
 
     @staticmethod
@@ -118,6 +131,15 @@ class _BackwardWeight(Function):
             grad_input = _backward_input(grad_output, mask, grad, ctx.input_size, ctx.geometry, ctx.pool)
         return grad_grad_output, None, grad_input, None, None, None
 
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, _, input_tangent, *__):
+        grad_output, mask, input = ctx.saved_tensors
+
+        def compute(grad_output, input):
+            return _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight)
+
+        return bilinear_tangent(compute, (grad_output, input), (grad_output_tangent, input_tangent))
+
 
 class _BackwardBias(Function):
     """grad_bias = sum of the gradients that pass, over images and positions"""
@@ -129,12 +151,17 @@ class _BackwardBias(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, mask, ctx.pool = inputs
-        ctx.save_for_backward(mask)
+        save(ctx, (mask,), (True,))
 
     @staticmethod
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         return grad.view(1, -1, 1, 1).expand(mask.shape).masked_fill(_is_stopped(mask, ctx.pool), 0.0), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (mask,) = ctx.saved_tensors
+        return _backward_bias(tangent, mask, ctx.pool)
 
 
 _forward = differentiable(_Forward)

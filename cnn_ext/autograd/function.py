@@ -1,30 +1,93 @@
 """How the package's autograd.Functions are called.
 
-Each is written once, in the style that torch.func needs (``forward`` without a context, then ``setup_context``). Plain
-eager mode runs a twin in the older style, ``forward(ctx, ...)``, which torch calls faster.
+Each is written once, with ``forward`` without a context, then ``setup_context``, ``backward`` and ``jvp``. Plain eager
+mode, torch.compile and torch.func each run a variant made of these functions.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch.autograd import Function
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import Function, forward_ad
 
 
-def _eager_twin(function: type[Function]) -> type[Function]:
+def _skipping_undefined(backward: Callable) -> Callable:
+    """A backward that passes a gradient on only where one came."""
+
+    def skipping(ctx, *grads):
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    return skipping
+
+
+def _variant(function: type[Function], name: str, **members: Callable) -> type[Function]:
+    """A Function with the gradients of ``function`` and members of its own."""
+    members = {name: staticmethod(member) for name, member in members.items()}
+    members |= {"backward": staticmethod(_skipping_undefined(function.backward)), "__doc__": function.__doc__}
+    return type(f"{function.__name__}{name}", (Function,), members)
+
+
+def _eager_variant(function: type[Function]) -> type[Function]:
+    """In the style that torch calls fastest."""
     compute, setup_context = function.forward, function.setup_context
 
     def forward(ctx, *args):
         output = compute(*args)
-        if any(ctx.needs_input_grad):
+        if any(ctx.needs_input_grad) or _is_forward_mode():
             setup_context(ctx, args, output)
         return output
 
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(function.backward),
-        "__doc__": function.__doc__,
-    }
-    return type(f"{function.__name__}Eager", (Function,), members)
+    return _variant(function, "Eager", forward=forward, jvp=function.jvp)
+
+
+def _traced_variant(function: type[Function]) -> type[Function]:
+    """Without forward mode, as torch.compile wants it."""
+    return _variant(function, "Traced", forward=function.forward, setup_context=function.setup_context)
+
+
+class _Leaf:
+    """An argument that torch.func is not to look into: it counts the items of a tuple wrongly in nested transforms."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def _value(arg):
+    return arg.value if isinstance(arg, _Leaf) else arg
+
+
+def _refuse_nested_forward_mode() -> None:
+    """torch computes the tangent of a Function's tangent as 0."""
+    levels = [level.key() for level in get_interpreter_stack() or ()]
+    if levels.count(TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "cnn_ext: forward mode within forward mode is not supported by autograd.Function: "
+            "take jacfwd(jacrev(f)) instead of jacfwd(jacfwd(f))"
+        )
+
+
+def _transformed_variant(function: type[Function]) -> type[Function]:
+    """For torch.func, which derives how it is mapped; arguments that are no tensors come as leaves."""
+    compute, set_up = function.forward, function.setup_context
+
+    def forward(*args):
+        return compute(*map(_value, args))
+
+    def setup_context(ctx, inputs, output):
+        # What torch.vmap derives takes the tensors kept for backward and for jvp to be the same, and maps no None.
+        ctx.keeps_all = True
+        set_up(ctx, tuple(map(_value, inputs)), output)
+        ctx.set_materialize_grads(True)
+
+    def jvp(ctx, *tangents):
+        _refuse_nested_forward_mode()
+        return function.jvp(ctx, *tangents)
+
+    variant = _variant(function, "Transformed", forward=forward, setup_context=setup_context, jvp=jvp)
+    variant.generate_vmap_rule = True
+    return variant
 
 
 def _distinct(args: tuple) -> list:
@@ -35,28 +98,60 @@ def _distinct(args: tuple) -> list:
     ]
 
 
+def _is_forward_mode() -> bool:
+    """Whether tensors may have tangents in plain eager mode."""
+    return forward_ad._current_level >= 0
+
+
+def save(ctx, tensors: tuple, needed: tuple) -> None:
+    """Keeps, of ``tensors``, those that backward needs; ``jvp``, which torch calls at once if at all, finds them all.
+
+    Gradients and tangents that do not exist are to come as None.
+    """
+    ctx.set_materialize_grads(False)
+    kept = [tensor if need else None for tensor, need in zip(tensors, needed, strict=True)]
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(*kept)
+        return
+    ctx.save_for_backward(*(tensors if getattr(ctx, "keeps_all", False) else kept))
+    ctx.save_for_forward(*tensors)
+
+
+def bilinear_tangent(function: Callable, operands: tuple, tangents: tuple) -> torch.Tensor | None:
+    """The tangent of ``function(first, second)``, which is linear in each; a tangent that is None is 0."""
+    (first, second), (first_tangent, second_tangent) = operands, tangents
+    if first_tangent is None:
+        return None if second_tangent is None else function(first, second_tangent)
+    tangent = function(first_tangent, second)
+    return tangent if second_tangent is None else tangent + function(first, second_tangent)
+
+
 def needs_backward(*inputs: torch.Tensor | None) -> bool:
-    """Whether a backward may come; under torch.func the tensors at hand do not tell."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether a derivative may be asked for; under torch.func and in forward mode the tensors at hand do not tell."""
+    if torch._C._are_functorch_transforms_active() or _is_forward_mode():
         return True
     return torch.is_grad_enabled() and any(input is not None and input.requires_grad for input in inputs)
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """``grad`` in the layout of the forward call, so that the gradients come in the layouts of their tensors."""
+    """``grad`` in the layout of the forward call, so that the gradients come in the layouts of their tensors.
+
+    Under torch.func it stays as it is: a mapped tensor's layout is another matter.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return grad
     return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def differentiable(function: type[Function]) -> Callable:
-    """The callable of a Function written with ``setup_context``: in plain eager mode it runs the twin."""
-    function.generate_vmap_rule = True
-    eager = _eager_twin(function)
+    """The callable of a Function written with ``setup_context``: each caller of it gets the variant it needs."""
+    eager, traced, transformed = (make(function) for make in (_eager_variant, _traced_variant, _transformed_variant))
 
     def apply(*args):
         if torch.compiler.is_compiling():
-            return function.apply(*_distinct(args))
+            return traced.apply(*_distinct(args))
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
+            return transformed.apply(*(_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args))
         return eager.apply(*args)
 
     return apply

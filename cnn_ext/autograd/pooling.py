@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable, in_layout, needs_backward
+from cnn_ext.autograd.function import differentiable, in_layout, needs_backward, save
 
 
 class _MaxForward(Function):
@@ -24,18 +24,20 @@ class _MaxForward(Function):
         input, ctx.window, _ = inputs
         values, offsets = output
         ctx.mark_non_differentiable(offsets)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(offsets)
+        save(ctx, (offsets,), (True,))
         ctx.input_size = input.shape
         ctx.channels_last = not values.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        if grad_output is None:
-            return None, None, None
         (offsets,) = ctx.saved_tensors
         grad_output = in_layout(grad_output, ctx.channels_last)
         return _max_pool2d_backward(grad_output, offsets, ctx.input_size, ctx.window), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return max_pool2d_gather(tangent, offsets, ctx.window), None
 
 
 class _MaxBackward(Function):
@@ -47,13 +49,18 @@ class _MaxBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, offsets, _, ctx.window = inputs
-        ctx.save_for_backward(offsets)
+        _, offsets, ctx.input_size, ctx.window = inputs
+        save(ctx, (offsets,), (True,))
 
     @staticmethod
     def backward(ctx, grad):
         (offsets,) = ctx.saved_tensors
         return max_pool2d_gather(grad, offsets, ctx.window), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return _max_pool2d_backward(tangent, offsets, ctx.input_size, ctx.window)
 
 
 class _MaxGather(Function):
@@ -66,13 +73,18 @@ class _MaxGather(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, offsets, ctx.window = inputs
-        ctx.save_for_backward(offsets)
+        save(ctx, (offsets,), (True,))
         ctx.input_size = input.shape
 
     @staticmethod
     def backward(ctx, grad_output):
         (offsets,) = ctx.saved_tensors
         return _max_pool2d_backward(grad_output, offsets, ctx.input_size, ctx.window), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (offsets,) = ctx.saved_tensors
+        return max_pool2d_gather(tangent, offsets, ctx.window)
 
 
 class _AvgForward(Function):
@@ -85,6 +97,7 @@ class _AvgForward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, ctx.window, ctx.divisor = inputs
+        save(ctx, (), ())
         ctx.input_size = input.shape
         ctx.channels_last = not output.is_contiguous()
 
@@ -92,6 +105,10 @@ class _AvgForward(Function):
     def backward(ctx, grad_output):
         grad_output = in_layout(grad_output, ctx.channels_last)
         return _avg_pool2d_backward(grad_output, ctx.input_size, ctx.window, ctx.divisor), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return avg_pool2d(tangent, ctx.window, ctx.divisor)
 
 
 class _AvgBackward(Function):
@@ -103,12 +120,17 @@ class _AvgBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, ctx.window, ctx.divisor = inputs
+        _, ctx.input_size, ctx.window, ctx.divisor = inputs
+        save(ctx, (), ())
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
     def backward(ctx, grad):
         return avg_pool2d(in_layout(grad, ctx.channels_last), ctx.window, ctx.divisor), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _avg_pool2d_backward(tangent, ctx.input_size, ctx.window, ctx.divisor)
 
 
 _max_pool2d = differentiable(_MaxForward)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from cnn_ext.ops.batching import vmap_rule
+
 _LIBRARY = torch.library.Library("cnn_ext", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
@@ -31,6 +33,7 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     _LIBRARY.impl(name, compute, "CUDA")
     torch.library.register_fake(f"cnn_ext::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.cnn_ext, name).default
+    torch.library.register_vmap(f"cnn_ext::{name}", vmap_rule(operator), lib=_LIBRARY)
     tensors = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in operator._schema.arguments)
 
     def call(*args):
