@@ -16,14 +16,15 @@ from tests.support.cases import (
     Pool2dCase,
     cases_of,
     conv2d_cases,
+    for_dtype,
     fused_cases,
     generator,
     pool2d_cases,
     shared_tensors,
 )
 from tests.support.rows import (
+    ALL_DTYPES,
     CONV2D_LAYOUTS,
-    DTYPES,
     Row,
     accepts,
     choice,
@@ -47,9 +48,9 @@ SMALL = 200_000  # multiplications of a case that may be computed in Python, or 
 
 def variants(row: Row, cases) -> Iterator[tuple]:
     """Every case, dtype and layout that ``row`` accepts."""
-    for dtype in DTYPES:
+    for dtype in ALL_DTYPES:
         for layouts in layouts_of(row.op):
-            for case in cases:
+            for case in for_dtype(cases, dtype):
                 if accepts(row, shape_of(case, dtype, layouts)):
                     yield case, dtype, layouts
 
@@ -227,8 +228,8 @@ def spoiled_truth(direction: str, case: Conv2dCase, dtype: torch.dtype, name: st
 @pytest.mark.parametrize("row", [row for row in CONV2D_ROWS if row.direction in READS], ids=str)
 def test_conv2d_multiplies_data_and_never_padding(row, spoiled):
     problems = []
-    for case in SPOILED_CASES:
-        for dtype in DTYPES:
+    for dtype in ALL_DTYPES:
+        for case in for_dtype(SPOILED_CASES, dtype):
             for name in SPOILS:
                 key = READS[row.direction][spoiled]
                 tensors = spoiled_operands(row.direction, case, dtype, name, key)
@@ -266,8 +267,8 @@ def spoiled_fused_operands(
 def test_the_fused_rows_multiply_data_and_stopped_gradients_and_never_padding(row, spoiled):
     problems = []
     key = READS[row.direction][spoiled]
-    for case in [case for case in fused_cases() if case.conv in SPOILED_CASES[::3]]:
-        for dtype in DTYPES:
+    for dtype in ALL_DTYPES:
+        for case in for_dtype([case for case in fused_cases() if case.conv in SPOILED_CASES[::3]], dtype):
             for name in SPOILS:
                 tensors = spoiled_fused_operands(row.direction, case, dtype, name, key)
                 truth = spoiled_fused_truth(row.direction, case, dtype, name, key)

@@ -116,8 +116,6 @@ def mixed(dtype):
 # name: (function, arguments, exception, words of the message)
 EXTRA = {
     "integer convolution, which torch computes": (C.conv2d, mixed(torch.int64), NotImplementedError, "'Long'"),
-    "half precision on the CPU": (C.conv2d, mixed(torch.float16), NotImplementedError, "'Half' on cpu"),
-    "bfloat16 on the CPU": (C.max_pool2d, (X.bfloat16(), 2), NotImplementedError, "'BFloat16' on cpu"),
     "complex convolution": (C.conv2d, mixed(torch.complex64), NotImplementedError, "'ComplexFloat'"),
     "integer pooling": (C.max_pool2d, (X.int(), 2), NotImplementedError, "\"max_pool2d\" not implemented for 'Int'"),
     "eight bits": (C.avg_pool2d, (X.to(torch.float8_e4m3fn), 2), NotImplementedError, "Float8_e4m3fn"),

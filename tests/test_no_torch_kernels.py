@@ -30,7 +30,7 @@ def differentiate(output, *inputs):
     torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
 
 
-for dtype in (torch.float32, torch.float64):
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     for format in (torch.contiguous_format, torch.channels_last):
         for geometry in ({}, {"stride": 2, "padding": "same"}, {"dilation": 2, "groups": 2}, {"groups": 4}):
             groups = geometry.get("groups", 1)

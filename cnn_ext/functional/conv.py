@@ -11,7 +11,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv2d`.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float32 or float64 (on CUDA float16 and bfloat16 as well).
+        input: [N, C, H, W] or [C, H, W]; float32, float64, float16 or bfloat16 (halves are summed in
+            float32 and rounded once).
         weight: [K, C / groups, R, S], of the same dtype and device.
         bias: [K] or None.
         stride, dilation: an int or a pair (height, width), at least 1.

@@ -29,8 +29,8 @@ _LEGACY_NAMES = {
     torch.complex128: "ComplexDouble",
 }
 
-_FULL_PRECISION = (torch.float32, torch.float64)
-SERVED_DTYPES = {"cpu": _FULL_PRECISION, "cuda": (*_FULL_PRECISION, torch.float16, torch.bfloat16)}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SERVED_DTYPES = {"cpu": _DTYPES, "cuda": _DTYPES}
 
 
 class TensorSpec(NamedTuple):

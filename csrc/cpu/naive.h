@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/half.h"
 #include "core/shapes.h"
 
 namespace cnn_ext::cpu::naive {
@@ -29,10 +30,10 @@ struct Geometry {
 
 inline int64_t at(const Strides& t, int64_t n, int64_t c, int64_t h, int64_t w) { return n * t.n + c * t.c + h * t.h + w * t.w; }
 
-// output[n, channel, oh, ow] of the convolution.
+// output[n, channel, oh, ow] of the convolution, before it is rounded to T.
 template <class T>
-T output_at(const Conv2dShape& s, const Geometry& geo, const T* input, const T* weight, const T* bias, int64_t n, int64_t channel,
-            int64_t oh, int64_t ow) {
+Compute<T> output_at(const Conv2dShape& s, const Geometry& geo, const T* input, const T* weight, const T* bias, int64_t n, int64_t channel,
+                     int64_t oh, int64_t ow) {
   const int64_t first_in = channel / geo.group_out * geo.group_in;
   double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
   for (int64_t c = 0; c < geo.group_in; ++c) {
@@ -47,7 +48,7 @@ T output_at(const Conv2dShape& s, const Geometry& geo, const T* input, const T* 
       }
     }
   }
-  return static_cast<T>(sum);
+  return static_cast<Compute<T>>(sum);
 }
 
 }  // namespace cnn_ext::cpu::naive

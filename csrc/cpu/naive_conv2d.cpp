@@ -1,5 +1,5 @@
 // The definition of the convolution and of its gradients, as loop nests: slow, for any shape, and the truth that every other row is tested
-// against. Sums are kept in double, also for float32. Only taps inside the input are multiplied.
+// against. Sums are kept in double for every dtype. Only taps inside the input are multiplied.
 //
 // Letters: n image, g group, k output channel and c input channel within the group, r and s tap, oh and ow output, ih and iw input
 // position.
@@ -21,7 +21,7 @@ void forward(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
     const int64_t n = task / s.out_channels, channel = task % s.out_channels;
     for (int64_t oh = 0; oh < s.out_h; ++oh) {
       for (int64_t ow = 0; ow < s.out_w; ++ow) {
-        output[at(geo.out, n, channel, oh, ow)] = output_at(s, geo, input, weight, bias, n, channel, oh, ow);
+        output[at(geo.out, n, channel, oh, ow)] = static_cast<T>(output_at(s, geo, input, weight, bias, n, channel, oh, ow));
       }
     }
   });
@@ -58,7 +58,7 @@ void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
             }
           }
         }
-        grad_input[at(geo.in, n, channel, ih, iw)] = static_cast<T>(sum);
+        grad_input[at(geo.in, n, channel, ih, iw)] = static_cast<T>(static_cast<Compute<T>>(sum));
       }
     }
   });
@@ -88,7 +88,7 @@ void backward_weight(const Conv2dShape& s, const Conv2dBuffers& b, int threads) 
             }
           }
         }
-        grad_weight[at(geo.weight, k, c, r, t)] = static_cast<T>(sum);
+        grad_weight[at(geo.weight, k, c, r, t)] = static_cast<T>(static_cast<Compute<T>>(sum));
       }
     }
   });
@@ -106,39 +106,26 @@ void backward_bias(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
         for (int64_t ow = 0; ow < s.out_w; ++ow) sum += static_cast<double>(grad_output[at(geo.out, n, k, oh, ow)]);
       }
     }
-    grad_bias[k] = static_cast<T>(sum);
+    grad_bias[k] = static_cast<T>(static_cast<Compute<T>>(sum));
   });
 }
 
-bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
+bool accepts(const Conv2dShape&) { return true; }
 
 Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch * s.out_channels, 0}; }
 
-template <void (*run_float)(const Conv2dShape&, const Conv2dBuffers&, int),
-          void (*run_double)(const Conv2dShape&, const Conv2dBuffers&, int)>
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void*, int threads) {
-  (s.dtype == DType::float32 ? run_float : run_double)(s, b, threads);
-  return Outcome::done;
-}
-
 }  // namespace
 
-extern const Conv2dKernel conv2d_forward = {"conv2d_forward_naive_baseline",     Isa::baseline, Conv2dDirection::forward, accepts, plan,
-                                            run<forward<float>, forward<double>>};
-extern const Conv2dKernel conv2d_backward_input = {"conv2d_backward_input_naive_baseline",
-                                                   Isa::baseline,
-                                                   Conv2dDirection::backward_input,
-                                                   accepts,
-                                                   plan,
-                                                   run<backward_input<float>, backward_input<double>>};
-extern const Conv2dKernel conv2d_backward_weight = {"conv2d_backward_weight_naive_baseline",
-                                                    Isa::baseline,
-                                                    Conv2dDirection::backward_weight,
-                                                    accepts,
-                                                    plan,
-                                                    run<backward_weight<float>, backward_weight<double>>};
-extern const Conv2dKernel conv2d_backward_bias = {
-    "conv2d_backward_bias_naive_baseline",           Isa::baseline, Conv2dDirection::backward_bias, accepts, plan,
-    run<backward_bias<float>, backward_bias<double>>};
+#define CNN_EXT_NAIVE_ROW(direction)                                                                 \
+  static Outcome run_##direction(const Conv2dShape& s, const Conv2dBuffers& b, void*, int threads) { \
+    with_scalar(s.dtype, [&](auto scalar) { direction<decltype(scalar)>(s, b, threads); });          \
+    return Outcome::done;                                                                            \
+  }                                                                                                  \
+  extern const Conv2dKernel conv2d_##direction = {                                                   \
+      "conv2d_" #direction "_naive_baseline", Isa::baseline, Conv2dDirection::direction, accepts, plan, run_##direction};
+CNN_EXT_NAIVE_ROW(forward)
+CNN_EXT_NAIVE_ROW(backward_input)
+CNN_EXT_NAIVE_ROW(backward_weight)
+CNN_EXT_NAIVE_ROW(backward_bias)
 
 }  // namespace cnn_ext::cpu::naive

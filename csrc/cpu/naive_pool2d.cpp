@@ -1,6 +1,8 @@
 // The definition of max and average pooling and of their derivatives, as loop nests: slow, for any shape, and the truth that every other
-// row is tested against. Sums are kept in double, also for float32.
+// row is tested against. Sums are kept in double, or in the type that
+// the dtype is computed in.
 #include <limits>
+#include <vector>
 
 #include "cpu/kernel.h"
 #include "cpu/naive.h"
@@ -69,16 +71,16 @@ void max_forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
     const Plane<const T> input(static_cast<const T*>(b.input), input_strides(s), s, plane);
     const Plane<T> output(static_cast<T*>(b.output), output_strides(s), s, plane);
     for_each_output(s, [&](int64_t oh, int64_t ow) {
-      T best = -std::numeric_limits<T>::infinity();
+      Compute<T> best = -std::numeric_limits<Compute<T>>::infinity();
       int64_t offset = -1;
       for_each_tap(s, oh, ow, [&](int64_t r, int64_t t, int64_t ih, int64_t iw) {
-        const T value = input.at(ih, iw);
+        const Compute<T> value = input.at(ih, iw);
         if (offset < 0 || value > best || value != value) {
           best = value;
           offset = r * s.kernel_w + t;
         }
       });
-      output.at(oh, ow) = best;
+      output.at(oh, ow) = static_cast<T>(best);
       if (b.offsets != nullptr) {
         const Plane<Offset> offsets(static_cast<Offset*>(b.offsets), output_strides(s), s, plane);
         offsets.at(oh, ow) = static_cast<Offset>(offset < 0 ? 0 : offset);
@@ -99,22 +101,30 @@ void for_each_offset(const Pool2dShape& s, void* offsets, int64_t plane, const V
   });
 }
 
+// The gradient of one input plane, to be added up before it is rounded.
 template <class T>
-void fill_with_zeros(const Pool2dShape& s, const Plane<T>& grad_input) {
-  for (int64_t ih = 0; ih < s.in_h; ++ih) {
-    for (int64_t iw = 0; iw < s.in_w; ++iw) grad_input.at(ih, iw) = T{0};
+struct PlaneSums {
+  explicit PlaneSums(const Pool2dShape& s) : width(s.in_w), sums(static_cast<size_t>(s.in_h * s.in_w)) {}
+  Compute<T>& at(int64_t h, int64_t w) { return sums[static_cast<size_t>(h * width + w)]; }
+  void write(const Plane<T>& to) {
+    for (size_t i = 0; i < sums.size(); ++i) {
+      to.at(static_cast<int64_t>(i) / width, static_cast<int64_t>(i) % width) = static_cast<T>(sums[i]);
+    }
   }
-}
+  int64_t width;
+  std::vector<Compute<T>> sums;
+};
 
 template <class T, class Offset>
 void max_backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
     const Plane<const T> grad_output(static_cast<const T*>(b.grad_output), output_strides(s), s, plane);
     const Plane<T> grad_input(static_cast<T*>(b.grad_input), input_strides(s), s, plane);
-    fill_with_zeros(s, grad_input);
+    PlaneSums<T> sums(s);
     for_each_offset<Offset>(s, b.offsets, plane, [&](int64_t oh, int64_t ow, int64_t ih, int64_t iw, bool inside) {
-      if (inside) grad_input.at(ih, iw) += grad_output.at(oh, ow);
+      if (inside) sums.at(ih, iw) += grad_output.at(oh, ow);
     });
+    sums.write(grad_input);
   });
 }
 
@@ -124,7 +134,7 @@ void max_gather(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
     const Plane<const T> input(static_cast<const T*>(b.input), input_strides(s), s, plane);
     const Plane<T> output(static_cast<T*>(b.output), output_strides(s), s, plane);
     for_each_offset<Offset>(s, b.offsets, plane, [&](int64_t oh, int64_t ow, int64_t ih, int64_t iw, bool inside) {
-      output.at(oh, ow) = inside ? input.at(ih, iw) : T{0};
+      output.at(oh, ow) = inside ? input.at(ih, iw) : T(0.0f);
     });
   });
 }
@@ -138,7 +148,7 @@ void avg_forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
       double sum = 0.0;
       for_each_tap(s, oh, ow, [&](int64_t, int64_t, int64_t ih, int64_t iw) { sum += static_cast<double>(input.at(ih, iw)); });
       const int64_t divisor = average_divisor(s, oh, ow);
-      output.at(oh, ow) = divisor == 0 ? T{0} : static_cast<T>(sum / static_cast<double>(divisor));
+      output.at(oh, ow) = static_cast<T>(static_cast<Compute<T>>(divisor == 0 ? 0.0 : sum / static_cast<double>(divisor)));
     });
   });
 }
@@ -148,77 +158,56 @@ void avg_backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
     const Plane<const T> grad_output(static_cast<const T*>(b.grad_output), output_strides(s), s, plane);
     const Plane<T> grad_input(static_cast<T*>(b.grad_input), input_strides(s), s, plane);
-    fill_with_zeros(s, grad_input);
+    PlaneSums<T> sums(s);
     for_each_output(s, [&](int64_t oh, int64_t ow) {
       const int64_t divisor = average_divisor(s, oh, ow);
       if (divisor == 0) return;
-      const T share = grad_output.at(oh, ow) / static_cast<T>(divisor);
-      for_each_tap(s, oh, ow, [&](int64_t, int64_t, int64_t ih, int64_t iw) { grad_input.at(ih, iw) += share; });
+      const Compute<T> share = grad_output.at(oh, ow) / static_cast<Compute<T>>(divisor);
+      for_each_tap(s, oh, ow, [&](int64_t, int64_t, int64_t ih, int64_t iw) { sums.at(ih, iw) += share; });
     });
+    sums.write(grad_input);
   });
 }
 
 bool has_small_offsets(const Pool2dShape& s) { return s.kernel_h * s.kernel_w <= 256; }
 
-bool accepts(const Pool2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
+bool accepts(const Pool2dShape&) { return true; }
 
 Plan plan(const Pool2dShape& s, int) { return {1, 1, s.batch * s.channels, 0}; }
 
-using Run = void (*)(const Pool2dShape&, const Pool2dBuffers&, int);
-
-template <Run float_small, Run float_large, Run double_small, Run double_large>
-void run_max(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
-  if (s.dtype == DType::float32) {
-    (has_small_offsets(s) ? float_small : float_large)(s, b, threads);
-  } else {
-    (has_small_offsets(s) ? double_small : double_large)(s, b, threads);
-  }
-}
-
-template <Run run_float, Run run_double>
-void run_avg(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
-  (s.dtype == DType::float32 ? run_float : run_double)(s, b, threads);
-}
-
 }  // namespace
 
-extern const Pool2dKernel max_pool2d_forward = {
-    "max_pool2d_forward_naive_baseline",
-    Isa::baseline,
-    Pool2dOp::max,
-    Pool2dDirection::forward,
-    accepts,
-    plan,
-    run_max<max_forward<float, uint8_t>, max_forward<float, int32_t>, max_forward<double, uint8_t>, max_forward<double, int32_t>>};
-extern const Pool2dKernel max_pool2d_backward = {
-    "max_pool2d_backward_naive_baseline",
-    Isa::baseline,
-    Pool2dOp::max,
-    Pool2dDirection::backward,
-    accepts,
-    plan,
-    run_max<max_backward<float, uint8_t>, max_backward<float, int32_t>, max_backward<double, uint8_t>, max_backward<double, int32_t>>};
-extern const Pool2dKernel max_pool2d_gather = {
-    "max_pool2d_gather_naive_baseline",
-    Isa::baseline,
-    Pool2dOp::max,
-    Pool2dDirection::gather,
-    accepts,
-    plan,
-    run_max<max_gather<float, uint8_t>, max_gather<float, int32_t>, max_gather<double, uint8_t>, max_gather<double, int32_t>>};
-extern const Pool2dKernel avg_pool2d_forward = {"avg_pool2d_forward_naive_baseline",
-                                                Isa::baseline,
-                                                Pool2dOp::avg,
-                                                Pool2dDirection::forward,
-                                                accepts,
-                                                plan,
-                                                run_avg<avg_forward<float>, avg_forward<double>>};
-extern const Pool2dKernel avg_pool2d_backward = {"avg_pool2d_backward_naive_baseline",
-                                                 Isa::baseline,
-                                                 Pool2dOp::avg,
-                                                 Pool2dDirection::backward,
-                                                 accepts,
-                                                 plan,
-                                                 run_avg<avg_backward<float>, avg_backward<double>>};
+// Max pooling's functions are templates of the offsets' type, too.
+#define CNN_EXT_NAIVE_MAX_ROW(direction)                                                                 \
+  static void run_max_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {    \
+    with_scalar(s.dtype, [&](auto scalar) {                                                              \
+      using T = decltype(scalar);                                                                        \
+      (has_small_offsets(s) ? max_##direction<T, uint8_t> : max_##direction<T, int32_t>)(s, b, threads); \
+    });                                                                                                  \
+  }                                                                                                      \
+  extern const Pool2dKernel max_pool2d_##direction = {"max_pool2d_" #direction "_naive_baseline",        \
+                                                      Isa::baseline,                                     \
+                                                      Pool2dOp::max,                                     \
+                                                      Pool2dDirection::direction,                        \
+                                                      accepts,                                           \
+                                                      plan,                                              \
+                                                      run_max_##direction};
+CNN_EXT_NAIVE_MAX_ROW(forward)
+CNN_EXT_NAIVE_MAX_ROW(backward)
+CNN_EXT_NAIVE_MAX_ROW(gather)
+
+#define CNN_EXT_NAIVE_AVG_ROW(direction)                                                              \
+  static void run_avg_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) { \
+    with_scalar(s.dtype, [&](auto scalar) { avg_##direction<decltype(scalar)>(s, b, threads); });     \
+  }                                                                                                   \
+  extern const Pool2dKernel avg_pool2d_##direction = {"avg_pool2d_" #direction "_naive_baseline",     \
+                                                      Isa::baseline,                                  \
+                                                      Pool2dOp::avg,                                  \
+                                                      Pool2dDirection::direction,                     \
+                                                      accepts,                                        \
+                                                      plan,                                           \
+                                                      run_avg_##direction};
+CNN_EXT_NAIVE_AVG_ROW(forward)
+CNN_EXT_NAIVE_AVG_ROW(backward)
 
 }  // namespace cnn_ext::cpu::naive

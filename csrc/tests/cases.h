@@ -13,6 +13,9 @@
 
 namespace cnn_ext::tests {
 
+// Of the cases, every so many-th is run with the half types.
+constexpr size_t kHalfStep = 5;
+
 // One line of a case file: the columns by name.
 struct Case {
   std::string name;

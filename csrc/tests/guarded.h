@@ -12,6 +12,8 @@
 #include <new>
 #include <vector>
 
+#include "core/half.h"
+
 namespace cnn_ext::tests {
 
 enum class Flush { start, end };
@@ -70,7 +72,7 @@ class Tensors {
       const uint64_t x = random_bits(seed, i);
       double value = static_cast<double>(x >> 11) / 4503599627370496.0 - 1.0;
       if (exact || (x & 1)) value = std::round(value * 4) / 4;
-      data[i] = static_cast<T>(absolute ? std::fabs(value) : value);
+      data[i] = static_cast<T>(static_cast<Compute<T>>(absolute ? std::fabs(value) : value));
     }
     return data;
   }

@@ -17,6 +17,8 @@ from cnn_ext import _native
 from tests.support.cases import Conv2dCase, FusedCase, Pool2dCase
 
 DTYPES = (torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+ALL_DTYPES = DTYPES + HALF_DTYPES
 POOL2D_LAYOUTS = ("nchw", "nhwc")
 # Of the activations and of the weight: a model may be channels_last in one of them only.
 CONV2D_LAYOUTS = (("nchw", "nchw"), ("nhwc", "nhwc"), ("nhwc", "nchw"), ("nchw", "nhwc"))

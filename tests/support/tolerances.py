@@ -11,6 +11,9 @@ The factor 2 makes that the worst case itself up to four roundings. The truth is
 error too, with float64's eps. Where nothing is rounded (a copy, a maximum, an empty sum) the tolerance is zero.
 Products below the smallest normal number lose absolute, not relative precision: one such number is granted to each
 sum that has a rounding.
+
+The half types are summed in float32, whose eps stands above, and rounded once: one distance between neighbouring halves
+is granted on top.
 """
 
 import math
@@ -22,9 +25,18 @@ from tests.support.reference import Truth
 
 def tolerance(truth: Truth, dtype: torch.dtype) -> torch.Tensor:
     """The largest allowed distance from ``truth.value`` of a result computed in ``dtype``, elementwise."""
-    eps = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
+    info = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
+    eps = info.eps + torch.finfo(torch.float64).eps
     rounded = (truth.magnitude > 0) & (truth.roundings > 0)
-    return eps * math.sqrt(truth.roundings) * truth.magnitude + torch.finfo(dtype).tiny * rounded
+    granted = info.tiny + (last_place(truth.value, dtype) if dtype.itemsize == 2 else 0.0)
+    return eps * math.sqrt(truth.roundings) * truth.magnitude + granted * rounded
+
+
+def last_place(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The distance of ``dtype``'s numbers around the finite ones of ``value``."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(value.double().nan_to_num(0.0, 0.0, 0.0))
+    return (info.eps * torch.exp2(exponent.double() - 1)).clamp(min=info.eps * info.tiny)
 
 
 def violation(result: torch.Tensor, truth: Truth) -> str | None:
