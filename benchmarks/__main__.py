@@ -24,6 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
         measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
         measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")
         measure.add_argument("--direction", choices=DIRECTIONS, action="append", help="of conv2d; default: all")
+        measure.add_argument(
+            "--winograd", action="store_true", help="of conv2d: the layers that take it, in a file of their own"
+        )
         measure.add_argument("--allocator", choices=(*ALLOCATORS, "both"), default="nofault")
         measure.add_argument("--runs", type=int, default=1, help="the middle one is quoted (%(default)s)")
         measure.add_argument("--repeats", type=int, default=Effort.repeats, help="rounds of a comparison (%(default)s)")

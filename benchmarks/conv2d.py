@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import cnn_ext
 from benchmarks.cases import Conv2dCase, conv2d_cases
-from benchmarks.harness import Call, Comparison, check_close, compare
+from benchmarks.harness import BenchmarkError, Call, Comparison, check_close, compare
 from benchmarks.options import LAYOUTS, Bench
 
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
@@ -46,19 +46,20 @@ def random_tensors(case: Conv2dCase, device: str) -> Tensors:
     return Tensors(*(torch.randn(size, generator=generator).to(device) for size in sizes))
 
 
-def ours(direction: str, case: Conv2dCase, t: Tensors) -> Call:
+def ours(direction: str, case: Conv2dCase, t: Tensors, winograd: bool = False) -> Call:
     """The call at the level that users pay: with checks, dispatch and allocation."""
     stride, padding, dilation = [case.stride] * 2, [case.padding] * 4, [case.dilation] * 2
     if direction == "forward":
         return lambda: cnn_ext.functional.conv2d(
             t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups
         )
+    geometry = stride, padding, dilation, case.groups
     if direction == "backward_input":
         return lambda: torch.ops.cnn_ext.conv2d_backward_input(
-            t.grad_output, t.weight, list(t.input.shape), stride, padding, dilation, case.groups
+            t.grad_output, t.weight, list(t.input.shape), *geometry, winograd
         )
     return lambda: torch.ops.cnn_ext.conv2d_backward_weight(
-        t.grad_output, t.input, list(t.weight.shape), stride, padding, dilation, case.groups, t.channels_last
+        t.grad_output, t.input, list(t.weight.shape), *geometry, t.channels_last, winograd
     )
 
 
@@ -81,11 +82,16 @@ def torchs(direction: str, case: Conv2dCase, t: Tensors) -> Call:
 def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
     rows: list[dict] = []
     cases = conv2d_cases(bench.only)
-    for number, case in enumerate(cases, 1):
-        tensors = random_tensors(case, bench.device)
-        for direction in directions:
-            bench.progress(f"conv2d {number}/{len(cases)} {case.name} {direction}")
-            rows += _rows_of(case, direction, tensors, bench)
+    with cnn_ext.flags(winograd=bench.winograd):
+        for number, case in enumerate(cases, 1):
+            tensors = random_tensors(case, bench.device)
+            for direction in directions:
+                if bench.winograd and "_winograd_" not in _kernel(case, direction, tensors):
+                    continue
+                bench.progress(f"conv2d {number}/{len(cases)} {case.name} {direction}")
+                rows += _rows_of(case, direction, tensors, bench)
+    if not rows:
+        raise BenchmarkError("--winograd: none of these layers takes it")
     return rows
 
 
@@ -94,7 +100,9 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
     in_layout = {layout: tensors.in_layout(layout) for layout in LAYOUTS}
     errors = _check(case, direction, {layout: in_layout[layout] for layout in bench.layouts}, bench)
     contenders = {("torch", layout): torchs(direction, case, t) for layout, t in in_layout.items()}
-    contenders |= {("cnn_ext", layout): ours(direction, case, in_layout[layout]) for layout in bench.layouts}
+    contenders |= {
+        ("cnn_ext", layout): ours(direction, case, in_layout[layout], bench.winograd) for layout in bench.layouts
+    }
     comparison = compare(contenders, bench.timer, bench.peak, bench.effort)
     kernels = {layout: _kernel(case, direction, in_layout[layout]) for layout in bench.layouts}
     return [_row(case, direction, layout, comparison, kernels[layout], errors[layout]) for layout in bench.layouts]
@@ -142,7 +150,9 @@ def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], benc
     reference = torchs(direction, case, some.double())()
     tolerance = _tolerance(case, direction, some, bench.unit_roundoff)
     return {
-        layout: check_close(f"{case.name} {direction} {layout}", ours(direction, case, t)(), reference, tolerance)
+        layout: check_close(
+            f"{case.name} {direction} {layout}", ours(direction, case, t, bench.winograd)(), reference, tolerance
+        )
         for layout, t in first.items()
     }
 

@@ -20,6 +20,7 @@ class Bench:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     effort: Effort = field(default_factory=Effort)
     data_dir: str | None = None
+    winograd: bool = False  # whether convolutions may use it: conv2d then measures the layers that do
 
     @cached_property
     def timer(self) -> CpuTimer | CudaTimer:

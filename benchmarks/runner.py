@@ -29,7 +29,8 @@ def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -
         document["command"] = shlex.join(["python", "-m", "benchmarks", benchmark, *arguments])
         document["allocator"] = allocator
         print(views.text(document))
-        stem = options.out / f"{benchmark}_{options.device}_{allocator}"
+        name = f"{benchmark}_winograd" if benchmark == "conv2d" and options.winograd else benchmark
+        stem = options.out / f"{name}_{options.device}_{allocator}"
         stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         for path in [stem.with_suffix(".json"), *plots.draw(document, stem)]:
             print(f"wrote {path}")
@@ -59,6 +60,7 @@ def work(options: argparse.Namespace) -> None:
         layouts=tuple(options.layout or LAYOUTS),
         effort=Effort(options.repeats, options.seconds),
         data_dir=options.data_dir,
+        winograd=options.winograd,
     )
     document = {"schema": SCHEMA, "benchmark": options.command, "device": options.device}
     document |= machine.describe(options.device)

@@ -57,6 +57,16 @@ def test_conv2d_measures_each_direction_in_each_layout(results):
     assert "geometric mean of all rows" in (results / "conv2d.txt").read_text()
 
 
+def test_winograd_is_measured_where_it_serves(tmp_path, capfd):
+    quick = ["conv2d", "--winograd", "--out", str(tmp_path), "--layout", "nchw", *QUICK]
+    assert main([*quick, "--only", "googlenet_3a_5x5", "--direction", "backward_weight"]) == 0
+    document = json.loads((tmp_path / "conv2d_winograd_cpu_nofault.json").read_text())
+    assert ["_winograd_" in row["kernel"] for row in document["rows"]] == [True]
+    with pytest.raises(SystemExit):
+        main([*quick, "--only", "effnet_se_1x1"])
+    assert "none of these layers takes it" in capfd.readouterr().err
+
+
 def test_pooling_measures_inference_training_and_backward(results):
     rows = load(results, "pooling")["rows"]
     assert {(row["op"], row["direction"]) for row in rows} == {

@@ -21,6 +21,7 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_input_pixels)              \
   ROW(conv2d_forward_direct)                     \
   ROW(conv2d_backward_input_direct)              \
+  ROW(conv2d_backward_weight_winograd)           \
   ROW(conv2d_backward_weight_taps)               \
   ROW(conv2d_backward_weight_direct)             \
   ROW(conv2d_backward_bias_direct)

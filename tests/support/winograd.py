@@ -67,17 +67,32 @@ def convolve(m: int, source, weight, first: tuple[int, int], size: tuple[int, in
     take = torch.abs if absolute else torch.Tensor.clone
     r = weight.shape[-1]
     a_t, g, b_t = (take(matrix) for matrix in matrices(m, r))
-    tiles = [-(-extent // m) for extent in size]
-    reach = [begin + count * m + r - 1 for begin, count in zip(first, tiles, strict=True)]
-    pads = (-first[1], reach[1] - source.shape[3], -first[0], reach[0] - source.shape[2])
-    patches = F.pad(take(source.double()), pads).unfold(2, m + r - 1, m).unfold(3, m + r - 1, m)
+    patches = _patches(take(source.double()), m, m + r - 1, first, size)
     sums = torch.einsum("ncyxab,kcab->nkyxab", b_t @ patches @ b_t.T, g @ take(weight.double()) @ g.T)
     outputs = (a_t @ sums @ a_t.T).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return outputs[:, :, : size[0], : size[1]]
 
 
+def weight_gradient(m: int, r: int, source, grad_output, first: tuple[int, int], absolute: bool = False):
+    """F(r x r, m x m) in float64: the gradient of the r x r weight of a correlation."""
+    take = torch.abs if absolute else torch.Tensor.clone
+    a_t, g, b_t = (take(matrix) for matrix in matrices(r, m))
+    size = grad_output.shape[2:]
+    inputs = _patches(take(source.double()), m, m + r - 1, first, size)
+    outputs = _patches(take(grad_output.double()), m, m, (0, 0), size)
+    sums = torch.einsum("nkyxab,ncyxab->kcab", g @ outputs @ g.T, b_t @ inputs @ b_t.T)
+    return a_t @ sums @ a_t.T
+
+
+def _patches(source: torch.Tensor, m: int, extent: int, first, size) -> torch.Tensor:
+    """[N, C, tile row, tile column, extent, extent]: what the tiles of m x m of ``size`` outputs read."""
+    reach = [begin - (-count // m) * m + extent - m for begin, count in zip(first, size, strict=True)]
+    pads = (-first[1], reach[1] - source.shape[3], -first[0], reach[0] - source.shape[2])
+    return F.pad(source, pads).unfold(2, extent, m).unfold(3, extent, m)
+
+
 def tile_of(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts) -> int:
-    """m of the tile that the row takes: a register tile has 14 or 6 Winograd tiles of m * m outputs."""
+    """m of the tile that the row takes: a register tile has 14 or 6 Winograd tiles of m * m outputs, or one."""
     return 4 if choice(row, shape_of(case, dtype, layouts))["tile_pixels"] % 16 == 0 else 2
 
 
@@ -94,8 +109,18 @@ def bounded(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts, truth: Trut
     """``truth`` with the magnitude and the roundings of the tile that ``row`` takes."""
     m = tile_of(row, case, dtype, layouts)
     operands = {name: operands.get(name) for name in ("input", "weight", "grad_output")}
+    if row.direction == "backward_weight":
+        return _bounded_weight(m, case, truth, **operands)
     source, weight, first, size = _problem(row, case, **operands)
     sources, weights = source.chunk(case.groups, 1), weight.chunk(case.groups, 0)
     magnitudes = [convolve(m, s, w, first, size, absolute=True) for s, w in zip(sources, weights, strict=True)]
     roundings = weight.shape[1] + 6 * (m + case.kernel_h - 1)
     return Truth(truth.value, torch.cat(magnitudes, 1) + truth.magnitude, roundings)
+
+
+def _bounded_weight(m: int, case: Conv2dCase, truth: Truth, input, grad_output, **_) -> Truth:
+    r, first = case.kernel_h, (-case.pad_top, -case.pad_left)
+    groups = zip(input.chunk(case.groups, 1), grad_output.chunk(case.groups, 1), strict=True)
+    magnitudes = [weight_gradient(m, r, source, outputs, first, absolute=True) for source, outputs in groups]
+    tiles = case.batch * -(-case.out_h // m) * -(-case.out_w // m)
+    return Truth(truth.value, torch.cat(magnitudes, 0) + truth.magnitude, tiles + 6 * (m + r - 1))

@@ -67,16 +67,18 @@ inline double estimated_cycles(const Work& w, const Split& split) {
   return static_cast<double>(w.groups) * ((multiply + pack) * rounds + add / static_cast<double>(kPlannedTeam)) + start;
 }
 
-inline Split cheapest_split(const Work& w) {
+// By cycles(work, split).
+template <class Cycles>
+inline Split cheapest_split(const Work& w, const Cycles& cycles_of) {
   Split best{1, 1, 1};
-  double best_cycles = estimated_cycles(w, best);
+  double best_cycles = cycles_of(w, best);
   const int64_t sums_bytes = w.groups * w.out_blocks * w.out_block * w.group_in * w.taps * w.element_bytes;
   for (int64_t out_ranges = 1; out_ranges <= w.out_blocks; out_ranges *= 2) {
     for (int64_t in_ranges = 1; in_ranges <= w.in_blocks; in_ranges *= 2) {
       for (int64_t pixel_ranges = 1; pixel_ranges <= 32 && pixel_ranges <= w.batch * w.out_h; pixel_ranges *= 2) {
         if (pixel_ranges > 1 && pixel_ranges * sums_bytes > kPartialBytes) break;
         const Split split{out_ranges, in_ranges, pixel_ranges};
-        const double cycles = estimated_cycles(w, split);
+        const double cycles = cycles_of(w, split);
         if (cycles < best_cycles) best = split, best_cycles = cycles;
       }
     }

@@ -46,7 +46,7 @@ struct Tiled {
     const WinogradBlocking b = make_winograd_blocking<T, kOutputs, kTaps>(g, threads);
     const size_t exact = suspects_bytes(s.batch) + direct_row(direction).plan(one_image(s), threads).workspace_bytes;
     const size_t own = static_cast<size_t>(make_winograd_scratch<T, kOutputs, kTaps>(g, b).total(threads));
-    return {kUnitVectors * kLanes<T>, kProductTiles * kOutputs * kOutputs, g.groups * (b.by_units ? b.units : b.blocks()),
+    return {kUnitVectors * kLanes<T>, kProductTiles * kOutputs * kOutputs, g.groups * (b.by_units ? b.units : b.blocks.count()),
             own > exact ? own : exact};
   }
 

@@ -1,6 +1,6 @@
 // Which tile a Winograd convolution takes, whether it pays, and how the work is cut.
 //
-// A block is a rectangle of Winograd tiles of an image, or all tiles of several images. Two schedules, by what is larger:
+// Two schedules, by what is larger:
 //   blocks   The transformed weights of all channels are small. They are made once, and every task takes a block of tiles, small enough for
 //            the second cache, through all three steps.
 //   units    They are large, as in the deep layers of a network, where the maps are small. The inputs of a large block of tiles are
@@ -9,8 +9,8 @@
 // The reduction is cut into blocks of at most kReductionChannels, by the number of channels alone, so both schedules give the same bits.
 #pragma once
 
-#include "cpu/kernels/conv2d_direct_blocking.inl"
 #include "cpu/kernels/conv2d_winograd_multiply.inl"
+#include "cpu/kernels/conv2d_winograd_tiles.inl"
 
 namespace {
 
@@ -67,62 +67,37 @@ inline bool winograd_serves(const Conv2dShape& s) {
   return s.dtype == cnn_ext::DType::float32 ? pays<float>(g) : s.dtype == cnn_ext::DType::float64 && pays<double>(g);
 }
 
-// How a Winograd convolution is cut. `images` x `rows` x `cols` Winograd tiles are a block.
+// How a Winograd convolution is cut.
 struct WinogradBlocking {
-  int64_t tile_rows, tile_cols;  // of an image
+  TileBlocks blocks;
   int64_t channels, channel_blocks;
   int64_t channel_vectors;  // of a group
   int64_t units;            // of a group
-  int64_t images, image_blocks;
-  int64_t rows, row_blocks;
-  int64_t cols, col_blocks;
   bool by_units;
-  int64_t blocks() const { return image_blocks * row_blocks * col_blocks; }
-  int64_t tiles() const { return images * rows * cols; }
 };
 
 inline int64_t unit_width(int64_t outputs, int64_t unit, int64_t lanes) {
   return outputs - unit * kUnitVectors * lanes > lanes ? kUnitVectors * lanes : lanes;
 }
 
-// Halves a block of whole images, then rows of tiles, then columns, until it fits.
-template <class Fits>
-void fit_block(int64_t batch, WinogradBlocking& b, const Fits& fits) {
-  b.images = batch, b.rows = b.tile_rows, b.cols = b.tile_cols;
-  int64_t* const parts[] = {&b.images, &b.rows, &b.cols};
-  for (int64_t* part : parts) {
-    while (*part > 1 && !fits()) *part = ceil_div(*part, 2);
-  }
-}
-
-inline void count_winograd_blocks(int64_t batch, WinogradBlocking& b) {
-  b.image_blocks = ceil_div(batch, b.images), b.row_blocks = ceil_div(b.tile_rows, b.rows), b.col_blocks = ceil_div(b.tile_cols, b.cols);
-}
-
 template <class T, int kOutputs, int kTaps>
 WinogradBlocking make_winograd_blocking(const Gather& g, int threads) {
   constexpr int kAlpha = kOutputs + kTaps - 1;
   constexpr int64_t kPointBytes = kAlpha * kAlpha * static_cast<int64_t>(sizeof(T)), kUnit = kUnitVectors * kLanes<T>;
-  const int64_t images = at_least_1(g.batch);
   WinogradBlocking b{};
-  b.tile_rows = ceil_div(g.h.count, kOutputs), b.tile_cols = ceil_div(g.w.count, kOutputs);
   b.channels = smaller(rounded_up(ceil_div(g.channels, ceil_div(g.channels, kReductionChannels)), kLanes<T>), g.channels);
   b.channel_blocks = ceil_div(g.channels, b.channels);
   b.channel_vectors = ceil_div(g.channels, kLanes<T>);
   b.units = ceil_div(g.outputs, kUnit);
   const int64_t channels = b.channel_vectors * kLanes<T>;
   b.by_units = g.groups * channels * g.outputs * kPointBytes > kSharedWeightBytes;
-  if (b.by_units) {
-    fit_block(images, b, [&] { return b.tiles() * channels * kPointBytes <= kSharedTileBytes; });
-  } else {
-    const int64_t wanted = threads > 1 ? threads * kBlocksPerThread : 1;
-    fit_block(images, b, [&] {
-      count_winograd_blocks(images, b);
-      const bool fits = b.tiles() * (channels + kUnit) * kPointBytes <= kBlockBytes;
-      return fits && (b.tiles() < 2 * kProductTiles || g.groups * b.blocks() >= wanted);
-    });
-  }
-  count_winograd_blocks(images, b);
+  const int64_t wanted = threads > 1 ? threads * kBlocksPerThread : 1;
+  const auto fits = [&] {
+    const int64_t tiles = b.blocks.tiles();
+    if (b.by_units) return tiles * channels * kPointBytes <= kSharedTileBytes;
+    return tiles * (channels + kUnit) * kPointBytes <= kBlockBytes && (tiles < 2 * kProductTiles || g.groups * b.blocks.count() >= wanted);
+  };
+  fit_tile_blocks(g.batch, g.h.count, g.w.count, kOutputs, b.blocks, fits);
   return b;
 }
 
@@ -143,8 +118,8 @@ WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b
   constexpr int64_t kPoints = (kOutputs + kTaps - 1) * (kOutputs + kTaps - 1), kV = kLanes<T>, kUnit = kUnitVectors * kV;
   WinogradScratch s{};
   s.point_weights = plane_vectors(b.channels * kUnitVectors) * kV;
-  s.point_tiles = plane_vectors(b.channel_vectors * b.tiles()) * kV;
-  s.point_sums = plane_vectors(kUnitVectors * b.tiles()) * kV;
+  s.point_tiles = plane_vectors(b.channel_vectors * b.blocks.tiles()) * kV;
+  s.point_sums = plane_vectors(kUnitVectors * b.blocks.tiles()) * kV;
   s.block_weights = kPoints * s.point_weights;
   s.unit_weights = b.channel_blocks * s.block_weights;
   int64_t end = 0;
@@ -160,9 +135,9 @@ WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b
   s.own_packed = next(b.channels * kTaps * kTaps * kUnit);
   s.own_weights = next(b.by_units ? s.unit_weights : 0);
   s.own_tiles = next(b.by_units ? 0 : kPoints * s.point_tiles);
-  s.own_staged = next((b.rows * kOutputs + kTaps - 1) * (b.cols * kOutputs + kTaps - 1) * kV);
+  s.own_staged = next((b.blocks.rows * kOutputs + kTaps - 1) * (b.blocks.cols * kOutputs + kTaps - 1) * kV);
   s.own_sums = next(kPoints * s.point_sums);
-  s.own_outputs = next(kOutputs * kOutputs * b.cols * kV);
+  s.own_outputs = next(kOutputs * kOutputs * b.blocks.cols * kV);
   s.worker_bytes = end;
   return s;
 }

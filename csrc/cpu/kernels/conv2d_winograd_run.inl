@@ -14,7 +14,7 @@ class WinogradRun {
       : g_(g),
         b_(make_winograd_blocking<T, kOutputs, kTaps>(g, threads)),
         scratch_(make_winograd_scratch<T, kOutputs, kTaps>(g, b_)),
-        source_(source),
+        stager_({source, g.source}, g.h.source_size, g.w.source_size),
         weight_(weight),
         bias_(bias),
         dest_(dest),
@@ -38,24 +38,6 @@ class WinogradRun {
   static constexpr int kUnit = kUnitVectors * kV;
   static constexpr int kOverlap = kTaps - 1;
 
-  // A block's place: the first image, row and column of its Winograd tiles, and how many there are.
-  struct Block {
-    int64_t group, n, images, row, rows, col, cols;
-    int64_t tiles() const { return images * rows * cols; }
-  };
-
-  Block block_of(int64_t group, int64_t index) const {
-    Block block{};
-    block.group = group;
-    block.col = index % b_.col_blocks * b_.cols, index /= b_.col_blocks;
-    block.row = index % b_.row_blocks * b_.rows, index /= b_.row_blocks;
-    block.n = index * b_.images;
-    block.images = smaller(b_.images, g_.batch - block.n);
-    block.rows = smaller(b_.rows, b_.tile_rows - block.row);
-    block.cols = smaller(b_.cols, b_.tile_cols - block.col);
-    return block;
-  }
-
   T* at(int64_t offset) const { return reinterpret_cast<T*>(memory_ + offset); }
   T* own(int worker, int64_t offset) const { return at(scratch_.workers + worker * scratch_.worker_bytes + offset); }
 
@@ -65,33 +47,38 @@ class WinogradRun {
       T* const weights = at(scratch_.weights) + unit * scratch_.unit_weights + channel_block * scratch_.block_weights;
       transform_weights(worker, unit / b_.units, unit % b_.units, channel_block, weights);
     });
-    parallel_for(threads_, g_.groups * b_.blocks(), [&](int worker, int64_t i) {
-      const Block block = block_of(i / b_.blocks(), i % b_.blocks());
+    const int64_t blocks = b_.blocks.count();
+    parallel_for(threads_, g_.groups * blocks, [&](int worker, int64_t i) {
+      const int64_t group = i / blocks;
+      const TileBlock block = b_.blocks.block(i % blocks);
       T* const tiles = own(worker, scratch_.own_tiles);
       for (int64_t image = 0; image < block.images; ++image) {
-        for (int64_t v = 0; v < b_.channel_vectors; ++v) transform_input(worker, block, image, v, tiles);
+        for (int64_t v = 0; v < b_.channel_vectors; ++v) transform_input(worker, group, block, image, v, tiles);
       }
       for (int64_t unit = 0; unit < b_.units; ++unit) {
-        const T* weights = at(scratch_.weights) + (block.group * b_.units + unit) * scratch_.unit_weights;
+        const T* weights = at(scratch_.weights) + (group * b_.units + unit) * scratch_.unit_weights;
         for (int64_t c = 0; c < b_.channel_blocks; ++c) multiply(worker, block, unit, c, weights + c * scratch_.block_weights, tiles);
-        transform_output(worker, block, unit);
+        transform_output(worker, group, block, unit);
       }
     });
   }
 
   void run_by_units() const {
     T* const tiles = at(scratch_.tiles);
-    for (int64_t i = 0; i < g_.groups * b_.blocks(); ++i) {
-      const Block block = block_of(i / b_.blocks(), i % b_.blocks());
-      parallel_for(threads_, block.images * b_.channel_vectors,
-                   [&](int worker, int64_t j) { transform_input(worker, block, j / b_.channel_vectors, j % b_.channel_vectors, tiles); });
+    const int64_t blocks = b_.blocks.count();
+    for (int64_t i = 0; i < g_.groups * blocks; ++i) {
+      const int64_t group = i / blocks;
+      const TileBlock block = b_.blocks.block(i % blocks);
+      parallel_for(threads_, block.images * b_.channel_vectors, [&](int worker, int64_t j) {
+        transform_input(worker, group, block, j / b_.channel_vectors, j % b_.channel_vectors, tiles);
+      });
       parallel_for(threads_, b_.units, [&](int worker, int64_t unit) {
         T* const weights = own(worker, scratch_.own_weights);
         for (int64_t c = 0; c < b_.channel_blocks; ++c) {
-          transform_weights(worker, block.group, unit, c, weights);
+          transform_weights(worker, group, unit, c, weights);
           multiply(worker, block, unit, c, weights, tiles);
         }
-        transform_output(worker, block, unit);
+        transform_output(worker, group, block, unit);
       });
     }
   }
@@ -117,11 +104,16 @@ class WinogradRun {
     }
   }
 
-  // Stages one vector of channels of an image as [row][column][lane], zeros where the block reaches over the edge, and transforms it.
-  void transform_input(int worker, const Block& block, int64_t image, int64_t vector, T* tiles) const {
+  // Stages one vector of channels of an image, and transforms it.
+  void transform_input(int worker, int64_t group, const TileBlock& block, int64_t image, int64_t vector, T* tiles) const {
     T* const staged = own(worker, scratch_.own_staged);
-    const int64_t pitch = (block.cols * kOutputs + kOverlap) * kV;
-    stage_block(block, image, vector, pitch, staged);
+    TileWindow window{};
+    window.n = block.n + image, window.channel = group * g_.channels + vector * kV;
+    window.lanes = static_cast<int>(smaller(kV, g_.channels - vector * kV));
+    window.y = block.row * kOutputs + first_source(g_.h), window.rows = block.rows * kOutputs + kOverlap;
+    window.x = block.col * kOutputs + first_source(g_.w), window.cols = block.cols * kOutputs + kOverlap;
+    const int64_t pitch = window.cols * kV;
+    stager_.stage(window, pitch, staged);
     T* dst = tiles + (vector * block.tiles() + image * block.rows * block.cols) * kV;
     for (int64_t row = 0; row < block.rows; ++row) {
       for (int64_t col = 0; col < block.cols; ++col, dst += kV) {
@@ -130,70 +122,11 @@ class WinogradRun {
     }
   }
 
-  void stage_block(const Block& block, int64_t image, int64_t vector, int64_t pitch, T* staged) const {
-    const int64_t height = block.rows * kOutputs + kOverlap, width = block.cols * kOutputs + kOverlap;
-    const int64_t y = block.row * kOutputs + first_source(g_.h), x = block.col * kOutputs + first_source(g_.w);
-    const int64_t top = clamp(-y, 0, height), bottom = clamp(g_.h.source_size - y, top, height);
-    const int64_t left = clamp(-x, 0, width), right = clamp(g_.w.source_size - x, left, width);
-    const int lanes = static_cast<int>(smaller(kV, g_.channels - vector * kV));
-    const T* src = source_ + (block.n + image) * g_.source.n + (block.group * g_.channels + vector * kV) * g_.source.c +
-                   (y + top) * g_.source.h + (x + left) * g_.source.w;
-    clear(staged, top * pitch);
-    clear(staged + bottom * pitch, (height - bottom) * pitch);
-    for (int64_t row = top; row < bottom; ++row) {
-      clear(staged + row * pitch, left * kV);
-      clear(staged + row * pitch + right * kV, (width - right) * kV);
-    }
-    T* const dst = staged + top * pitch + left * kV;
-    if (g_.source.w != 1) {
-      for (int64_t row = 0; row < bottom - top; ++row) copy_pixels(src + row * g_.source.h, right - left, lanes, dst + row * pitch);
-    } else if (right - left == g_.source.h) {  // whole rows: one run
-      transpose_pixels(src, (bottom - top) * g_.source.h, lanes, right - left, pitch, dst);
-    } else {
-      for (int64_t row = 0; row < bottom - top; ++row) {
-        transpose_pixels(src + row * g_.source.h, right - left, lanes, right - left, pitch, dst + row * pitch);
-      }
-    }
-  }
-
   // The source position of the first tap of grid point 0.
   static int64_t first_source(const Axis& a) { return a.source_first + (a.tap_step < 0 ? (a.taps - 1) * a.tap_step : 0); }
 
-  static void clear(T* dst, int64_t elements) {
-    for (int64_t i = 0; i < elements; i += kV) store(dst + i, Vec<T>{});
-  }
-
-  // Channels innermost already.
-  void copy_pixels(const T* src, int64_t count, int lanes, T* dst) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* pixel = src + i * g_.source.w;
-      store(dst + i * kV, lanes == kV ? load(pixel) : load_first(pixel, lanes));
-    }
-  }
-
-  // `count` neighbouring pixels of one plane per lane; a row of the destination takes `row_width` of them.
-  void transpose_pixels(const T* src, int64_t count, int lanes, int64_t row_width, int64_t pitch, T* dst) const {
-    int64_t col = 0;
-    for (int64_t i = 0; i < count; i += kV) {
-      const int items = static_cast<int>(smaller(kV, count - i));
-      Vec<T> square[kV];
-#pragma GCC unroll 16
-      for (int c = 0; c < kV; ++c) {
-        const T* plane = src + c * g_.source.c + i;
-        square[c] = c >= lanes ? Vec<T>{} : items == kV ? load(plane) : load_first(plane, items);
-      }
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int j = 0; j < kV; ++j) {
-        if (j >= items) break;
-        store(dst + col * kV, square[j]);
-        if (++col == row_width) col = 0, dst += pitch;
-      }
-    }
-  }
-
   // Adds a block of channels up for a unit and all tiles of the block.
-  void multiply(int worker, const Block& block, int64_t unit, int64_t channel_block, const T* weights, const T* tiles) const {
+  void multiply(int worker, const TileBlock& block, int64_t unit, int64_t channel_block, const T* weights, const T* tiles) const {
     const int64_t count = block.tiles(), groups = ceil_div(count, kProductTiles), width = width_of(unit);
     tiles += channel_block * (b_.channels / kV) * count * kV;
     Product<T> p{};
@@ -215,13 +148,13 @@ class WinogradRun {
     }
   }
 
-  void transform_output(int worker, const Block& block, int64_t unit) const {
+  void transform_output(int worker, int64_t group, const TileBlock& block, int64_t unit) const {
     for (int64_t lane = 0; lane < width_of(unit); lane += kV) {
       const T* sums = own(worker, scratch_.own_sums) + lane * block.tiles();
       for (int64_t image = 0; image < block.images; ++image) {
         Vec<T> residue{};
         for (int64_t row = 0; row < block.rows; ++row, sums += block.cols * kV) {
-          write_row(worker, block, image, row, unit * kUnit + lane, sums, residue);
+          write_row(worker, group, block, image, row, unit * kUnit + lane, sums, residue);
         }
         if (!is_zero(residue)) __atomic_store_n(suspects() + block.n + image, 1, __ATOMIC_RELAXED);
       }
@@ -242,11 +175,12 @@ class WinogradRun {
   };
 
   // The outputs of one row of Winograd tiles and one vector of output channels.
-  void write_row(int worker, const Block& block, int64_t image, int64_t row, int64_t channel, const T* sums, Vec<T>& residue) const {
+  void write_row(int worker, int64_t group, const TileBlock& block, int64_t image, int64_t row, int64_t channel, const T* sums,
+                 Vec<T>& residue) const {
     const int64_t y = (block.row + row) * kOutputs, x = block.col * kOutputs;
     const int64_t height = smaller(kOutputs, g_.h.count - y), width = smaller(block.cols * kOutputs, g_.w.count - x);
     const int lanes = static_cast<int>(smaller(kV, g_.outputs - channel));
-    const int64_t first_channel = block.group * g_.outputs + channel;
+    const int64_t first_channel = group * g_.outputs + channel;
     T* const dest = dest_ + (block.n + image) * g_.dest.n + first_channel * g_.dest.c + y * g_.dest.h + x * g_.dest.w;
     const bool staged = g_.dest.c != 1;
     const Target target =
@@ -311,7 +245,7 @@ class WinogradRun {
   const Gather g_;
   const WinogradBlocking b_;
   const WinogradScratch scratch_;
-  const T* const source_;
+  const TileStager<T, TensorSource<T>> stager_;
   const T* const weight_;
   const T* const bias_;
   T* const dest_;
