@@ -81,6 +81,17 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _tf32_allowed() -> bool:
+    """torch's switch for convolutions on CUDA, by its newest interface."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+
+
+def on_device(shape, device: torch.device):
+    """The shape as a device's kernels take it: CUDA's follow torch's switch as it stands at the call."""
+    return shape if device.type == "cpu" else shape.with_tf32(_tf32_allowed())
+
+
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
     """Runs ``kernel`` of the module for the tensors' device.
 
@@ -92,7 +103,7 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
         getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
     else:
         with torch.cuda.device(device):
-            getattr(cuda(), kernel)(shape, *addresses, torch.cuda.current_stream(device).cuda_stream)
+            getattr(cuda(), kernel)(on_device(shape, device), *addresses, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _workspace(direction: str, shape, device: torch.device) -> list[torch.Tensor]:
@@ -100,7 +111,7 @@ def _workspace(direction: str, shape, device: torch.device) -> list[torch.Tensor
     if device.type == "cpu":
         return []
     with torch.cuda.device(device):
-        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), shape)
+        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), on_device(shape, device))
         return [torch.empty(wanted, dtype=torch.uint8, device=device)]
 
 

@@ -144,7 +144,7 @@ def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     if direction == "backward_bias":
         shape = prepare_backward_bias(spec(output))[-1]
     module = _modules()["cuda" if input.is_cuda else "cpu"]
-    choice = module.choose_conv2d(choices[direction], shape, torch.get_num_threads())
+    choice = module.choose_conv2d(choices[direction], _native.on_device(shape, input.device), torch.get_num_threads())
     return Explanation(
         kernel=choice["kernel"],
         isa=choice["isa"],

@@ -43,8 +43,30 @@ def conv2d_shape():
     ones = ("stride_h", "stride_w", "pad_top", "pad_left", "dilation_h", "dilation_w", "groups")
     sizes = dict(batch=2, in_channels=8, in_h=9, in_w=9, out_channels=8, out_h=9, out_w=9, kernel_h=3, kernel_w=3)
     layouts = dict(layout=_native.Layout.nchw, weight_layout=_native.Layout.nchw)
-    policy = {"dtype": _native.DTYPES[torch.float32], "allow_winograd": 0}
+    policy = {"dtype": _native.DTYPES[torch.float32], "allow_winograd": 0, "allow_tf32": 0}
     return _native.Conv2dShape(**sizes, **dict.fromkeys(ones, 1), **layouts, **policy)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_cuda_shapes_follow_torchs_switch_for_tf32(allowed):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        assert bool(_native.on_device(conv2d_shape(), torch.device("cuda")).allow_tf32) == allowed
+        assert not _native.on_device(conv2d_shape(), torch.device("cpu")).allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older switch alone")
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_cuda_shapes_follow_torchs_newest_switch_for_tf32(precision):
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert bool(_native.on_device(conv2d_shape(), torch.device("cuda")).allow_tf32) == (precision == "tf32")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def code(path: Path) -> str:

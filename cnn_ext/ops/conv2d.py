@@ -52,6 +52,7 @@ def native_shape(
         layout=_layout(memory_format),
         weight_layout=_layout(weight_format),
         allow_winograd=allow_winograd,
+        allow_tf32=False,  # the switch is read when a CUDA kernel is called
     )
 
 

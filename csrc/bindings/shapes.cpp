@@ -45,7 +45,7 @@ void visit_fields(Visitor& v, Conv2dShape*) {
   v.set("kernel_h", &S::kernel_h).set("kernel_w", &S::kernel_w).set("stride_h", &S::stride_h).set("stride_w", &S::stride_w);
   v.set("pad_top", &S::pad_top).set("pad_left", &S::pad_left).set("dilation_h", &S::dilation_h).set("dilation_w", &S::dilation_w);
   v.set("groups", &S::groups).set("dtype", &S::dtype).set("layout", &S::layout).set("weight_layout", &S::weight_layout);
-  v.set("allow_winograd", &S::allow_winograd);
+  v.set("allow_winograd", &S::allow_winograd).set("allow_tf32", &S::allow_tf32);
 }
 
 template <class Visitor>
@@ -77,6 +77,10 @@ struct ReadOnlyFields {
   }
 };
 
+void set_tf32(Conv2dShape& shape, bool allowed) { shape.allow_tf32 = allowed; }
+void set_tf32(Conv2dReluPoolShape& shape, bool allowed) { shape.conv.allow_tf32 = allowed; }
+void set_tf32(Pool2dShape&, bool) {}
+
 template <class Shape>
 void bind_shape(py::module_& m, const char* name) {
   py::class_<Shape> type(m, name);
@@ -87,6 +91,10 @@ void bind_shape(py::module_& m, const char* name) {
   }));
   ReadOnlyFields<Shape> fields{type};
   visit_fields(fields, static_cast<Shape*>(nullptr));
+  type.def("with_tf32", [](Shape shape, bool allowed) {
+    set_tf32(shape, allowed);
+    return shape;
+  });
 }
 
 }  // namespace

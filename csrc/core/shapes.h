@@ -38,6 +38,7 @@ struct Conv2dShape {
   Layout layout;           // of input, output and their gradients
   Layout weight_layout;    // of weight and grad_weight
   int32_t allow_winograd;  // 0 or 1: whether a kernel may trade accuracy for speed within Winograd's error bound
+  int32_t allow_tf32;      // 0 or 1: whether a CUDA kernel may round float32 operands to TF32 before it multiplies them
 };
 
 enum class Pool2dOp : int32_t { max, avg };

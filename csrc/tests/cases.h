@@ -75,7 +75,8 @@ inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layou
           dtype,
           layout,
           weight_layout,
-          /*allow_winograd=*/1};
+          /*allow_winograd=*/1,
+          /*allow_tf32=*/1};
 }
 
 // The poolings that convolutions are fused with: window and stride, the same along both axes.
