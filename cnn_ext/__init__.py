@@ -26,6 +26,7 @@ from cnn_ext.nn import (
     convert,
     revert,
 )
+from cnn_ext.override import override
 from cnn_ext.policy import flags
 from cnn_ext.signal import convolve, correlate, output_size
 
@@ -53,6 +54,7 @@ __all__ = [
     "functional",
     "kernels",
     "output_size",
+    "override",
     "revert",
     "tune_malloc",
 ]

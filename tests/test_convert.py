@@ -99,11 +99,6 @@ def test_selections(selection):
     assert [type(m).__module__.startswith("cnn_ext") for m in (net[0], net[2], net[3][1])] == [True, False, False]
 
 
-def test_what_is_not_there_yet_is_said():
-    with pytest.raises(NotImplementedError, match="functional"):
-        cnn_ext.convert(model(), functional=True)
-
-
 def chains():
     """Three convolutions with a ReLU, the first with a pool, the second with one that cannot be fused."""
     return nn.Sequential(

@@ -11,16 +11,13 @@ from collections.abc import Callable, Container
 import torch
 
 from cnn_ext._arguments import is_per_side
-from cnn_ext.nn.conv import Conv1d, Conv2d, LazyConv1d, LazyConv2d
+from cnn_ext.nn.conv import Conv1d, Conv2d
+from cnn_ext.nn.derived import Overridden, overridden
 from cnn_ext.nn.fuse import FUSED, FusedConv2d, find_chains, unfuse
 from cnn_ext.nn.fused import ConvReLUPool2d
-from cnn_ext.nn.pooling import AvgPool1d, AvgPool2d, MaxPool1d, MaxPool2d
+from cnn_ext.nn.swap import computes_itself, swap, torchs_class, unswapped_class
 
 _POOL_KINDS = ("MaxPool", "AvgPool", "LPPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "MaxUnpool")
-_LAYERS = (Conv1d, Conv2d, LazyConv1d, LazyConv2d, MaxPool1d, MaxPool2d, AvgPool1d, AvgPool2d)
-_REPLACEMENTS = {getattr(torch.nn, layer.__name__): layer for layer in _LAYERS}  # which are named as torch's are
-_ORIGINALS = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
-_OURS = (*_ORIGINALS, ConvReLUPool2d, *FUSED)
 _KINDS = (torch.nn.modules.conv._ConvNd, *(getattr(torch.nn.modules.pooling, f"_{kind}Nd") for kind in _POOL_KINDS))
 
 Selection = Container[str] | Callable[[str, torch.nn.Module], bool] | None
@@ -44,7 +41,7 @@ def convert(
 ) -> torch.nn.Module:
     """Makes the convolutions and poolings of ``model`` that this package has compute with it.
 
-    Exactly torch's classes are swapped; a subclass with a forward of its own is left alone.
+    Torch's classes and their subclasses are swapped; one with a forward of its own is left alone.
 
     With ``fuse``, the first layer of a chain Conv2d - ReLU (- MaxPool2d) in a ``torch.nn.Sequential`` computes all of
     it, and the others pass on what they get: what a convolution alone gives is then not to be seen. A chain whose
@@ -57,15 +54,18 @@ def convert(
         only: the layers to swap: a container of their qualified names, or a function of name and module.
         skip: layers to leave alone, given likewise.
         fuse: whether to fuse chains whose layers are all selected.
-        functional: not there yet.
+        functional: whether the model's forward is to run under :func:`cnn_ext.override`, which also catches
+            ``F.conv2d``, ``F.max_pool2d`` and their like, called by whatever layer.
 
     Returns:
         the model. :func:`revert` is the way back.
+
+    Raises:
+        ValueError: ``functional`` together with ``only`` or ``skip``: it catches every call; or for a TorchScript
+            module, whose forward is not Python's.
     """
     if functional:
-        raise NotImplementedError(
-            f"convert() does not support functional={functional!r} yet; expected functional=False"
-        )
+        _check_functional(model, only, skip)
     if not inplace:
         model = copy.deepcopy(model)
 
@@ -74,19 +74,29 @@ def convert(
         return taken and (skip is None or not _selected(skip, name, module))
 
     for name, module in model.named_modules():
-        replacement = _REPLACEMENTS.get(type(module))
-        if replacement is not None and is_selected(name, module):
-            module.__class__ = replacement
+        if is_selected(name, module):
+            swap(module)
     if fuse:
         for chain in list(find_chains(model, is_selected)):
             if not chain.obstacle:
                 chain.fuse()
+    if functional and not isinstance(model, Overridden):
+        model.__class__ = overridden(type(model))
     return model
+
+
+def _check_functional(model: torch.nn.Module, only: Selection, skip: Selection) -> None:
+    if only is not None or skip is not None:
+        raise ValueError("convert(): functional=True catches every call in a forward; expected neither only nor skip")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("convert(): functional=True expected a module with a forward in Python, but got TorchScript")
 
 
 def _check_revertible(name: str, module: torch.nn.Module) -> None:
     if type(module) is ConvReLUPool2d:
         raise ValueError(f"revert(): torch has no layer like {name or 'the model'} ({module})")
+    if unswapped_class(module) is None and type(module) not in FUSED:
+        return
     padding = getattr(module, "padding", 0)
     if isinstance(padding, str):
         is_convolution = isinstance(module, (Conv1d, Conv2d))
@@ -103,14 +113,15 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
 
     A layer with a padding that torch does not know is refused before anything is changed.
     """
-    ours = [(name, module) for name, module in model.named_modules() if type(module) in _OURS]
-    for name, module in ours:
+    for name, module in model.named_modules():
         _check_revertible(name, module)
-    for _, module in ours:
+    for module in model.modules():
+        if isinstance(module, Overridden):
+            module.__class__ = module.original
         if type(module) in FUSED:
             unfuse(module)
-        else:
-            module.__class__ = _ORIGINALS[type(module)]
+        elif (original := unswapped_class(module)) is not None:
+            module.__class__ = original
     return model
 
 
@@ -136,13 +147,13 @@ class ConversionReport(tuple[LayerReport, ...]):
 
 def _reason(module: torch.nn.Module) -> str:
     """Why torch computes a layer; empty where this package does."""
-    if type(module) in _OURS:
+    if isinstance(module, (ConvReLUPool2d, *FUSED)) or unswapped_class(module) is not None:
         return ""
-    if type(module) in _REPLACEMENTS:
-        return "torch: not converted"
-    if isinstance(module, tuple(_REPLACEMENTS)):
-        return "left alone: a subclass, which may have a forward of its own"
-    return "torch: this package has no such layer"
+    if torchs_class(type(module)) is None:
+        return "torch: this package has no such layer"
+    if computes_itself(module):
+        return "left alone: it has a forward of its own"
+    return "torch: not converted"
 
 
 def _fusion_note(module: torch.nn.Module, obstacles: dict[int, str]) -> str:
