@@ -16,7 +16,7 @@ __all__ = ["override"]
 
 
 def _with_indices(function: Callable, *args, **kwargs):
-    """What F.max_pool2d_with_indices and its like return, which also have an argument ``return_indices`` of no effect."""
+    """What F.max_pool2d_with_indices and its like return; they have an argument ``return_indices`` without effect."""
     return function(*args, **(kwargs | {"return_indices": True}))
 
 

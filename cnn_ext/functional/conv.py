@@ -4,6 +4,7 @@ import torch
 
 from cnn_ext import autograd, policy
 from cnn_ext._arguments import conv_geometry, fused_pool
+from cnn_ext.functional.autocast import cast_for_autocast
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS, check_conv_tensors, conv_output_size, spec
 
 
@@ -31,6 +32,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         TypeError, ValueError: an argument of the wrong type; an integer beyond int64.
         NotImplementedError: a dtype or device that no kernel serves.
     """
+    input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups, axes=2)
     return _conv2d("conv2d", input, weight, bias, geometry, activation)
 
@@ -55,6 +57,7 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     Raises:
         RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d.
     """
+    input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry("conv1d", input, weight, bias, stride, padding, dilation, groups, axes=1)
     batched = input if input.dim() == 3 else input.unsqueeze(0)
     conv_output_size(batched.shape, weight.shape, *geometry)
@@ -107,6 +110,7 @@ def conv2d_relu_max_pool2d(
         RuntimeError, TypeError, ValueError, NotImplementedError: as conv2d and max_pool2d.
     """
     op = "conv2d_relu_max_pool2d"
+    input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry(op, input, weight, bias, stride, padding, dilation, groups, axes=2)
     geometry = (*geometry, policy.allowed.winograd)
     return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
