@@ -1,10 +1,11 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | install | report``."""
+"""``python -m benchmarks conv2d | pooling | mnist | all | models | install | report``."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-from benchmarks import install, report, runner
+from benchmarks import install, models, report, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
@@ -35,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     installer = commands.add_parser("install", help="measure building and installing from a clone")
     installer.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
+    zoo = commands.add_parser("models", help="compare converted models of torchvision and timm with the originals")
+    zoo.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
+    zoo.add_argument("--only", metavar="REGEX", default="", help="architectures whose name matches")
     writer = commands.add_parser("report", help="write the recorded results into README.md")
     writer.add_argument("--results", type=Path, default=RESULTS)
     writer.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
@@ -48,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "report":
             report.write(options.results, options.readme)
             return 0
+        if options.command == "models":
+            return models.measure(options.out, lambda name: bool(re.search(options.only, name)))
         if options.command == "install":
             install.measure(options.out)
             return 0

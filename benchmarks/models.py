@@ -1,0 +1,205 @@
+"""The CNNs of torchvision and timm, converted: do logits and parameter gradients equal the original's?
+
+Random weights, evaluation mode (batch statistics and dropout would hide what the layers do), float64, where rounding
+is far below what a wrong value would show. A result may be off by
+
+    eps * layers * sqrt(terms)    relative to the largest element of the tensor,
+
+``layers`` being the layers with weights and ``terms`` the largest sum that one of them adds up: a layer adds errors of
+eps * sqrt(terms), and the layers after it carry them on.
+"""
+
+import copy
+import gc
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import cnn_ext
+from benchmarks import machine
+from benchmarks.harness import BenchmarkError
+from benchmarks.tables import Column, markdown, plain
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
+BATCH, CLASSES = 2, 10
+
+# One or two of each CNN family of timm, the small variants.
+TIMM = (Path(__file__).parent / "timm_models.txt").read_text().split()
+
+
+@dataclass
+class Row:
+    """One architecture."""
+
+    library: str
+    name: str
+    converted: int  # layers that compute with this package
+    functional: bool  # whether its forward calls torch.nn.functional, so that convert(functional=True) is needed
+    layers: int
+    logits_error: float  # relative to the largest element, as the next two
+    gradient_error: float  # of the worst parameter
+    tolerance: float
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return max(self.logits_error, self.gradient_error) <= self.tolerance
+
+
+def measure(results: Path, only: Callable[[str], bool]) -> int:
+    """Writes ``results``/models_cpu.json and docs/models.md; 1 where a model differs."""
+    started, rows = time.perf_counter(), []
+    for library, name, build, size in _architectures(only):
+        rows.append(_compare(library, name, build, size))
+        _progress(rows[-1])
+    if not rows:
+        raise BenchmarkError("models: neither torchvision nor timm has a model of that name here, or can be imported")
+    document = machine.describe("cpu") | {
+        "command": "python -m benchmarks models",
+        "seconds": time.perf_counter() - started,
+        "rows": [asdict(row) | {"equal": row.equal} for row in rows],
+    }
+    path = results / "models_cpu.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    DOCUMENT.write_text(page(document))
+    print(plain(COLUMNS, document["rows"]))
+    print(f"wrote {path}\nwrote {DOCUMENT}")
+    return int(not all(row.equal for row in rows))
+
+
+def _progress(row: Row) -> None:
+    verdict = "equal" if row.equal else "DIFFERS"
+    print(f"models: {row.library} {row.name}: {verdict}, {row.seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def _architectures(only: Callable[[str], bool]) -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
+    """(library, name, what builds it, height and width of its input)"""
+    torchvision = _imported("torchvision")
+    if torchvision is not None:
+        for module in (torchvision.models, torchvision.models.segmentation):
+            for name in filter(only, torchvision.models.list_models(module=module)):
+                if _is_cnn(name):
+                    yield "torchvision", name, _torchvision_builder(torchvision, name), _size(name)
+    timm = _imported("timm")
+    if timm is not None:
+        for name in filter(only, TIMM):
+            yield "timm", name, lambda name=name: timm.create_model(name, num_classes=CLASSES), _size(name)
+
+
+def _imported(library: str):
+    try:
+        return importlib.import_module(library)
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
+        print(f"models: {library} is left out: {error}", file=sys.stderr)
+        return None
+
+
+def _is_cnn(name: str) -> bool:
+    return not name.startswith(("vit_", "swin_", "maxvit"))
+
+
+def _size(name: str) -> int:
+    """Small, but for those that need more for their last feature map."""
+    if name.startswith(("botnet", "focalnet")):
+        return 256 if name.startswith("botnet") else 224
+    return 128 if "inception" in name or "nception" in name or name in ("alexnet", "legacy_xception") else 64
+
+
+def _torchvision_builder(torchvision, name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        more = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        if name in torchvision.models.list_models(module=torchvision.models.segmentation):
+            more = {"weights_backbone": None}
+        return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **more)
+
+    return build
+
+
+def _compare(library: str, name: str, build: Callable[[], nn.Module], size: int) -> Row:
+    started = time.perf_counter()
+    torch.manual_seed(1)
+    original = build().double().eval()
+    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64)
+    functional = _calls_functions(original)
+    converted = cnn_ext.convert(copy.deepcopy(original), functional=functional)
+    wanted_logits, wanted_gradients = _run(original, images)
+    logits, gradients = _run(converted, images)
+    layers, terms = _depth(original)
+    row = Row(
+        library=library,
+        name=name,
+        converted=sum(layer.converted for layer in cnn_ext.conversion_report(converted)),
+        functional=functional,
+        layers=layers,
+        logits_error=_relative_error(logits, wanted_logits),
+        gradient_error=max(_relative_error(gradients[key], wanted_gradients[key]) for key in wanted_gradients),
+        tolerance=torch.finfo(torch.float64).eps * layers * math.sqrt(terms),
+        seconds=time.perf_counter() - started,
+    )
+    gc.collect()
+    return row
+
+
+def _run(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output = model(images)
+    logits = output["out"] if isinstance(output, dict) else output
+    logits.square().mean().backward()
+    return logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def _relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    scale = wanted.abs().max().item()
+    return (value - wanted).abs().max().item() / scale if scale else value.abs().max().item()
+
+
+def _depth(model: nn.Module) -> tuple[int, int]:
+    """Layers with weights, and the terms of the largest sum of one of them."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    return len(weights), max(p[0].numel() for p in weights)
+
+
+_CALLED = ("conv1d", "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
+
+
+def _calls_functions(model: nn.Module) -> bool:
+    """Whether a forward of the model's own classes mentions a function of this package."""
+    names = set()
+    for module in model.modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            for method in ("forward", "_forward"):
+                code = getattr(getattr(type(module), method, None), "__code__", None)
+                names |= set(code.co_names) if code else set()
+    return bool(names & set(_CALLED))
+
+
+COLUMNS = [
+    Column("library", lambda row: row["library"]),
+    Column("architecture", lambda row: f"`{row['name']}`"),
+    Column("layers converted", lambda row: row["converted"], "d"),
+    Column("`functional=True`", lambda row: "yes" if row["functional"] else ""),
+    Column("error of logits", lambda row: row["logits_error"], ".1e"),
+    Column("of gradients", lambda row: row["gradient_error"], ".1e"),
+    Column("allowed", lambda row: row["tolerance"], ".1e"),
+    Column("", lambda row: "equal" if row["equal"] else "**differs**"),
+]
+
+
+def page(document: dict) -> str:
+    """docs/models.md"""
+    rows, versions = document["rows"], document["versions"]
+    return (
+        "# Converted models\n\n"
+        f"Written by `{document['command']}` on {document['date'][:10]}, torch {versions['torch']}: "
+        f"{sum(row['equal'] for row in rows)} of {len(rows)} architectures give the original's logits and parameter "
+        "gradients.\n\nRandom weights, evaluation mode, float64, small images. Errors are relative to the largest "
+        "element of a tensor; allowed is eps * layers * sqrt(terms of the largest sum).\n\n"
+        f"{markdown(COLUMNS, rows)}\n"
+    )

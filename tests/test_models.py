@@ -1,0 +1,39 @@
+"""The comparison of converted models: it calls equal what is equal, and a wrong layer different."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import models
+
+
+def small_cnn() -> nn.Module:
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, groups=4),
+    ]
+    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, models.CLASSES))
+
+
+def test_a_converted_model_equals_its_original():
+    row = models._compare("tests", "small_cnn", small_cnn, 16)
+    assert row.converted == 4 and not row.functional and row.layers == 3
+    assert row.tolerance == pytest.approx(torch.finfo(torch.float64).eps * 3 * 72**0.5)
+    assert row.equal
+
+
+def test_a_wrong_layer_differs(monkeypatch):
+    computed = models.cnn_ext.AvgPool2d.forward
+    monkeypatch.setattr(models.cnn_ext.AvgPool2d, "forward", lambda self, x: computed(self, x) * (1 + 1e-10))
+    assert not models._compare("tests", "small_cnn", small_cnn, 16).equal
+
+
+def test_the_page_counts_what_is_equal():
+    rows = [models._compare("tests", "small_cnn", small_cnn, 16)]
+    document = {"command": "c", "date": "2000-01-01 00:00 UTC", "versions": {"torch": "0"}}
+    document["rows"] = [models.asdict(row) | {"equal": row.equal} for row in rows]
+    text = models.page(document)
+    assert "1 of 1 architectures" in text and "`small_cnn`" in text and "differs" not in text
