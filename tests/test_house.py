@@ -55,7 +55,7 @@ CSRC_FLOORS = {
     "cpu/": ["core/", "cpu/"],
     "cuda/": ["core/", "cuda/"],
     "bindings/": ["core/", "cpu/", "cuda/", "bindings/"],
-    "tests/": ["core/", "cpu/", "tests/"],
+    "tests/": ["core/", "cpu/", "cuda/", "tests/"],
 }
 # What files compiled for an instruction set may include from outside: nothing with a function for the linker to share.
 ISA_STANDARD_HEADERS = {"cstdint", "cstddef", "immintrin.h"}

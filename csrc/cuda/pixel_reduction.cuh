@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncthreads();
 #pragma unroll
   for (int half = kBlockThreads / 2; half >= kTargets; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    if (threadIdx.x < static_cast<unsigned>(half)) sums[threadIdx.x] += sums[threadIdx.x + half];
     __syncthreads();
   }
   if (threadIdx.x < kTargets && exists) partials[split * terms.targets + terms.offset(target)] = sums[threadIdx.x];

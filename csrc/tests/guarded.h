@@ -12,6 +12,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "core/half.h"
 
 namespace cnn_ext::tests {
@@ -28,8 +32,17 @@ class Guarded {
     base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED || mprotect(base_ + page, inner, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
     data_ = base_ + page + (flush == Flush::end ? inner - bytes : 0);
+#if defined(__SANITIZE_ADDRESS__)  // also what lies between the tensor and the page's other end
+    ASAN_POISON_MEMORY_REGION(base_ + page, inner);
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes);
+#endif
   }
-  ~Guarded() { munmap(base_, mapped_); }
+  ~Guarded() {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(base_, mapped_);
+#endif
+    munmap(base_, mapped_);
+  }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
   void* data() const { return data_; }

@@ -29,6 +29,7 @@
 #include "cpu/kernel_table.h"
 #include "tests/cases.h"
 #include "tests/guarded.h"
+#include "tests/roundings.h"
 
 namespace {
 
@@ -119,37 +120,9 @@ Result<T> call(const Pool2dKernel& row, const Pool2dShape& s, const Run& run, co
   return {std::vector<T>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
 }
 
-// How many roundings a term of the sum meets: see tests/support/tolerances.py. 0: the result is exact.
-int64_t roundings(Conv2dDirection direction, const Conv2dShape& s) {
-  switch (direction) {
-    case Conv2dDirection::forward:
-      return s.in_channels / s.groups * s.kernel_h * s.kernel_w + 1;
-    case Conv2dDirection::backward_input:
-      return s.out_channels / s.groups * s.kernel_h * s.kernel_w;
-    default:
-      return s.batch * s.out_h * s.out_w;
-  }
-}
-
-int64_t roundings(const Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
-
-// Windows that may name the same element, at most.
-int64_t overlap(int64_t window_h, int64_t stride_h, int64_t window_w, int64_t stride_w) {
-  return ((window_h + stride_h - 1) / stride_h) * ((window_w + stride_w - 1) / stride_w);
-}
-
-// backward may first add up the gradients of the windows that named an element.
-int64_t roundings(const Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) {
-  const int64_t sums = roundings(row.direction, s.conv);
-  if (row.direction == Conv2dDirection::forward) return sums;
-  return sums + overlap(s.pool_h, s.pool_stride_h, s.pool_w, s.pool_stride_w) - 1;
-}
-
-int64_t roundings(const Pool2dKernel& row, const Pool2dShape& s) {
-  if (row.op == Pool2dOp::avg) return s.kernel_h * s.kernel_w + 1;
-  if (row.direction != Pool2dDirection::backward) return 0;
-  return overlap(s.kernel_h, s.stride_h, s.kernel_w, s.stride_w) - 1;
-}
+int64_t roundings_of(const Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
+int64_t roundings_of(const Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) { return roundings(row.direction, s); }
+int64_t roundings_of(const Pool2dKernel& row, const Pool2dShape& s) { return roundings(row.op, row.direction, s); }
 
 bool same_slot(const Conv2dKernel& a, const Conv2dKernel& b) { return a.direction == b.direction; }
 bool same_slot(const Conv2dReluPoolKernel& a, const Conv2dReluPoolKernel& b) { return a.direction == b.direction; }
@@ -214,22 +187,6 @@ double amplification(const Conv2dKernel& row, const Conv2dShape& s) {
   return s.kernel_h == 3 ? 176 : 1565;
 }
 
-// The distance of a half to the next one: both rows round to halves in the end. Nothing for the other types, whose roundings are counted.
-template <class T>
-double last_place(double) {
-  return 0;
-}
-
-template <>
-double last_place<Float16>(double value) {
-  return std::ldexp(1.0, std::max(std::ilogb(value), -14) - 10);
-}
-
-template <>
-double last_place<BFloat16>(double value) {
-  return std::ldexp(1.0, std::max(std::ilogb(value), -126) - 7);
-}
-
 // What is wrong with the results of a row, or an empty string.
 template <class T, class Kernel, class Shape>
 std::string problem_of(const Kernel& row, const Shape& shape, const Oracle<T>& oracle) {
@@ -241,7 +198,7 @@ std::string problem_of(const Kernel& row, const Shape& shape, const Oracle<T>& o
   }
   if (result.offsets != oracle.truth.offsets) return "other offsets";
   using Limits = std::numeric_limits<Compute<T>>;
-  const double eps_sqrt_roundings = Limits::epsilon() * std::sqrt(static_cast<double>(roundings(row, shape)));
+  const double eps_sqrt_roundings = Limits::epsilon() * std::sqrt(static_cast<double>(roundings_of(row, shape)));
   double largest = 0;
   for (const T& magnitude : oracle.magnitude.values) largest = std::max(largest, std::fabs(static_cast<double>(magnitude)));
   const double spread = amplification(row, shape) * largest;

@@ -1,0 +1,341 @@
+// cuda_check: every row of the CUDA kernel table on the host, under the emulation of csrc/tests/emulation, against the naive CPU rows in
+// float64, over the same cases that pytest reads.
+//
+//   cuda_check tests/cases/conv2d.csv tests/cases/pool2d.csv [--every N] [--row NAME] [--dtype NAME]
+//
+// Each row that accepts a case runs
+//   - with the threads of a block in forward order, every tensor starting flush behind a guard page;
+//   - in reverse order, every tensor ending flush before one, which also misaligns them: the same bits;
+//   - in shuffled order, with the first image alone where the result belongs to an image: the same bits;
+//   - with an infinity and a NaN in every operand.
+// A result is within `tolerance` of the truth. --every N takes each N-th case of each dtype and layout, another one for each.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernel.h"
+#include "cuda/common.cuh"
+#include "cuda/kernel_table.h"
+#include "tests/cases.h"
+#include "tests/emulation/block.h"
+#include "tests/guarded.h"
+#include "tests/roundings.h"
+
+namespace cnn_ext::cpu::naive {
+extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward_weight, conv2d_backward_bias;
+extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
+}  // namespace cnn_ext::cpu::naive
+
+namespace {
+
+using namespace cnn_ext;
+using namespace cnn_ext::tests;
+using cuda::narrow;
+using cuda::widen;
+using emulation::Order;
+namespace naive = cnn_ext::cpu::naive;
+
+const cpu::Conv2dKernel& truth_of(const cuda::Conv2dKernel& row) {
+  static const cpu::Conv2dKernel* const rows[] = {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight,
+                                                  &naive::conv2d_backward_bias};
+  return *rows[static_cast<int>(row.direction)];
+}
+
+const cpu::Pool2dKernel& truth_of(const cuda::Pool2dKernel& row) {
+  static const cpu::Pool2dKernel* const rows[][3] = {{&naive::max_pool2d_forward, &naive::max_pool2d_backward, &naive::max_pool2d_gather},
+                                                     {&naive::avg_pool2d_forward, &naive::avg_pool2d_backward, nullptr}};
+  return *rows[static_cast<int>(row.op)][static_cast<int>(row.direction)];
+}
+
+enum class Values { plain, absolute, not_finite };
+
+// The operands of a case, the same for all rows, orders and dtypes but for their rounding.
+struct Run {
+  Order order = Order::forward;
+  Flush flush = Flush::start;
+  Values values = Values::plain;
+};
+
+double operand(uint64_t seed, int64_t i, int64_t count, Values values) {
+  const uint64_t x = random_bits(seed, i);
+  if (values == Values::not_finite) {
+    if (static_cast<int64_t>(random_bits(seed, -1) % static_cast<uint64_t>(count)) == i) return INFINITY;
+    if (static_cast<int64_t>(random_bits(seed, -2) % static_cast<uint64_t>(count)) == i) return NAN;
+  }
+  double value = static_cast<double>(x >> 11) / 4503599627370496.0 - 1.0;
+  if (x & 1) value = std::round(value * 4) / 4;
+  return values == Values::absolute ? std::fabs(value) : value;
+}
+
+// Tensors of one call as T, which the kernels read, or as the doubles of the same values.
+template <class T, class Stored>
+class Operands {
+ public:
+  explicit Operands(const Run& run) : values_(run.values), tensors_(run.flush) {}
+
+  Stored* values(int64_t count, uint64_t seed) {
+    Stored* data = static_cast<Stored*>(bytes(count * static_cast<int64_t>(sizeof(Stored))));
+    for (int64_t i = 0; i < count; ++i) {
+      const T rounded = narrow<T>(static_cast<cuda::Accumulate<T>>(operand(seed, i, count, values_)));
+      if constexpr (std::is_same_v<T, Stored>) {
+        data[i] = rounded;
+      } else {
+        data[i] = static_cast<Stored>(widen(rounded));
+      }
+    }
+    return data;
+  }
+  void* bytes(int64_t count, const void* source = nullptr) { return tensors_.bytes(count, source); }
+
+ private:
+  Values values_;
+  Tensors tensors_;
+};
+
+template <class Stored>
+struct Result {
+  std::vector<Stored> values;
+  std::vector<uint8_t> offsets;  // raw bytes
+};
+
+void call(const cpu::Conv2dKernel& row, Conv2dShape s, const Conv2dBuffers& b, void* workspace) {
+  s.dtype = DType::float64;
+  row.run(s, b, workspace, 1);
+}
+void call(const cuda::Conv2dKernel& row, const Conv2dShape& s, const Conv2dBuffers& b, void* workspace) {
+  row.run(s, b, workspace, nullptr);
+}
+void call(const cpu::Pool2dKernel& row, Pool2dShape s, const Pool2dBuffers& b) {
+  s.dtype = DType::float64;
+  row.run(s, b, nullptr, 1);
+}
+void call(const cuda::Pool2dKernel& row, const Pool2dShape& s, const Pool2dBuffers& b) { row.run(s, b, nullptr); }
+
+// Bytes of the workspace; the naive rows need none.
+size_t workspace_bytes(const cpu::Conv2dKernel&, const Conv2dShape&) { return 0; }
+size_t workspace_bytes(const cuda::Conv2dKernel& row, const Conv2dShape& s) { return row.plan(s).workspace_bytes; }
+
+template <class T, class Stored, class Kernel>
+Result<Stored> run_row(const Kernel& row, const Conv2dShape& s, const Run& run, const std::vector<uint8_t>&) {
+  emulation::set_order(run.order);
+  Operands<T, Stored> operands(run);
+  const int64_t input = s.batch * s.in_channels * s.in_h * s.in_w, output = s.batch * s.out_channels * s.out_h * s.out_w;
+  const int64_t weight = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  const bool forward = row.direction == Conv2dDirection::forward;
+  Conv2dBuffers b{};
+  if (forward || row.direction == Conv2dDirection::backward_weight) b.input = operands.values(input, 1);
+  if (forward || row.direction == Conv2dDirection::backward_input) b.weight = operands.values(weight, 2);
+  if (forward && s.layout == s.weight_layout) b.bias = operands.values(s.out_channels, 3);
+  if (!forward) b.grad_output = operands.values(output, 4);
+  const int64_t count[] = {output, input, weight, s.out_channels};
+  void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
+  const int direction = static_cast<int>(row.direction);
+  Stored* result = static_cast<Stored*>(operands.bytes(count[direction] * static_cast<int64_t>(sizeof(Stored))));
+  *written[direction] = result;
+  const size_t alignment = 256;
+  void* workspace = operands.bytes(static_cast<int64_t>((workspace_bytes(row, s) + alignment - 1) / alignment * alignment));
+  call(row, s, b, workspace);
+  return {std::vector<Stored>(result, result + count[direction]), {}};
+}
+
+template <class T, class Stored, class Kernel>
+Result<Stored> run_row(const Kernel& row, const Pool2dShape& s, const Run& run, const std::vector<uint8_t>& offsets) {
+  emulation::set_order(run.order);
+  Operands<T, Stored> operands(run);
+  const int64_t input = s.batch * s.channels * s.in_h * s.in_w, output = s.batch * s.channels * s.out_h * s.out_w;
+  const int64_t offset_bytes = row.op == Pool2dOp::avg ? 0 : output * (s.kernel_h * s.kernel_w <= 256 ? 1 : 4);
+  const bool backward = row.direction == Pool2dDirection::backward, forward = row.direction == Pool2dDirection::forward;
+  Pool2dBuffers b{};
+  (backward ? b.grad_output : b.input) = operands.values(backward ? output : input, backward ? 4 : 1);
+  if (row.op == Pool2dOp::max) b.offsets = operands.bytes(offset_bytes, forward ? nullptr : offsets.data());
+  const int64_t count = backward ? input : output;
+  Stored* result = static_cast<Stored*>(operands.bytes(count * static_cast<int64_t>(sizeof(Stored))));
+  (backward ? b.grad_input : b.output) = result;
+  call(row, s, b);
+  const uint8_t* written = static_cast<const uint8_t*>(b.offsets);
+  return {std::vector<Stored>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
+}
+
+// The offsets that a direction reads.
+template <class T>
+std::vector<uint8_t> offsets_for(const cuda::Conv2dKernel&, const Conv2dShape&) {
+  return {};
+}
+
+template <class T>
+std::vector<uint8_t> offsets_for(const cuda::Pool2dKernel& row, const Pool2dShape& s) {
+  if (row.op != Pool2dOp::max || row.direction == Pool2dDirection::forward) return {};
+  return run_row<T, double>(naive::max_pool2d_forward, s, Run{}, {}).offsets;
+}
+
+int64_t roundings_of(const cuda::Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
+int64_t roundings_of(const cuda::Pool2dKernel& row, const Pool2dShape& s) { return roundings(row.op, row.direction, s); }
+
+// The results of each image, where they do not depend on the others: 0 if they do.
+int64_t images(const cuda::Conv2dKernel& row, const Conv2dShape& s) {
+  return row.direction == Conv2dDirection::forward || row.direction == Conv2dDirection::backward_input ? s.batch : 0;
+}
+int64_t images(const cuda::Pool2dKernel&, const Pool2dShape& s) { return s.batch; }
+
+// How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums.
+template <class T>
+double tolerance(int64_t roundings, double magnitude, double truth) {
+  using Limits = std::numeric_limits<cuda::Accumulate<T>>;
+  if (roundings == 0 || magnitude == 0) return 0;
+  const double eps = Limits::epsilon() + std::numeric_limits<double>::epsilon();
+  return eps * std::sqrt(static_cast<double>(roundings)) * magnitude + Limits::min() + last_place<T>(truth);
+}
+
+template <class T>
+std::string difference(const Result<T>& got, const Result<double>& truth, const Result<double>& magnitude, int64_t roundings) {
+  if (got.offsets != truth.offsets) return "other offsets";
+  for (size_t i = 0; i < got.values.size(); ++i) {
+    const double value = static_cast<double>(widen(got.values[i])), wanted = truth.values[i];
+    if (value == wanted || (std::isnan(value) && std::isnan(wanted))) continue;
+    const double allowed = std::isfinite(wanted) ? tolerance<T>(roundings, magnitude.values[i], wanted) : 0;
+    if (!(std::fabs(value - wanted) <= allowed)) {
+      char text[128];
+      std::snprintf(text, sizeof(text), "element %zu is %.9g, wanted %.9g within %.2g", i, value, wanted, allowed);
+      return text;
+    }
+  }
+  return "";
+}
+
+template <class T>
+bool same_bits(const Result<T>& whole, const Result<T>& part) {
+  return std::memcmp(whole.values.data(), part.values.data(), part.values.size() * sizeof(T)) == 0 &&
+         std::equal(part.offsets.begin(), part.offsets.end(), whole.offsets.begin());
+}
+
+// What is wrong with the results of a row, or an empty string.
+template <class T, class Kernel, class Shape>
+std::string problem_of(const Kernel& row, const Shape& shape) {
+  const std::vector<uint8_t> offsets = offsets_for<T>(row, shape);
+  const auto run = [&](const Shape& s, const Run& how) { return run_row<T, T>(row, s, how, offsets); };
+  const auto truth = [&](Values values) {
+    return run_row<T, double>(truth_of(row), shape, {Order::forward, Flush::start, values}, offsets);
+  };
+  const Result<T> result = run(shape, {Order::forward, Flush::start, Values::plain});
+  const Result<double> magnitude = truth(Values::absolute);
+  std::string problem = difference(result, truth(Values::plain), magnitude, roundings_of(row, shape));
+  if (!problem.empty()) return problem;
+  if (!same_bits(result, run(shape, {Order::reverse, Flush::end, Values::plain})))
+    return "other bits in reverse order, or at other addresses";
+  Shape first = shape;
+  if (images(row, shape) > 1) first.batch = 1;
+  if (!same_bits(result, run(first, {Order::shuffled, Flush::end, Values::plain})))
+    return "other bits in shuffled order, or of an image alone";
+  problem = difference(run(shape, {Order::forward, Flush::end, Values::not_finite}), truth(Values::not_finite), magnitude,
+                       roundings_of(row, shape));
+  return problem.empty() ? "" : "with an infinity and a NaN: " + problem;
+}
+
+struct Options {
+  const char *conv2d_file = nullptr, *pool2d_file = nullptr;
+  std::string row, dtype;  // "": all
+  size_t every = 1;
+};
+
+char running[256];  // what a fault is reported with
+int passed = 0, failed = 0;
+
+void report_fault(int) {
+  static_cast<void>(!write(STDOUT_FILENO, running, std::strlen(running)));
+  static const char text[] = ": touches memory outside its buffers\n";
+  static_cast<void>(!write(STDOUT_FILENO, text, sizeof(text) - 1));
+  _exit(3);
+}
+
+template <class T, class Kernel, class Shape>
+void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const Options& options) {
+  for (const Kernel* row : table) {
+    if ((!options.row.empty() && options.row != row->name) || !row->accepts(shape)) continue;
+    std::snprintf(running, sizeof(running), "FAILED %s, %s", row->name, what.c_str());
+    std::string problem;
+    try {
+      problem = problem_of<T>(*row, shape);
+    } catch (const std::runtime_error& error) {
+      problem = error.what();
+    }
+    ++(problem.empty() ? passed : failed);
+    if (!problem.empty()) std::printf("%s: %s\n", running, problem.c_str());
+  }
+}
+
+std::vector<Case> sample(const char* file, size_t first, size_t every) {
+  const std::vector<Case> all = read_cases(file);
+  std::vector<Case> cases;
+  for (size_t i = first % every; i < all.size(); i += every) cases.push_back(all[i]);
+  return cases;
+}
+
+template <class T>
+void check_dtype(DType dtype, const std::string& dtype_name, const Options& options) {
+  if (!options.dtype.empty() && options.dtype != dtype_name) return;
+  const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
+  size_t variant = 3 * static_cast<size_t>(dtype);
+  for (const auto& [layout, layout_name] : layouts) {
+    for (const Case& c : sample(options.pool2d_file, variant++, options.every)) {
+      check_rows<T>(cuda::pool2d_kernels(), "case " + c.name + ", " + dtype_name + " " + layout_name, pool2d_shape(c, dtype, layout),
+                    options);
+    }
+    for (const auto& [weight_layout, weight_layout_name] : layouts) {
+      for (const Case& c : sample(options.conv2d_file, variant++, options.every)) {
+        const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name + ", weight " + weight_layout_name;
+        check_rows<T>(cuda::conv2d_kernels(), what, conv2d_shape(c, dtype, layout, weight_layout), options);
+      }
+    }
+  }
+}
+
+bool has_row(const std::string& name) {
+  const auto is_named = [&](const auto* row) { return name == row->name; };
+  return std::any_of(cuda::conv2d_kernels().begin(), cuda::conv2d_kernels().end(), is_named) ||
+         std::any_of(cuda::pool2d_kernels().begin(), cuda::pool2d_kernels().end(), is_named);
+}
+
+Options parse(int argc, char** argv) {
+  Options options;
+  if (argc < 3) throw std::invalid_argument("usage: cuda_check CONV2D_CSV POOL2D_CSV [--every N] [--row NAME] [--dtype NAME]");
+  options.conv2d_file = argv[1], options.pool2d_file = argv[2];
+  for (int i = 3; i < argc; i += 2) {
+    const std::string option = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
+    if (option == "--every" && std::atoi(value.c_str()) > 0) {
+      options.every = static_cast<size_t>(std::atoi(value.c_str()));
+    } else if (option == "--row" && has_row(value)) {
+      options.row = value;
+    } else if (option == "--dtype") {
+      options.dtype = value;
+    } else {
+      throw std::invalid_argument("cannot do with " + option + " " + value);
+    }
+  }
+  return options;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  const Options options = parse(argc, argv);
+  std::signal(SIGSEGV, report_fault);
+  std::signal(SIGBUS, report_fault);
+  check_dtype<float>(DType::float32, "float32", options);
+  check_dtype<double>(DType::float64, "float64", options);
+  check_dtype<__half>(DType::float16, "float16", options);
+  check_dtype<__nv_bfloat16>(DType::bfloat16, "bfloat16", options);
+  std::printf("%d passed, %d failed (a row, a case, a dtype and a layout each)\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "cuda_check: %s\n", error.what());
+  return 2;
+}

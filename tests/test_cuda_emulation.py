@@ -1,0 +1,90 @@
+"""The CUDA kernels without a GPU: their sources compiled for the host, on an emulation of CUDA's execution model.
+
+``csrc/tests/emulation_check`` tests the emulation, with faults planted that it has to catch; ``csrc/tests/cuda_check``
+runs every row over the shared cases against float64.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = [str(ROOT / "tests" / "cases" / name) for name in ("conv2d.csv", "pool2d.csv")]
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+TOUCHES_OUTSIDE = 3  # the exit status
+FAULTS = {
+    "out_of_bounds_read": "touches memory outside its buffers",
+    "out_of_bounds_shared_read": "touches memory outside its buffers",
+    "missing_barrier_before_reading": "the product is wrong",
+    "missing_barrier_before_writing": "the product is wrong",
+    "early_read": "the product is wrong",
+    "wrong_fragment": "the product is wrong",
+    "divergent_barrier": "waits for threads that never come",
+    "misaligned_copy": "not aligned",
+    "unfinished_copy": "ends with copies on their way",
+}
+
+
+def built(build: Path, flags: str) -> Path:
+    """The folder with both programs, compiled with these flags."""
+    options = {
+        "CNN_EXT_PYTHON": "OFF",
+        "CNN_EXT_CUDA": "off",
+        "CNN_EXT_CUDA_CHECK": "ON",
+        "CNN_EXT_WERROR": "ON",
+        "CMAKE_CXX_FLAGS_RELEASE": flags,
+    }
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in options.items())]
+    make = ["cmake", "--build", str(build), "--parallel", "2", "--target", "cuda_check", "emulation_check"]
+    for command in (configure, make):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return build
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=os.environ)
+
+
+def check_rows(programs: Path, every: int) -> None:
+    """All rows over each ``every``-th case in each dtype, two dtypes at a time."""
+
+    def check(dtype: str) -> subprocess.CompletedProcess:
+        return run(programs / "cuda_check", *CASES, "--every", str(every), "--dtype", dtype)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(check, DTYPES):
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+            assert ", 0 failed" in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("emulation"), "-O2")
+
+
+def test_the_primitives_are_right_in_every_order(programs):
+    done = run(programs / "emulation_check")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(programs, fault):
+    done = run(programs / "emulation_check", fault)
+    assert done.returncode == (TOUCHES_OUTSIDE if "outside" in FAULTS[fault] else 1)
+    assert FAULTS[fault] in done.stdout
+
+
+@pytest.mark.slow
+def test_every_row_over_a_sample_of_the_cases(programs):
+    check_rows(programs, every=40)
+
+
+def test_an_unknown_row_or_fault_is_an_error(programs):
+    assert run(programs / "cuda_check", *CASES, "--row", "conv2d_forward_magic_sm99").returncode == 2
+    assert run(programs / "emulation_check", "magic").returncode == 2
