@@ -17,6 +17,8 @@ def _axis_indices(offsets: torch.Tensor, taps: torch.Tensor, axis: int, window, 
 
 def _flat_indices(offsets: torch.Tensor, window, input_size) -> torch.Tensor:
     """torch's indices, h * W + w within a channel, int64 [N, C, OH, OW], from offsets within the windows."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError("cnn_ext does not export return_indices to ONNX")
     offsets = offsets.to(torch.int64)
     kernel_w = window[0][1]
     height, width = input_size[-2:]

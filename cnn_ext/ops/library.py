@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from cnn_ext.ops.batching import vmap_rule
+from cnn_ext.ops.onnx import TRANSLATIONS
 
 _LIBRARY = torch.library.Library("cnn_ext", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
@@ -36,9 +37,14 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     torch.library.register_vmap(f"cnn_ext::{name}", vmap_rule(operator), lib=_LIBRARY)
     tensors = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in operator._schema.arguments)
 
+    def dispatch(*args):
+        if torch.onnx.is_in_onnx_export() and name in TRANSLATIONS:
+            return TRANSLATIONS[name](*args)
+        return operator(*args)
+
     def call(*args):
         if torch.compiler.is_compiling() or _is_observed():
-            return operator(*args)
+            return dispatch(*args)
         first = args[0]
         if (first.is_cpu or first.is_cuda) and _PLAIN.issuperset(map(type, args[:tensors])):
             return compute(*args)
