@@ -26,13 +26,16 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_direct)             \
   ROW(conv2d_backward_bias_direct)
 
-#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)           \
-  ROW(conv2d_relu_max_pool2d_forward_pixels)         \
-  ROW(conv2d_relu_max_pool2d_backward_input_pixels)  \
-  ROW(conv2d_relu_max_pool2d_forward_direct)         \
-  ROW(conv2d_relu_max_pool2d_backward_input_direct)  \
-  ROW(conv2d_relu_max_pool2d_backward_weight_taps)   \
-  ROW(conv2d_relu_max_pool2d_backward_weight_direct) \
+#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)             \
+  ROW(conv2d_relu_max_pool2d_forward_winograd)         \
+  ROW(conv2d_relu_max_pool2d_backward_input_winograd)  \
+  ROW(conv2d_relu_max_pool2d_backward_weight_winograd) \
+  ROW(conv2d_relu_max_pool2d_forward_pixels)           \
+  ROW(conv2d_relu_max_pool2d_backward_input_pixels)    \
+  ROW(conv2d_relu_max_pool2d_forward_direct)           \
+  ROW(conv2d_relu_max_pool2d_backward_input_direct)    \
+  ROW(conv2d_relu_max_pool2d_backward_weight_taps)     \
+  ROW(conv2d_relu_max_pool2d_backward_weight_direct)   \
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
 #define CNN_EXT_POOL2D_ROWS(ROW)    \

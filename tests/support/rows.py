@@ -114,10 +114,12 @@ def conv2d_shape(
     )
 
 
-def fused_shape(case: FusedCase, dtype: torch.dtype, layout: str, weight_layout: str) -> _native.Conv2dReluPoolShape:
+def fused_shape(
+    case: FusedCase, dtype: torch.dtype, layout: str, weight_layout: str, *, allow_winograd: bool = False
+) -> _native.Conv2dReluPoolShape:
     """The struct that the kernels are given for ``case``."""
     return _native.Conv2dReluPoolShape(
-        conv=conv2d_shape(case.conv, dtype, layout, weight_layout, allow_winograd=False),
+        conv=conv2d_shape(case.conv, dtype, layout, weight_layout, allow_winograd=allow_winograd),
         pool_h=case.window,
         pool_w=case.window,
         pool_stride_h=case.stride,
@@ -228,7 +230,7 @@ def run_fused(
     """What ``row`` makes of those operands that it reads: one tensor, or the output and, with pooling, offsets."""
     layout, weight_layout = layouts
     dtype = next(t.dtype for t in (input, weight, grad_output) if t is not None)
-    shape = fused_shape(case, dtype, layout, weight_layout)
+    shape = fused_shape(case, dtype, layout, weight_layout, allow_winograd="_winograd_" in row.name)
 
     def place(tensor: torch.Tensor | None, layout: str = layout) -> torch.Tensor | None:
         return None if tensor is None else dense(tensor, layout, shift, row.device)

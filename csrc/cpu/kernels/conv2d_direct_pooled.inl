@@ -27,6 +27,16 @@ inline bool can_make_up(const Conv2dReluPoolShape& s) {
   return !has_pooling(s) || has_2x2_windows(s) || !has_dense_rows;
 }
 
+// Whether a direction has a fused row of direct arithmetic. One tap, too, has rows of its own that are so much faster.
+template <cnn_ext::Conv2dDirection kDirection>
+bool fuses_directly(const Conv2dReluPoolShape& s) {
+  const cnn_ext::Conv2dShape& c = s.conv;
+  const bool is_served = c.dtype == cnn_ext::DType::float32 || c.dtype == cnn_ext::DType::float64;
+  const bool has_source = kDirection == cnn_ext::Conv2dDirection::forward || can_make_up(s);
+  const bool has_taps = kDirection == cnn_ext::Conv2dDirection::backward_weight || c.kernel_h * c.kernel_w > 1;
+  return is_served && has_taps && has_wide_groups(c) && has_source && s.pool_h * s.pool_w <= cnn_ext::kNoGradient;
+}
+
 // Without pooling: the gradient passes where the output is positive or NaN.
 template <class T>
 struct ReluGradient {

@@ -82,6 +82,29 @@ struct PoolWindow {
   int64_t height, width, stride_h, stride_w;
 };
 
+// The maximum of a pooling window, candidate by candidate: the first of equals, the last NaN.
+template <class T>
+class WindowMaximum {
+ public:
+  explicit WindowMaximum(Vec<T> first) : value_(first) {}
+
+  void meet(Vec<T> candidate, IntVec<T> offset) {
+    const auto wins = greater(candidate, value_) | is_nan(candidate);
+    value_ = select(wins, candidate, value_);
+    offset_ = select(wins, offset, offset_);
+  }
+
+  Vec<T> rectified_value() const { return select(passes(), value_, Vec<T>{}); }
+  // The offset of the maximum, or kNoGradient.
+  IntVec<T> mask() const { return select(passes(), offset_, IntVec<T>{} + kNoGradient); }
+
+ private:
+  auto passes() const { return greater(value_, Vec<T>{}) | is_nan(value_); }
+
+  Vec<T> value_;
+  IntVec<T> offset_{};
+};
+
 // A destination that takes a unit's sums for all grid points of a task, and keeps of each window the maximum and, if asked, the offset of
 // the first one in the window.
 template <class T>
@@ -119,20 +142,16 @@ struct PoolSink {
   // One window, for all channels of the unit.
   void pool(const T* sums, int64_t row_sums, int64_t pitch, T* value, T* place) const {
     for (int64_t c = 0; c < pitch; c += kV) {
-      Vec<T> best = load(sums + c);
-      IntVec<T> best_offset{}, offset{};
+      WindowMaximum<T> maximum(load(sums + c));
+      IntVec<T> offset{};
       for (int64_t r = 0; r < window.height; ++r) {
         for (int64_t s = 0; s < window.width; ++s) {
-          const Vec<T> candidate = load(sums + r * row_sums + s * pitch + c);
-          const auto wins = greater(candidate, best) | is_nan(candidate);
-          best = select(wins, candidate, best);
-          best_offset = select(wins, offset, best_offset);
+          maximum.meet(load(sums + r * row_sums + s * pitch + c), offset);
           offset += 1;
         }
       }
-      const auto passes = greater(best, Vec<T>{}) | is_nan(best);
-      store(value + c, select(passes, best, Vec<T>{}));
-      store(place + c, (Vec<T>)select(passes, best_offset, IntVec<T>{} + kNoGradient));
+      store(value + c, maximum.rectified_value());
+      store(place + c, (Vec<T>)maximum.mask());
     }
   }
 

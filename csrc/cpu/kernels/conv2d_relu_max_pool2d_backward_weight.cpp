@@ -72,7 +72,7 @@ struct FusedRow {
   }
 };
 
-bool serves(const Conv2dReluPoolShape& s) { return has_wide_groups(s.conv) && can_make_up(s); }
+bool serves(const Conv2dReluPoolShape& s) { return fuses_directly<Conv2dDirection::backward_weight>(s); }
 bool accepts(const Conv2dReluPoolShape& s) { return serves(s) && accepts_direct(s.conv); }
 bool accepts_taps_of(const Conv2dReluPoolShape& s) { return serves(s) && accepts_taps(s.conv); }
 

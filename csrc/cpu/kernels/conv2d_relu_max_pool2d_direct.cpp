@@ -108,14 +108,10 @@ using Forward = FusedRow<Tile, PooledForward, ReluForward>;
 template <template <class> class Tile>
 using BackwardInput = FusedRow<Tile, PooledBackwardInput, ReluBackwardInput>;
 
-// One tap, too, has rows of its own that are so much faster, and so it is where Winograd's algorithm is allowed.
+// Where Winograd's algorithm is allowed and pays, also the composed row is faster.
 template <Conv2dDirection kDirection>
 bool accepts(const Conv2dReluPoolShape& s) {
-  const Conv2dShape& c = s.conv;
-  const bool is_served = (c.dtype == DType::float32 || c.dtype == DType::float64) && s.pool_h * s.pool_w <= kNoGradient;
-  const bool is_dense = c.kernel_h * c.kernel_w > 1 && has_wide_groups(c);
-  const bool has_source = kDirection == Conv2dDirection::forward || can_make_up(s);
-  return is_served && is_dense && has_source && !winograd_serves<kDirection>(c);
+  return fuses_directly<kDirection>(s) && !winograd_serves<kDirection>(s.conv);
 }
 
 template <Conv2dDirection kDirection>

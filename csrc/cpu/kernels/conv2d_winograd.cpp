@@ -17,90 +17,74 @@ extern const Conv2dKernel conv2d_forward_direct, conv2d_backward_input_direct;
 
 namespace {
 
-Conv2dShape one_image(Conv2dShape s) {
-  s.batch = 1;
-  return s;
-}
+template <class T, Conv2dDirection kDirection>
+struct TensorWinograd {
+  using Scalar = T;
+  using Source = TensorSource<T>;
+  template <int kOutputs>
+  using Sink = TileTensorSink<T, kOutputs>;
+  static constexpr bool kForward = kDirection == Conv2dDirection::forward;
+  static const Conv2dKernel& direct_row() { return kForward ? conv2d_forward_direct : conv2d_backward_input_direct; }
 
-const Conv2dKernel& direct_row(Conv2dDirection direction) {
-  return direction == Conv2dDirection::forward ? conv2d_forward_direct : conv2d_backward_input_direct;
-}
-
-template <class T>
-Outcome run_directly(Conv2dDirection direction, const Conv2dShape& s, const Conv2dBuffers& buffers, int64_t n, void* workspace,
-                     int threads) {
-  const int64_t input = n * s.in_channels * s.in_h * s.in_w, output = n * s.out_channels * s.out_h * s.out_w;
-  Conv2dBuffers image = buffers;
-  if (direction == Conv2dDirection::forward) {
-    image.input = static_cast<const T*>(buffers.input) + input, image.output = static_cast<T*>(buffers.output) + output;
-  } else {
-    image.grad_output = static_cast<const T*>(buffers.grad_output) + output, image.grad_input = static_cast<T*>(buffers.grad_input) + input;
+  Gather gather() const { return make_gather(kDirection, shape, 0); }
+  Source source(const Gather& g) const { return {static_cast<const T*>(kForward ? buffers.input : buffers.grad_output), g.source}; }
+  template <int kOutputs>
+  Sink<kOutputs> sink(const Gather& g) const {
+    return {g, static_cast<T*>(kForward ? buffers.output : buffers.grad_input), false};
   }
-  return direct_row(direction).run(one_image(s), image, workspace, threads);
-}
+  const T* weight() const { return static_cast<const T*>(buffers.weight); }
+  const T* bias() const { return static_cast<const T*>(kForward ? buffers.bias : nullptr); }
 
-template <class T, int kOutputs, int kTaps>
-struct Tiled {
-  static Plan plan(Conv2dDirection direction, const Conv2dShape& s, int threads) {
-    const Gather g = make_gather(direction, s, 0);
-    const WinogradBlocking b = make_winograd_blocking<T, kOutputs, kTaps>(g, threads);
-    const size_t exact = suspects_bytes(s.batch) + direct_row(direction).plan(one_image(s), threads).workspace_bytes;
-    const size_t own = static_cast<size_t>(make_winograd_scratch<T, kOutputs, kTaps>(g, b).total(threads));
-    return {kUnitVectors * kLanes<T>, kProductTiles * kOutputs * kOutputs, g.groups * (b.by_units ? b.units : b.blocks.count()),
-            own > exact ? own : exact};
+  size_t exact_bytes(int threads) const { return direct_row().plan(one_image(shape), threads).workspace_bytes; }
+  Outcome run_exactly(int64_t n, void* workspace, int threads) const {
+    const int64_t input = n * shape.in_channels * shape.in_h * shape.in_w, output = n * shape.out_channels * shape.out_h * shape.out_w;
+    Conv2dBuffers image = buffers;
+    image.input = advanced<T>(buffers.input, input), image.grad_input = advanced<T>(buffers.grad_input, input);
+    image.output = advanced<T>(buffers.output, output), image.grad_output = advanced<T>(buffers.grad_output, output);
+    return direct_row().run(one_image(shape), image, workspace, threads);
   }
 
-  static Outcome run(Conv2dDirection direction, const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    const bool forward = direction == Conv2dDirection::forward;
-    const Gather g = make_gather(direction, s, 0);
-    const T* const source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
-    T* const dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-    const T* const bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
-    const WinogradRun<T, kOutputs, kTaps> winograd(g, source, static_cast<const T*>(buffers.weight), bias, dest, workspace, threads);
-    if (g.is_empty()) return Outcome::done;
-    winograd.run();
-    char* const exact = static_cast<char*>(workspace) + suspects_bytes(s.batch);
-    for (int64_t n = 0; n < s.batch; ++n) {
-      if (winograd.suspects()[n] == 0) continue;
-      if (run_directly<T>(direction, s, buffers, n, exact, threads) == Outcome::not_finite) return Outcome::not_finite;
-    }
-    return Outcome::done;
-  }
+  const Conv2dShape& shape;
+  const Conv2dBuffers& buffers;
 };
 
-// use(Tiled<...>) with the tile of a shape.
-template <class Use>
-auto with_tile(Conv2dDirection direction, const Conv2dShape& s, const Use& use) {
-  const Gather g = make_gather(direction, s, 0);
-  const auto with_type = [&](auto zero) {
-    using T = decltype(zero);
-    if (s.kernel_h == 5) return use(Tiled<T, 4, 5>{});
-    return tile_outputs<T>(g) == 4 ? use(Tiled<T, 4, 3>{}) : use(Tiled<T, 2, 3>{});
-  };
-  return s.dtype == DType::float32 ? with_type(0.0f) : with_type(0.0);
-}
-
+// A table row's functions.
 template <Conv2dDirection kDirection>
-Plan plan(const Conv2dShape& s, int threads) {
-  return with_tile(kDirection, s, [&](auto tiled) { return tiled.plan(kDirection, s, threads); });
-}
-
-template <Conv2dDirection kDirection>
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-  return with_tile(kDirection, s, [&](auto tiled) { return tiled.run(kDirection, s, buffers, workspace, threads); });
-}
+struct WinogradRow {
+  template <class T>
+  static Plan plan_of(const Conv2dShape& s, int threads) {
+    return with_tile<T>(kDirection, s,
+                        [&](auto tile) { return plan_winograd<tile.kOutputs, tile.kTaps>(TensorWinograd<T, kDirection>{s, {}}, threads); });
+  }
+  template <class T>
+  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return with_tile<T>(kDirection, s, [&](auto tile) {
+      return run_winograd<tile.kOutputs, tile.kTaps>(TensorWinograd<T, kDirection>{s, b}, workspace, threads);
+    });
+  }
+  static Plan plan(const Conv2dShape& s, int threads) {
+    return s.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
+  }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  }
+};
 
 constexpr Conv2dDirection kForward = Conv2dDirection::forward, kBackwardInput = Conv2dDirection::backward_input;
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_forward_winograd = {
-    CNN_EXT_KERNEL_NAME("conv2d_forward_winograd"), Isa::CNN_EXT_ISA, kForward, winograd_serves<kForward>, plan<kForward>, run<kForward>};
+extern const Conv2dKernel conv2d_forward_winograd = {CNN_EXT_KERNEL_NAME("conv2d_forward_winograd"),
+                                                     Isa::CNN_EXT_ISA,
+                                                     kForward,
+                                                     winograd_serves<kForward>,
+                                                     WinogradRow<kForward>::plan,
+                                                     WinogradRow<kForward>::run};
 extern const Conv2dKernel conv2d_backward_input_winograd = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_winograd"),
                                                             Isa::CNN_EXT_ISA,
                                                             kBackwardInput,
                                                             winograd_serves<kBackwardInput>,
-                                                            plan<kBackwardInput>,
-                                                            run<kBackwardInput>};
+                                                            WinogradRow<kBackwardInput>::plan,
+                                                            WinogradRow<kBackwardInput>::run};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -109,11 +109,11 @@ struct WinogradScratch {
   int64_t unit_weights, block_weights;             // transformed weights of a unit and of a block of its channels: elements
   int64_t point_weights, point_tiles, point_sums;  // from a point to the next: elements
   int64_t weights, tiles, workers;
-  int64_t own_packed, own_weights, own_tiles, own_staged, own_sums, own_outputs, worker_bytes;
+  int64_t own_packed, own_weights, own_tiles, own_line, own_staged, own_sums, own_outputs, worker_bytes;
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
-template <class T, int kOutputs, int kTaps>
+template <class T, int kOutputs, int kTaps, class Source>
 WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b) {
   constexpr int64_t kPoints = (kOutputs + kTaps - 1) * (kOutputs + kTaps - 1), kV = kLanes<T>, kUnit = kUnitVectors * kV;
   WinogradScratch s{};
@@ -135,6 +135,7 @@ WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b
   s.own_packed = next(b.channels * kTaps * kTaps * kUnit);
   s.own_weights = next(b.by_units ? s.unit_weights : 0);
   s.own_tiles = next(b.by_units ? 0 : kPoints * s.point_tiles);
+  s.own_line = next(TileStager<T, Source>::line_elements(b.blocks.rows * kOutputs + kTaps - 1, g.w.source_size));
   s.own_staged = next((b.blocks.rows * kOutputs + kTaps - 1) * (b.blocks.cols * kOutputs + kTaps - 1) * kV);
   s.own_sums = next(kPoints * s.point_sums);
   s.own_outputs = next(kOutputs * kOutputs * b.blocks.cols * kV);

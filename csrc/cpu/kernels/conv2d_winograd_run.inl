@@ -4,20 +4,21 @@
 #include "cpu/kernels/conv2d_direct_run.inl"
 #include "cpu/kernels/conv2d_winograd_blocking.inl"
 #include "cpu/kernels/conv2d_winograd_transform.inl"
+#include "cpu/kernels/conv2d_winograd_write.inl"
 
 namespace {
 
-template <class T, int kOutputs, int kTaps>
+template <class T, int kOutputs, int kTaps, class Source, class Sink>
 class WinogradRun {
  public:
-  WinogradRun(const Gather& g, const T* source, const T* weight, const T* bias, T* dest, void* workspace, int threads)
+  WinogradRun(const Gather& g, const Source& source, const T* weight, const T* bias, const Sink& sink, void* workspace, int threads)
       : g_(g),
         b_(make_winograd_blocking<T, kOutputs, kTaps>(g, threads)),
-        scratch_(make_winograd_scratch<T, kOutputs, kTaps>(g, b_)),
-        stager_({source, g.source}, g.h.source_size, g.w.source_size),
+        scratch_(make_winograd_scratch<T, kOutputs, kTaps, Source>(g, b_)),
+        stager_(source, g.h.source_size, g.w.source_size),
         weight_(weight),
         bias_(bias),
-        dest_(dest),
+        sink_(sink),
         memory_(static_cast<char*>(workspace)),
         threads_(threads) {}
 
@@ -113,7 +114,7 @@ class WinogradRun {
     window.y = block.row * kOutputs + first_source(g_.h), window.rows = block.rows * kOutputs + kOverlap;
     window.x = block.col * kOutputs + first_source(g_.w), window.cols = block.cols * kOutputs + kOverlap;
     const int64_t pitch = window.cols * kV;
-    stager_.stage(window, pitch, staged);
+    stager_.stage(window, pitch, own(worker, scratch_.own_line), staged);
     T* dst = tiles + (vector * block.tiles() + image * block.rows * block.cols) * kV;
     for (int64_t row = 0; row < block.rows; ++row) {
       for (int64_t col = 0; col < block.cols; ++col, dst += kV) {
@@ -167,37 +168,30 @@ class WinogradRun {
     return zero;
   }
 
-  // Where a row of tiles is written: in the destination itself where the channels are innermost there, and otherwise in scratch.
-  struct Target {
-    T* first;
-    int64_t row_pitch, col_pitch;
-    int lanes;
-  };
-
   // The outputs of one row of Winograd tiles and one vector of output channels.
   void write_row(int worker, int64_t group, const TileBlock& block, int64_t image, int64_t row, int64_t channel, const T* sums,
                  Vec<T>& residue) const {
-    const int64_t y = (block.row + row) * kOutputs, x = block.col * kOutputs;
-    const int64_t height = smaller(kOutputs, g_.h.count - y), width = smaller(block.cols * kOutputs, g_.w.count - x);
-    const int lanes = static_cast<int>(smaller(kV, g_.outputs - channel));
     const int64_t first_channel = group * g_.outputs + channel;
-    T* const dest = dest_ + (block.n + image) * g_.dest.n + first_channel * g_.dest.c + y * g_.dest.h + x * g_.dest.w;
-    const bool staged = g_.dest.c != 1;
-    const Target target =
-        staged ? Target{own(worker, scratch_.own_outputs), width * kV, kV, kV} : Target{dest, g_.dest.h, g_.dest.w, lanes};
-    const Vec<T> bias = bias_ == nullptr ? Vec<T>{} : load_first(bias_ + first_channel, lanes);
+    const TileRow place{
+        block.n + image,      first_channel, static_cast<int>(smaller(kV, g_.outputs - channel)), (block.row + row) * kOutputs,
+        block.col * kOutputs, block.cols};
+    const typename Sink::Row outputs(sink_, place, own(worker, scratch_.own_outputs));
+    const Vec<T> bias = bias_ == nullptr ? Vec<T>{} : load_first(bias_ + first_channel, place.lanes);
     for (int64_t col = 0; col < block.cols; ++col) {
-      Vec<T> y_tile[kOutputs][kOutputs];
-      transform_output_tile<T, kAlpha, kOutputs>(sums + col * kV, scratch_.point_sums, y_tile);
-      residue += not_finite_residue(y_tile);
-      write_tile(y_tile, bias, target, col * kOutputs, height, smaller(kOutputs, width - col * kOutputs));
+      Vec<T> y[kOutputs][kOutputs];
+      transform_output_tile<T, kAlpha, kOutputs>(sums + col * kV, scratch_.point_sums, y);
+      residue += not_finite_residue(y);
+      add_bias(y, bias);
+      outputs.put(y, col);
     }
-    if (!staged) return;
-    if (width == g_.dest.h) {  // whole rows: one run
-      write_matrix(target.first, kV, height * width, lanes, dest, 1, g_.dest.c);
-    } else {
-      for (int64_t i = 0; i < height; ++i)
-        write_matrix(target.first + i * target.row_pitch, kV, width, lanes, dest + i * g_.dest.h, 1, g_.dest.c);
+    outputs.finish();
+  }
+
+  static void add_bias(Vec<T> (&y)[kOutputs][kOutputs], Vec<T> bias) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kOutputs; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kOutputs; ++j) y[i][j] += bias;
     }
   }
 
@@ -213,44 +207,70 @@ class WinogradRun {
     return sum - sum;
   }
 
-  // What becomes of a tile of outputs in registers: `height` x `width` of them exist.
-  static void write_tile(const Vec<T> (&y)[kOutputs][kOutputs], Vec<T> bias, const Target& target, int64_t col, int64_t height,
-                         int64_t width) {
-    T* const place = target.first + col * target.col_pitch;
-    const int64_t row_pitch = target.row_pitch, col_pitch = target.col_pitch;
-    const int lanes = target.lanes;
-    if (height == kOutputs && width == kOutputs && lanes == kV) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kOutputs; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kOutputs; ++j) store(place + i * row_pitch + j * col_pitch, y[i][j] + bias);
-      }
-      return;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kOutputs; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kOutputs; ++j) {
-        if (i >= height || j >= width) continue;
-        T* const pixel = place + i * row_pitch + j * col_pitch;
-        if (lanes == kV) {
-          store(pixel, y[i][j] + bias);
-        } else {
-          store_first(pixel, y[i][j] + bias, lanes);
-        }
-      }
-    }
-  }
-
   const Gather g_;
   const WinogradBlocking b_;
   const WinogradScratch scratch_;
-  const TileStager<T, TensorSource<T>> stager_;
+  const TileStager<T, Source> stager_;
   const T* const weight_;
   const T* const bias_;
-  T* const dest_;
+  const Sink sink_;
   char* const memory_;
   const int threads_;
 };
+
+// Plan and run with one tile. `Ends` makes the problem's gather, source and sink and names its tensors, and computes one image exactly.
+template <int kOutputs, int kTaps, class Ends>
+Plan plan_winograd(const Ends& ends, int threads) {
+  using T = typename Ends::Scalar;
+  const Gather g = ends.gather();
+  const WinogradBlocking b = make_winograd_blocking<T, kOutputs, kTaps>(g, threads);
+  const size_t exact = static_cast<size_t>(suspects_bytes(g.batch)) + ends.exact_bytes(threads);
+  const size_t own = static_cast<size_t>(make_winograd_scratch<T, kOutputs, kTaps, typename Ends::Source>(g, b).total(threads));
+  return {kUnitVectors * kLanes<T>, kProductTiles * kOutputs * kOutputs, g.groups * (b.by_units ? b.units : b.blocks.count()),
+          own > exact ? own : exact};
+}
+
+template <int kOutputs, int kTaps, class Ends>
+Outcome run_winograd(const Ends& ends, void* workspace, int threads) {
+  using T = typename Ends::Scalar;
+  using Sink = typename Ends::template Sink<kOutputs>;
+  const Gather g = ends.gather();
+  if (g.is_empty()) return Outcome::done;
+  const WinogradRun<T, kOutputs, kTaps, typename Ends::Source, Sink> winograd(g, ends.source(g), ends.weight(), ends.bias(),
+                                                                              ends.template sink<kOutputs>(g), workspace, threads);
+  winograd.run();
+  char* const exact = static_cast<char*>(workspace) + suspects_bytes(g.batch);
+  for (int64_t n = 0; n < g.batch; ++n) {
+    if (winograd.suspects()[n] != 0 && ends.run_exactly(n, exact, threads) == Outcome::not_finite) return Outcome::not_finite;
+  }
+  return Outcome::done;
+}
+
+// use(tile) with m and r of the tile that a convolution takes in a direction: tile.kOutputs, tile.kTaps.
+template <int kM, int kR>
+struct TileSize {
+  static constexpr int kOutputs = kM, kTaps = kR;
+};
+
+template <class T, class Use>
+auto with_tile(Conv2dDirection direction, const Conv2dShape& s, const Use& use) {
+  if (s.kernel_h == 5) return use(TileSize<4, 5>{});
+  return tile_outputs<T>(make_gather(direction, s, 0)) == 4 ? use(TileSize<4, 3>{}) : use(TileSize<2, 3>{});
+}
+
+inline Conv2dShape one_image(Conv2dShape s) {
+  s.batch = 1;
+  return s;
+}
+
+// p, `elements` elements later; null stays null.
+template <class T>
+inline const T* advanced(const void* p, int64_t elements) {
+  return p == nullptr ? nullptr : static_cast<const T*>(p) + elements;
+}
+template <class T>
+inline T* advanced(void* p, int64_t elements) {
+  return p == nullptr ? nullptr : static_cast<T*>(p) + elements;
+}
 
 }  // namespace

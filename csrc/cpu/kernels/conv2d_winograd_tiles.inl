@@ -54,13 +54,43 @@ struct TileWindow {
   int64_t y, rows, x, cols;
 };
 
+// Rows of neighbouring planes.
+template <class T>
+struct Planes {
+  const T* first;
+  int64_t plane, row;  // from one to the next
+};
+
+// Rows [y, y + rows) of the channels of a window. Those of a tensor lie in memory; others are written to `line`.
+template <class T>
+Planes<T> planes_of(const TensorSource<T>& source, const TileWindow& w, int64_t y, int64_t, int64_t, T* line) {
+  return {source.row(w.n, w.channel, y, line), source.strides.c, source.strides.h};
+}
+template <class T, class Source>
+Planes<T> planes_of(const Source& source, const TileWindow& w, int64_t y, int64_t rows, int64_t width, T* line) {
+  for (int64_t i = 0; i < w.lanes * rows; ++i) source.row(w.n, w.channel + i / rows, y + i % rows, line + i * width);
+  return {line, rows * width, width};
+}
+
+// Elements of `line` for windows of at most `rows` rows. Rows are written in ascending order and may end a few vectors late.
+template <class T>
+int64_t planes_elements(const TensorSource<T>*, int64_t, int64_t) {
+  return 0;
+}
+template <class T, class Source>
+int64_t planes_elements(const Source*, int64_t rows, int64_t width) {
+  return kLanes<T> * rows * width + 4 * kLanes<T>;
+}
+
 // Copies windows of a height x width source to [row][column][lane] with rows `pitch` apart, zeros outside of the source.
 template <class T, class Source>
 class TileStager {
  public:
   TileStager(const Source& source, int64_t height, int64_t width) : source_(source), height_(height), width_(width) {}
 
-  void stage(const TileWindow& w, int64_t pitch, T* staged) const {
+  static int64_t line_elements(int64_t rows, int64_t width) { return planes_elements<T>(static_cast<const Source*>(nullptr), rows, width); }
+
+  void stage(const TileWindow& w, int64_t pitch, T* line, T* staged) const {
     const int64_t top = clamp(-w.y, 0, w.rows), bottom = clamp(height_ - w.y, top, w.rows);
     const int64_t left = clamp(-w.x, 0, w.cols), right = clamp(width_ - w.x, left, w.cols);
     clear(staged, top * pitch);
@@ -72,7 +102,7 @@ class TileStager {
     const Part part{w.y + top, bottom - top, w.x + left, right - left};
     T* const dst = staged + top * pitch + left * kV;
     if (source_.strides.w == 1) {
-      stage_planes(w, part, pitch, dst);
+      stage_planes(w, part, pitch, line, dst);
     } else {
       stage_pixels(w, part, pitch, dst);
     }
@@ -97,14 +127,14 @@ class TileStager {
     }
   }
 
-  void stage_planes(const TileWindow& w, const Part& part, int64_t pitch, T* dst) const {
-    const int64_t plane = source_.strides.c, row_stride = source_.strides.h;
-    const T* src = source_.row(w.n, w.channel, part.y, nullptr) + part.x;
-    if (part.cols == row_stride) {  // whole rows: one run
-      transpose_pixels(src, plane, part.rows * part.cols, w.lanes, part.cols, pitch, dst);
+  void stage_planes(const TileWindow& w, const Part& part, int64_t pitch, T* line, T* dst) const {
+    const Planes<T> planes = planes_of(source_, w, part.y, part.rows, width_, line);
+    const T* src = planes.first + part.x;
+    if (part.cols == planes.row) {  // whole rows: one run
+      transpose_pixels(src, planes.plane, part.rows * part.cols, w.lanes, part.cols, pitch, dst);
     } else {
       for (int64_t row = 0; row < part.rows; ++row) {
-        transpose_pixels(src + row * row_stride, plane, part.cols, w.lanes, part.cols, pitch, dst + row * pitch);
+        transpose_pixels(src + row * planes.row, planes.plane, part.cols, w.lanes, part.cols, pitch, dst + row * pitch);
       }
     }
   }

@@ -150,7 +150,10 @@ class WinogradWeight {
 
   // Scratch, in elements and whole vectors: transformed outputs and inputs of a block, sums of a part, staged positions of a vector.
   int64_t staged_elements() const { return (blocks_.rows * kOutputs + kTaps - 1) * (blocks_.cols * kOutputs + kTaps - 1) * kV; }
-  int64_t scratch_elements() const { return kPoints * (outputs_pitch_ + inputs_pitch_ + sums_pitch_) + staged_elements(); }
+  int64_t line_elements() const { return TileStager<T, Gradient>::line_elements(blocks_.rows * kOutputs, rounded_up(s_.out_w, kV)); }
+  int64_t scratch_elements() const {
+    return kPoints * (outputs_pitch_ + inputs_pitch_ + sums_pitch_) + staged_elements() + line_elements();
+  }
   int64_t taps_elements() const { return max_units_ * kUnit * max_vectors_ * kV * work_.taps; }
   int64_t worker_elements() const { return scratch_elements() + (split_.pixel_ranges > 1 ? 0 : taps_elements()); }
   int64_t shared_elements() const { return split_.pixel_ranges > 1 ? jobs() * taps_elements() : 0; }
@@ -176,13 +179,14 @@ class WinogradWeight {
     T* const inputs = outputs + kPoints * outputs_pitch_;
     T* const sums = inputs + kPoints * inputs_pitch_;
     T* const staged = sums + kPoints * sums_pitch_;
+    T* const line = staged + staged_elements();
     for (int64_t i = 0; i < taps_elements(); i += kV) store(taps + i, Vec<T>{});
     Vec<T> residue{};
     const Range range = blocks_of(job);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const TileBlock block = blocks_.block(i);
       for (int64_t unit = channels.units.begin; unit < channels.units.end; ++unit) {
-        transform_outputs(stagers, channels, block, unit, staged, outputs);
+        transform_outputs(stagers, channels, block, unit, line, staged, outputs);
       }
       for (int64_t v = channels.vectors.begin; v < channels.vectors.end; ++v) {
         transform_inputs(stagers, channels, block, v, staged, inputs + (v - channels.vectors.begin) * block.tiles() * kV);
@@ -206,7 +210,7 @@ class WinogradWeight {
   }
 
   // A unit's tiles, as [point][tile][width].
-  void transform_outputs(const Stagers& stagers, const Channels& channels, const TileBlock& block, int64_t unit, T* staged,
+  void transform_outputs(const Stagers& stagers, const Channels& channels, const TileBlock& block, int64_t unit, T* line, T* staged,
                          T* outputs) const {
     const int64_t width = width_of(unit);
     T* const first = outputs + (unit - channels.units.begin) * block.tiles() * kUnit;
@@ -222,7 +226,7 @@ class WinogradWeight {
                                 block.col * kOutputs,
                                 block.cols * kOutputs};
         const int64_t pitch = window.cols * kV;
-        stagers.outputs.stage(window, pitch, staged);
+        stagers.outputs.stage(window, pitch, line, staged);
         T* dst = first + image * block.rows * block.cols * width + lane;
         for (int64_t row = 0; row < block.rows; ++row) {
           for (int64_t col = 0; col < block.cols; ++col, dst += width) {
@@ -245,7 +249,7 @@ class WinogradWeight {
                               block.col * kOutputs - s_.pad_left,
                               block.cols * kOutputs + kTaps - 1};
       const int64_t pitch = window.cols * kV;
-      stagers.inputs.stage(window, pitch, staged);
+      stagers.inputs.stage(window, pitch, nullptr, staged);
       for (int64_t row = 0; row < block.rows; ++row) {
         for (int64_t col = 0; col < block.cols; ++col, dst += kV) {
           transform_input_tile<T, kAlpha>(staged + row * kOutputs * pitch + col * kOutputs * kV, pitch, dst, inputs_pitch_);
