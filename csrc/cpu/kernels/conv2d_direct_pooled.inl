@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/shapes.h"
-#include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/kernels/conv2d_direct_stage.inl"
 #include "cpu/simd/lanes.h"
 
 namespace {
@@ -42,6 +42,8 @@ template <class T>
 struct ReluGradient {
   static int64_t line_elements(const Gather& g) { return g.w.source_size + kLanes<T>; }
 
+  Ahead<T> ahead(const Gather&, const StagedLayout&, const StageTask&, int64_t) const { return {}; }
+
   static Vec<T> passed(Vec<T> grad, Vec<T> output) { return output <= Vec<T>{} ? Vec<T>{} : grad; }
 
   const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
@@ -76,6 +78,8 @@ struct ReluGradient {
 template <class T>
 struct PooledGradient {
   static int64_t line_elements(const Gather& g) { return g.w.source_size + 4 * kLanes<T>; }
+
+  Ahead<T> ahead(const Gather&, const StagedLayout&, const StageTask&, int64_t) const { return {}; }
 
   // The pooled rows (columns) [begin, end) whose windows hold row (column) `at`.
   static void windows_of(int64_t at, int64_t size, int64_t stride, int64_t pooled, int64_t& begin, int64_t& end) {

@@ -124,37 +124,80 @@ class GatherRun {
     const Place p = place_of(task);
     for (int64_t block = 0; block < b_.channel_blocks; ++block) {
       stage_images(worker, p, block);
-      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit);
+      Ahead<T> ahead = source_ahead(task, p, block);
+      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit, ahead);
     }
   }
 
-  void stage_images(int worker, const Place& p, int64_t channel_block) const {
+  StageTask stage_task(const Place& p, int64_t channel_block) const {
     StageTask block{};
+    block.n = p.n;
     block.channel = p.group * g_.channels + channel_block * b_.channels;
     block.channels = channels_of(channel_block);
     block.rows = p.rows;
     block.first_row = p.y * g_.h.source_step + g_.h.source_first - window_of(g_.h, 1).tap_origin;
     block.first_col = p.x * g_.w.source_step + g_.w.source_first - window_of(g_.w, 1).tap_origin;
-    for (int64_t i = 0; i < p.images; ++i) {
-      block.n = p.n + i;
+    return block;
+  }
+
+  void stage_images(int worker, const Place& p, int64_t channel_block) const {
+    StageTask block = stage_task(p, channel_block);
+    for (int64_t i = 0; i < p.images; ++i, ++block.n) {
       stage(g_, layout_, block, source_, line(worker), staged(worker) + i * layout_.image_pitch);
     }
+  }
+
+  // What will be staged next. That is this task's next block of channels or, as tasks are handed out in turn, the task that is as many
+  // further as there are threads. (If it turns out to be another one, some time is lost and nothing else.)
+  Ahead<T> source_ahead(int64_t task, const Place& p, int64_t channel_block) const {
+    const bool stays = channel_block + 1 < b_.channel_blocks;
+    if (!stays && task + threads_ >= b_.tasks) return {};
+    const Place next = stays ? p : place_of(task + threads_);
+    Ahead<T> ahead = source_.ahead(g_, layout_, stage_task(next, stays ? channel_block + 1 : 0), next.images);
+    ahead.share_out((p.unit_end - p.unit) * tiles_of(p));
+    return ahead;
+  }
+
+  // Tiles of a unit, about.
+  int64_t tiles_of(const Place& p) const {
+    return p.images * ceil_div(p.rows, Tile::rows(Tile::kMaxWidth, p.cols, p.rows)) * Tile::tiles(p.cols);
   }
 
   // The sums of more than a tile are kept while blocks of channels are added to them, and for a sink that takes units.
   bool keeps_sums() const { return b_.channel_blocks > 1 || Sink::kTakesUnits; }
 
+  // How a unit's sums get to their destination.
+  enum class Writing {
+    in_scratch,  // not yet, or by a sink that takes units
+    in_place,    // tiles store them there: the lanes are innermost there too
+    by_tiles,    // from scratch, tile by tile
+    by_units     // from scratch, when all of a unit's are complete
+  };
+
+  Writing writing_of(int64_t channel_block, int64_t unit) const {
+    if constexpr (Sink::kTakesUnits) {
+      return Writing::in_scratch;
+    } else {
+      if (channel_block + 1 < b_.channel_blocks) return Writing::in_scratch;
+      const Strides& grid = sink_.grid;
+      const bool lanes_are_inner = Tile::kChannelsInner ? grid.c == 1 && Tile::width(g_.outputs, unit) == outputs_of(unit) : grid.w == 1;
+      if (lanes_are_inner) return Writing::in_place;
+      return Tile::kChannelsInner && keeps_sums() ? Writing::by_units : Writing::by_tiles;
+    }
+  }
+
   // Sums up one block of channels for one unit of output channels.
-  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit) const {
+  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source) const {
     const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
     const int64_t row_steps = channels_of(channel_block) * g_.w.taps, channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
+    const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
     const T* weights = packed_weights(p.group, unit, channel_block);
     T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
-    const bool last = channel_block == b_.channel_blocks - 1;
+    const Writing writing = writing_of(channel_block, unit);
     TileTask<T> tile{};
     tile.row_step = g_.h.source_step * layout_.row_pitch;
     tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g_.outputs, unit) : nullptr;
-    tile.relu = last && sink_.relu;
+    const bool rectifies = sink_.relu && channel_block + 1 == b_.channel_blocks;
     for (int64_t image = 0; image < p.images; ++image) {
       const T* staged_image = staged(worker) + image * layout_.image_pitch;
       int64_t rows = 0;
@@ -168,47 +211,78 @@ class GatherRun {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
           tile.staged = staged_image + y * tile.row_step + x;
-          tile.out = sums_of_unit, tile.row_pitch = Tile::row_sums(width, cols);
+          tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
           if (keeps_sums()) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
-          if constexpr (Sink::kTakesUnits) {
-            sum_in_scratch(tile, width, rows, cols);
+          if (Tile::kChannelsInner && tile.bias != nullptr) {
+            tile.before = tile.bias;
           } else {
-            run_tile(tile, last, unit, rows, cols, sink_.point(p.n + image, channel, p.y + y, p.x + x));
+            tile.before = tile.out, tile.before_pitch = tile.pitch, tile.before_row_pitch = tile.row_pitch;
+          }
+          tile.source_ahead = source.next(tile.steps, tile.weights);
+          if constexpr (!Sink::kTakesUnits) {
+            T* const dst = sink_.point(p.n + image, channel, p.y + y, p.x + x);
+            if (writing == Writing::in_place) write_in_place(tile, dst, cols);
+            tile.dest_ahead = is_strewn(writing) ? dest_ahead(dst, rows, cols, outputs) : fetch_nothing(tile.weights);
+            Tile::run(tile, width, rows, cols);
+            if (rectifies) Tile::rectify(tile, width, rows, cols);
+            if (writing == Writing::by_tiles) write_tile(tile, rows, cols, outputs, dst);
+          } else {
+            tile.dest_ahead = fetch_nothing(tile.weights);
+            Tile::run(tile, width, rows, cols);
           }
           x = end;
         }
       }
     }
     if constexpr (Sink::kTakesUnits) {
-      if (last) sink_.write({sums_of_unit, width, p.images, p.rows, p.cols, outputs_of(unit), p.n, channel, p.y, p.x}, pooled(worker));
-    }
-  }
-
-  static void sum_in_scratch(TileTask<T>& tile, int64_t width, int64_t rows, int64_t cols) {
-    tile.pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints;
-    tile.last = kLanes<T>;
-    Tile::run(tile, width, rows, cols);
-  }
-
-  // Sums up in the destination where the lanes are innermost there too, and otherwise in scratch, from which the last block is written.
-  void run_tile(TileTask<T>& tile, bool last, int64_t unit, int64_t rows, int64_t cols, T* dst) const {
-    constexpr bool kChannels = Tile::kChannelsInner;
-    const Strides& grid = sink_.grid;
-    const int64_t width = Tile::width(g_.outputs, unit), outputs = outputs_of(unit);
-    if (b_.channel_blocks == 1 && (kChannels ? grid.c == 1 && width == outputs : grid.w == 1)) {
-      tile.out = dst, tile.pitch = kChannels ? grid.w : grid.c, tile.row_pitch = grid.h;
-      tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
-      return Tile::run(tile, width, rows, cols);
-    }
-    sum_in_scratch(tile, width, rows, cols);
-    if (!last) return;
-    const T* sums = tile.out;
-    for (int64_t r = 0; r < rows; ++r, sums += tile.row_pitch, dst += grid.h) {
-      if constexpr (kChannels) {
-        write_matrix(sums, tile.pitch, cols, outputs, dst, grid.w, grid.c);
-      } else {
-        write_matrix(sums, tile.pitch, outputs, cols, dst, grid.c, grid.w);
+      if (channel_block + 1 == b_.channel_blocks) {
+        sink_.write({sums_of_unit, width, p.images, p.rows, p.cols, outputs, p.n, channel, p.y, p.x}, pooled(worker));
       }
+    } else if (writing == Writing::by_units) {
+      write_unit(p, sums_of_unit, width, outputs, channel);
+    }
+  }
+
+  void write_in_place(TileTask<T>& tile, T* dst, int64_t cols) const {
+    const Strides& grid = sink_.grid;
+    tile.out = dst, tile.pitch = Tile::kChannelsInner ? grid.w : grid.c, tile.row_pitch = grid.h;
+    tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
+  }
+
+  // Whether a tile's sums go to many places, which are worth fetching.
+  bool is_strewn(Writing writing) const { return writing != Writing::in_scratch && sink_.grid.c != 1; }
+
+  // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon.
+  Fetch dest_ahead(const T* dst, int64_t rows, int64_t cols, int64_t outputs) const {
+    const T* last = dst + (rows - 1) * sink_.grid.h + (cols - 1) * sink_.grid.w;
+    return {reinterpret_cast<const char*>(last), sink_.grid.c * kSize, outputs};
+  }
+
+  void write_tile(const TileTask<T>& tile, int64_t rows, int64_t cols, int64_t outputs, T* dst) const {
+    const Strides& grid = sink_.grid;
+    for (int64_t r = 0; r < rows; ++r) {
+      write_sums(tile.out + r * tile.row_pitch, tile.pitch, cols, outputs, dst + r * grid.h);
+    }
+  }
+
+  // Rows that follow each other without a gap are written as one.
+  void write_unit(const Place& p, const T* sums, int64_t width, int64_t outputs, int64_t channel) const {
+    const bool dense = sink_.grid.h == p.cols * sink_.grid.w;
+    const int64_t runs = dense ? 1 : p.rows, cols = dense ? p.rows * p.cols : p.cols;
+    for (int64_t image = 0; image < p.images; ++image) {
+      for (int64_t r = 0; r < runs; ++r, sums += cols * width) {
+        write_sums(sums, width, cols, outputs, sink_.point(p.n + image, channel, p.y + r, p.x));
+      }
+    }
+  }
+
+  // Sums of a row of grid points as they lie in scratch.
+  void write_sums(const T* sums, int64_t pitch, int64_t cols, int64_t outputs, T* dst) const {
+    const Strides& grid = sink_.grid;
+    if constexpr (Tile::kChannelsInner) {
+      write_matrix(sums, pitch, cols, outputs, dst, grid.w, grid.c);
+    } else {
+      write_matrix(sums, pitch, outputs, cols, dst, grid.c, grid.w);
     }
   }
 

@@ -3,10 +3,13 @@
 // element: padding, stride, dilation and layout end here.
 #pragma once
 
+#include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/kernels/conv2d_direct_gather.inl"
 #include "cpu/simd/transpose.h"
 
 namespace {
+
+constexpr int64_t kFetchedBytes = 512 << 10;  // of a block in channels_last that is fetched ahead
 
 // The source positions that `count` grid points in a row of an axis read, from the lowest one on.
 struct Window {
@@ -21,6 +24,7 @@ inline Window window_of(const Axis& a, int64_t count) {
 
 // Whether any of `count` grid points reads position `at` of their window.
 inline bool is_read(const Axis& a, int64_t count, int64_t at) {
+  if (a.source_step == 1 && a.tap_step * a.tap_step == 1) return true;
   const int64_t origin = window_of(a, count).tap_origin;
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t scaled = at - origin - t * a.tap_step;
@@ -120,6 +124,23 @@ struct TensorSource {
     int64_t pixel;
   };
   Pixels pixels(int64_t n, int64_t channel, int64_t y) const { return {data + n * strides.n + channel + y * strides.h, strides.w}; }
+
+  // What a block reads of `images` images. Where channels are dense, all of them are fetched with the first: they share the lines.
+  Ahead<T> ahead(const Gather& g, const StagedLayout& l, const StageTask& task, int64_t images) const {
+    if (task.channels == 0 || g.taps() == 0) return {};
+    const int64_t top = clamp(task.first_row, 0, g.h.source_size), left = clamp(task.first_col, 0, g.w.source_size);
+    const int64_t rows = clamp(task.first_row + window_of(g.h, task.rows).span, top, g.h.source_size) - top;
+    const int64_t cols = clamp(task.first_col + l.row_pitch, left, g.w.source_size) - left;
+    const T* first = data + task.n * strides.n + task.channel * strides.c + top * strides.h + left * strides.w;
+    if (strides.w == 1) {
+      if (cols < strides.h) return {first, {images, strides.n}, {task.channels, strides.c}, {rows, strides.h}, cols};
+      if (rows * cols < strides.c) return {first, {images, strides.n}, {task.channels, strides.c}, {1, 0}, rows * cols};
+      return {first, {images, strides.n}, {1, 0}, {1, 0}, task.channels * strides.c};
+    }
+    const bool fits = images * rows * cols * strides.w * static_cast<int64_t>(sizeof(T)) <= kFetchedBytes;
+    if (task.channel % g.channels != 0 || !fits) return {};
+    return {first, {images, strides.n}, {rows, strides.h}, {1, 0}, cols * strides.w};
+  }
 
   const T* data;
   Strides strides;

@@ -9,6 +9,7 @@
 // few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without transposing.
 #pragma once
 
+#include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/simd/vec.h"
 
 namespace {
@@ -22,20 +23,54 @@ struct TileTask {
   const int32_t* offsets;  // [steps]
   int64_t steps;
   int64_t row_step;  // from a grid point to the one below it in the staged block
-  const T* bias;     // [width]: what the sums are added to; null: what `out` holds already
-  // Where the sums go, in scratch or in the destination itself: for every row, vectors of channels for each grid point (channel tile) or
-  // vectors of grid points for each channel (pixel tile).
+  // What the sums are added to: the bias, [width] (a channel tile finds it at `before`, too, with pitches of 0), or, where that is null,
+  // the sums of the steps before, in scratch. There, and where the new sums go (scratch, too, or the destination itself), every row has
+  // vectors of channels for each grid point (channel tile) or vectors of grid points for each channel (pixel tile).
+  const T* bias;
+  const T* before;
+  int64_t before_pitch, before_row_pitch;
   T* out;
   int64_t pitch;      // from one of these to the next
   int64_t row_pitch;  // from a row to the next
   int last;           // of a pixel tile: lanes to write of a row's last vector
-  bool relu;          // of the complete sums, the positive part is written
+  // What is fetched meanwhile: a part of what will be staged next, and of where sums will go.
+  Fetch source_ahead, dest_ahead;
 };
 
-// The positive part; NaN stays.
+// The steps of a tile are gone through in two runs: while there is a destination to fetch, and after that.
+template <class T, class Step>
+inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, const Step& step) {
+  const int32_t* offset = task.offsets;
+  const int32_t* const end = offset + task.steps;
+  const char* source = task.source_ahead.at;
+  const char* dest = task.dest_ahead.at;
+  int64_t source_step = task.source_ahead.step, dest_step = task.dest_ahead.step;
+  const int32_t* stop = offset + (task.dest_ahead.count < task.steps ? task.dest_ahead.count : task.steps);
+  while (true) {
+    for (; offset != stop; ++offset) {
+      step(*offset);
+      __builtin_prefetch(source, 0, 2);
+      __builtin_prefetch(dest, 0, 2);
+      source += source_step, dest += dest_step;
+    }
+    if (stop == end) return;
+    stop = end, dest_step = 0;
+  }
+}
+
+// What a tile has written becomes its positive part; NaN stays. Each of its rows has `count` runs of `length` elements.
 template <class T>
-inline Vec<T> rectified(Vec<T> v) {
-  return v < Vec<T>{} ? Vec<T>{} : v;
+void rectify_tile(const TileTask<T>& task, int64_t rows, int64_t count, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < count; ++i) {
+      T* run = task.out + r * task.row_pitch + i * task.pitch;
+      for (int64_t j = 0; j < length; j += kLanes<T>) {
+        const int lanes = static_cast<int>(length - j < kLanes<T> ? length - j : kLanes<T>);
+        const Vec<T> v = load_first(run + j, lanes);
+        store_first(run + j, v < Vec<T>{} ? Vec<T>{} : v, lanes);
+      }
+    }
+  }
 }
 
 template <class T, int kVectors, int kRows, int kCols>
@@ -43,10 +78,10 @@ void channel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kCols;
   Vec<T> sum[kPoints][kVectors] = {};
   const T* weights = task.weights;
+  const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  const int32_t* const end = task.offsets + task.steps;
-  for (const int32_t* offset = task.offsets; offset != end; ++offset) {
-    const T* in = task.staged + *offset;
+  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
+    const T* in = staged + offset;
     Vec<T> weight[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
@@ -57,19 +92,13 @@ void channel_tile(const TileTask<T>& task) {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
     }
-  }
-  T* const out = task.out;
-  const int64_t pitch = task.pitch, row_pitch = task.row_pitch;
-  const T* const bias = task.bias;
-  const bool relu = task.relu;
+  });
 #pragma GCC unroll 14
   for (int i = 0; i < kPoints; ++i) {
-    T* place = out + i / kCols * row_pitch + i % kCols * pitch;
+    const T* from = task.before + i / kCols * task.before_row_pitch + i % kCols * task.before_pitch;
+    T* to = task.out + i / kCols * task.row_pitch + i % kCols * task.pitch;
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<T> total = load(bias != nullptr ? bias + v * kV : place + v * kV) + sum[i][v];
-      store(place + v * kV, relu ? rectified<T>(total) : total);
-    }
+    for (int v = 0; v < kVectors; ++v) store(to + v * kV, load(from + v * kV) + sum[i][v]);
   }
 }
 
@@ -91,6 +120,8 @@ struct ChannelTile {
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
   // The sums of a row of grid points, [column][width].
   static int64_t row_sums(int64_t width, int64_t cols) { return cols * width; }
+
+  static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, cols, width); }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
     if (width == kMaxWidth) {
@@ -122,10 +153,10 @@ void pixel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kVectors;
   Vec<T> sum[kPoints][kWidth] = {};
   const T* weights = task.weights;
+  const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  const int32_t* const end = task.offsets + task.steps;
-  for (const int32_t* offset = task.offsets; offset != end; ++offset, weights += kWidth) {
-    const T* in = task.staged + *offset;
+  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
+    const T* in = staged + offset;
     if constexpr (kWidth < kPoints) {
       Vec<T> weight[kWidth];
 #pragma GCC unroll 14
@@ -147,22 +178,23 @@ void pixel_tile(const TileTask<T>& task) {
         for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
       }
     }
-  }
+    weights += kWidth;
+  });
   const T* const bias = task.bias;
   const int last = task.last;
-  const bool relu = task.relu;
 #pragma GCC unroll 14
   for (int k = 0; k < kWidth; ++k) {
-    const Vec<T> before = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
+    const Vec<T> offset = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
 #pragma GCC unroll 8
     for (int p = 0; p < kPoints; ++p) {
-      T* place = task.out + p / kVectors * task.row_pitch + k * task.pitch + p % kVectors * kV;
-      const Vec<T> sum_before = bias != nullptr ? before : load(place);
-      const Vec<T> total = relu ? rectified<T>(sum_before + sum[p][k]) : sum_before + sum[p][k];
-      if (bias == nullptr || p % kVectors + 1 < kVectors || last == kV) {
-        store(place, total);
+      const int row = p / kVectors, column = p % kVectors * kV;
+      const Vec<T> before = bias != nullptr ? offset : load(task.before + row * task.before_row_pitch + k * task.before_pitch + column);
+      const Vec<T> total = before + sum[p][k];
+      T* const to = task.out + row * task.row_pitch + k * task.pitch + column;
+      if (column + kV < kVectors * kV || last == kV) {
+        store(to, total);
       } else {
-        store_first(place, total, last);
+        store_first(to, total, last);
       }
     }
   }
@@ -190,6 +222,8 @@ struct PixelTile {
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * kMaxPoints < cols ? tile * kMaxPoints : cols; }
   // The sums of a row of grid points, [tile][width][kMaxPoints].
   static int64_t row_sums(int64_t width, int64_t cols) { return tiles(cols) * kMaxPoints * width; }
+
+  static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, width, cols); }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { run_width<kMaxWidth>(task, width, rows, cols); }
 
