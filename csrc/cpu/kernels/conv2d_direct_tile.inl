@@ -58,7 +58,13 @@ inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, co
   }
 }
 
-// What a tile has written becomes its positive part; NaN stays. Each of its rows has `count` runs of `length` elements.
+// The positive part; NaN stays.
+template <class T>
+inline Vec<T> rectified(Vec<T> v) {
+  return v < Vec<T>{} ? Vec<T>{} : v;
+}
+
+// What a tile has written becomes its positive part. Each of its rows has `count` runs of `length` elements.
 template <class T>
 void rectify_tile(const TileTask<T>& task, int64_t rows, int64_t count, int64_t length) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -66,8 +72,7 @@ void rectify_tile(const TileTask<T>& task, int64_t rows, int64_t count, int64_t 
       T* run = task.out + r * task.row_pitch + i * task.pitch;
       for (int64_t j = 0; j < length; j += kLanes<T>) {
         const int lanes = static_cast<int>(length - j < kLanes<T> ? length - j : kLanes<T>);
-        const Vec<T> v = load_first(run + j, lanes);
-        store_first(run + j, v < Vec<T>{} ? Vec<T>{} : v, lanes);
+        store_first(run + j, rectified<T>(load_first(run + j, lanes)), lanes);
       }
     }
   }
