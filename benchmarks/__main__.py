@@ -1,11 +1,11 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | models | install | report``."""
+"""``python -m benchmarks conv2d | pooling | mnist | all | models | overhead | install | report``."""
 
 import argparse
 import re
 import sys
 from pathlib import Path
 
-from benchmarks import install, models, report, runner
+from benchmarks import install, models, overhead, report, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
         measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     installer = commands.add_parser("install", help="measure building and installing from a clone")
     installer.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
+    caller = commands.add_parser("overhead", help="measure what an eager call costs above its kernel")
+    caller.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     zoo = commands.add_parser("models", help="compare converted models of torchvision and timm with the originals")
     zoo.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     zoo.add_argument("--only", metavar="REGEX", default="", help="architectures whose name matches")
@@ -54,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "models":
             return models.measure(options.out, lambda name: bool(re.search(options.only, name)))
+        if options.command == "overhead":
+            overhead.measure(options.out)
+            return 0
         if options.command == "install":
             install.measure(options.out)
             return 0

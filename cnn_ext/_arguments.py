@@ -36,8 +36,22 @@ def integer(op: str, name: str, value) -> int:
     return value
 
 
+def _are_ints(value, axes: int) -> bool:
+    """Whether there is nothing to do for a value: the usual case, which is decided fast."""
+    if type(value) is not tuple or len(value) != axes:
+        return False
+    for item in value:  # noqa: SIM110 (all() and its generator take four times as long)
+        if type(item) is not int or not -INT64_MAX <= item <= INT64_MAX:
+            return False
+    return True
+
+
 def conv_ints(op: str, name: str, value, axes: int) -> tuple[int, ...]:
     """An int, or one int or one for each axis, as one for each axis."""
+    if type(value) is int:
+        return (integer(op, name, value),) * axes
+    if _are_ints(value, axes):
+        return value
     if isinstance(value, (tuple, list)):
         if len(value) not in (1, axes):
             raise RuntimeError(
@@ -134,6 +148,8 @@ def resolve_padding(op: str, padding, size, kernel_size, stride, dilation, *, wo
     axes = len(stride)
     if type(padding) is int:
         return (integer(op, "padding", padding),) * (2 * axes)
+    if _are_ints(padding, axes):
+        return (padding[0], padding[0]) if axes == 1 else (padding[0], padding[0], padding[1], padding[1])
     if isinstance(padding, str):
         if padding not in words:
             raise RuntimeError(f"Invalid padding string: '{padding}', {op}() expected one of {', '.join(words)}")
@@ -145,25 +161,30 @@ def resolve_padding(op: str, padding, size, kernel_size, stride, dilation, *, wo
     return tuple(side for value in as_ints(op, "padding", padding) for side in (value, value))
 
 
+_CONV_INTS = {axes: functools.partial(conv_ints, axes=axes) for axes in (1, 2)}
+
+
 def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, groups, axes: int):
-    """The arguments of a convolution as the operators take them: (stride, padding, dilation, groups)."""
-    check_tensor(op, "input", input)
-    check_tensor(op, "weight", weight)
-    if bias is not None:
+    """The arguments of a convolution as the operators take them: (stride, padding, dilation, groups).
+
+    This runs before every call: what needs no further look is decided here, without a call.
+    """
+    if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        check_tensor(op, "input", input)
+        check_tensor(op, "weight", weight)
+    if bias is not None and not isinstance(bias, torch.Tensor):
         check_tensor(op, "bias", bias)
-    check_conv_ranks(op, input, weight, axes)
+    if input.dim() not in (axes + 1, axes + 2) or weight.dim() != axes + 2:
+        check_conv_ranks(op, input, weight, axes)
     stride = conv_ints(op, "stride", stride, axes)
     dilation = conv_ints(op, "dilation", dilation, axes)
-    padding = resolve_padding(
-        op,
-        padding,
-        input.shape,
-        weight.shape,
-        stride,
-        dilation,
-        words=CONV_WORDS,
-        as_ints=functools.partial(conv_ints, axes=axes),
-    )
+    if type(padding) is int:
+        padding = (integer(op, "padding", padding),) * (2 * axes)
+    else:
+        as_ints = _CONV_INTS[axes]
+        padding = resolve_padding(
+            op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_ints=as_ints
+        )
     if min(padding) < 0:
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
     return stride, padding, dilation, integer(op, "groups", groups)

@@ -77,10 +77,6 @@ DTYPES = {
 }
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _tf32_allowed() -> bool:
     """torch's switch for convolutions on CUDA, by its newest interface."""
     conv = getattr(torch.backends.cudnn, "conv", None)
@@ -93,15 +89,15 @@ def on_device(shape, device: torch.device):
 
 
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
-    """Runs ``kernel`` of the module for the tensors' device.
+    """Runs ``kernel`` of the module for the tensors' device, the first of which is always there.
 
     Its arguments are the shape, the addresses in the binding's order, then the number of threads or the stream.
     """
-    device = tensors[0].device
-    addresses = [_address(tensor) for tensor in tensors]
-    if device.type == "cpu":
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if tensors[0].is_cpu:
         getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
     else:
+        device = tensors[0].device
         with torch.cuda.device(device):
             getattr(cuda(), kernel)(on_device(shape, device), *addresses, torch.cuda.current_stream(device).cuda_stream)
 

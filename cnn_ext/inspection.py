@@ -137,7 +137,7 @@ def explain(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     geometry = conv_geometry("explain", input, weight, bias, stride, padding, dilation, groups, axes=2)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     bias_spec = None if bias is None else spec(bias)
-    shape, output_size, memory_format, _ = prepare_forward(
+    shape, output_size, memory_format, *_ = prepare_forward(
         spec(batched), spec(weight), bias_spec, geometry, policy.allowed.winograd
     )
     output = torch.empty(output_size, dtype=input.dtype, device="meta", memory_format=memory_format)

@@ -4,10 +4,12 @@ Each is written once, with ``forward`` without a context, then ``setup_context``
 mode, torch.compile and torch.func each run a variant made of these functions.
 """
 
+import operator
 from collections.abc import Callable
 
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 
@@ -35,8 +37,7 @@ def _eager_variant(function: type[Function]) -> type[Function]:
 
     def forward(ctx, *args):
         output = compute(*args)
-        if any(ctx.needs_input_grad) or _is_forward_mode():
-            setup_context(ctx, args, output)
+        setup_context(ctx, args, output)
         return output
 
     return _variant(function, "Eager", forward=forward, jvp=function.jvp)
@@ -98,11 +99,6 @@ def _distinct(args: tuple) -> list:
     ]
 
 
-def _is_forward_mode() -> bool:
-    """Whether tensors may have tangents in plain eager mode."""
-    return forward_ad._current_level >= 0
-
-
 def save(ctx, tensors: tuple, needed: tuple) -> None:
     """Keeps, of ``tensors``, those that backward needs; ``jvp``, which torch calls at once if at all, finds them all.
 
@@ -126,11 +122,15 @@ def bilinear_tangent(function: Callable, operands: tuple, tangents: tuple) -> to
     return tangent if second_tangent is None else tangent + function(first, second_tangent)
 
 
-def needs_backward(*inputs: torch.Tensor | None) -> bool:
+def needs_backward(*arguments) -> bool:
     """Whether a derivative may be asked for; under torch.func and in forward mode the tensors at hand do not tell."""
-    if torch._C._are_functorch_transforms_active() or _is_forward_mode():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(input is not None and input.requires_grad for input in inputs)
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                return True
+    return False
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -144,14 +144,23 @@ def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 def differentiable(function: type[Function]) -> Callable:
-    """The callable of a Function written with ``setup_context``: each caller of it gets the variant it needs."""
+    """The callable of a Function written with ``setup_context``: each caller of it gets the variant it needs, and one
+    that asks for no derivative none, which is the fastest."""
     eager, traced, transformed = (make(function) for make in (_eager_variant, _traced_variant, _transformed_variant))
+    compute = function.forward
+    apply_eagerly = super(Function, eager).apply  # without what torch's own apply does for torch.func
 
     def apply(*args):
         if torch.compiler.is_compiling():
             return traced.apply(*_distinct(args))
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*(_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args))
-        return eager.apply(*args)
+        try:
+            return apply_eagerly(*args) if needs_backward(*args) else compute(*args)
+        except RuntimeError:
+            living = unwrap_dead_wrappers(args)  # of tensors that outlived their transform
+            if all(map(operator.is_, args, living)):
+                raise
+            return apply(*living)
 
     return apply

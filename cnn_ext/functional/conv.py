@@ -5,9 +5,11 @@ import torch
 from cnn_ext import autograd, policy
 from cnn_ext._arguments import conv_geometry, fused_pool
 from cnn_ext.functional.autocast import cast_for_autocast
+from cnn_ext.functional.overridable import overridable
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS, check_conv_tensors, conv_output_size, spec
 
 
+@overridable
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv2d`.
 
@@ -37,6 +39,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     return _conv2d("conv2d", input, weight, bias, geometry, activation)
 
 
+@overridable
 def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv1d`.
 
@@ -88,6 +91,7 @@ def _conv2d(op, input, weight, bias, geometry, activation):
     return autograd.conv2d(input, weight, bias, geometry)
 
 
+@overridable
 def conv2d_relu_max_pool2d(
     input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, pool_size=2, pool_stride=None
 ):

@@ -4,9 +4,11 @@ import torch
 
 from cnn_ext import autograd, policy
 from cnn_ext._arguments import CONV_WORDS, check_tensor, conv_pair, integer, resolve_padding
+from cnn_ext.functional.overridable import overridable
 from cnn_ext.ops.shapes import spec
 
 
+@overridable
 def conv2d_weight_per_sample(input, weight_size, grad_output, stride=1, padding=0, dilation=1, groups=1):
     """The gradient of conv2d's weight for each image apart, in one call of a kernel.
 

@@ -4,6 +4,7 @@ import torch
 
 from cnn_ext import autograd
 from cnn_ext._arguments import avg_pool1d_window, check_bool, integer, max_pool1d_window, pool2d_window
+from cnn_ext.functional.overridable import overridable
 
 
 def _axis_indices(offsets: torch.Tensor, taps: torch.Tensor, axis: int, window, extent: int) -> torch.Tensor:
@@ -27,6 +28,7 @@ def _flat_indices(offsets: torch.Tensor, window, input_size) -> torch.Tensor:
     return rows * width + columns
 
 
+@overridable
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """Maximum of each window, as :func:`torch.nn.functional.max_pool2d`.
 
@@ -50,6 +52,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _max_pool2d(input, window, return_indices, added=() if input.dim() == 4 else (0,))
 
 
+@overridable
 def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """Maximum of each window, as :func:`torch.nn.functional.max_pool1d`.
 
@@ -82,6 +85,7 @@ def _max_pool2d(input, window, return_indices, added):
     return tuple(results) if return_indices else results[0]
 
 
+@overridable
 def avg_pool2d(
     input,
     kernel_size,
@@ -121,6 +125,7 @@ def avg_pool2d(
     return autograd.avg_pool2d(input.unsqueeze(0), window, divisor).squeeze(0)
 
 
+@overridable
 def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, *, dilation=1):
     """Mean of each window, as :func:`torch.nn.functional.avg_pool1d`.
 

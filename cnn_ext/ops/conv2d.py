@@ -62,6 +62,8 @@ def geometry_key(stride, padding, dilation, groups):
 
 
 def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    if memory_format is torch.contiguous_format:
+        return like.new_empty(size)  # the same, sooner
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -79,24 +81,23 @@ def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None
 def prepare_forward(
     input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, allow_winograd: bool = False
 ):
-    """The checked call: kernel shape, output size, layout."""
+    """The checked call: kernel shape, output size, layouts, and whether there is anything to compute."""
     output_size, memory_format = _plan_forward(input, weight, bias, geometry)
+    has_terms = 0 not in (*output_size, input.size[1])
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
         input.size, weight.size, output_size, geometry, input.dtype, memory_format, weight_format, allow_winograd
     )
-    return shape, output_size, memory_format, weight_format
+    return shape, output_size, memory_format, weight_format, has_terms
 
 
 def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False):
     bias_spec = None if bias is None else spec(bias)
-    shape, output_size, memory_format, weight_format = prepare_forward(
+    shape, output_size, memory_format, weight_format, has_terms = prepare_forward(
         spec(input), spec(weight), bias_spec, geometry_key(stride, padding, dilation, groups), allow_winograd
     )
     output = empty(output_size, input, memory_format)
-    if output.numel() == 0:
-        return output
-    if input.shape[1] == 0:  # no channels, no terms: the bias is all there is
+    if not has_terms:  # the bias is all there is
         return output.zero_() if bias is None else output.copy_(bias.view(1, -1, 1, 1))
     input = input.contiguous(memory_format=memory_format)
     weight = weight.contiguous(memory_format=weight_format)
