@@ -11,9 +11,10 @@ OUT ?= runs/mnist
 export CNN_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard benchmarks/results/rows_cuda.json)
+COMPUTE_SANITIZER := $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
-.PHONY: help train test install bench report lint kernel-check cuda-resources sizes clean
+.PHONY: help train test test-all test-cuda install bench report lint kernel-check cuda-resources sizes clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +24,16 @@ train: $(VENV)/.installed  ## train the lecture's CNN; results in $(OUT)
 
 test: $(VENV)/.installed  ## the test suite
 	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.installed  ## also what takes minutes: every CUDA kernel on every case without a GPU, and builds with sanitizers
+	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q --everything
+
+test-cuda: $(VENV)/.installed  ## on a machine with a GPU: the test suite, then every kernel under compute-sanitizer where it exists
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-cuda: torch sees no GPU on this machine")'
+	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q
+	$(foreach tool,$(if $(COMPUTE_SANITIZER),memcheck racecheck initcheck synccheck),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $(tool) \
+	  --target-processes all --error-exitcode 9 $(BIN)/python -m pytest -q tests/test_kernels.py -k _sm &&) \
+	echo "compute-sanitizer: $(or $(COMPUTE_SANITIZER),not found)"
 
 install: $(VENV)/.installed  ## the virtual environment with the package in it
 

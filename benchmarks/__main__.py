@@ -1,11 +1,11 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | models | overhead | install | report``."""
+"""``python -m benchmarks conv2d | pooling | mnist | all | rows | models | overhead | install | report``."""
 
 import argparse
 import re
 import sys
 from pathlib import Path
 
-from benchmarks import install, models, overhead, report, runner
+from benchmarks import install, models, overhead, report, rows, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
@@ -34,6 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
         measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of one (%(default)s)")
         measure.add_argument("--data-dir", help="where MNIST/raw is; default: $CNN_EXT_DATA, ./data, ../shared/data")
         measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    checker = commands.add_parser("rows", help="check every kernel against float64")
+    checker.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    checker.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
+    checker.add_argument("--only", metavar="REGEX", help="kernels whose name matches")
     installer = commands.add_parser("install", help="measure building and installing from a clone")
     installer.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     caller = commands.add_parser("overhead", help="measure what an eager call costs above its kernel")
@@ -63,9 +67,17 @@ def main(arguments: list[str] | None = None) -> int:
             install.measure(options.out)
             return 0
         require_device(options.device)
+        if options.command == "rows":
+            return rows.measure(options.device, options.out, options.only, arguments[1:])
         if options.worker:
             runner.work(options)
             return 0
+        if (
+            options.command == "all"
+            and options.device == "cuda"
+            and rows.measure("cuda", options.out, None, arguments[1:])
+        ):
+            return 1  # a wrong kernel's speed is no figure
         for benchmark in BENCHMARKS if options.command == "all" else [options.command]:
             runner.measure(benchmark, arguments[1:], options)
     except BenchmarkError as error:

@@ -79,7 +79,13 @@ if(CNN_EXT_HAS_CUDA)
   file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cpp)
   add_library(cnn_ext_cuda STATIC ${CUDA_SOURCES})
   target_link_libraries(cnn_ext_cuda PRIVATE cnn_ext_options cnn_ext_cuda_kernels PUBLIC CUDA::cudart_static)
-  target_compile_definitions(cnn_ext_cuda PRIVATE CNN_EXT_CUDA_ARCHS="${CNN_EXT_CUDA_ARCH_WORDS}")
+  # What has run on a GPU is written down where the benchmarks put it.
+  include(cmake/proven_rows.cmake)
+  set(proof "${CMAKE_CURRENT_SOURCE_DIR}/benchmarks/results/rows_cuda.json")
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${proof}")
+  cnn_ext_proven_rows("${proof}" CNN_EXT_CUDA_PROVEN_ROWS)
+  target_compile_definitions(cnn_ext_cuda PRIVATE CNN_EXT_CUDA_ARCHS="${CNN_EXT_CUDA_ARCH_WORDS}"
+                                                  CNN_EXT_CUDA_PROVEN_ROWS="${CNN_EXT_CUDA_PROVEN_ROWS}")
 
   if(CNN_EXT_PYTHON)
     pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/bindings/cuda.cpp)

@@ -160,10 +160,12 @@ def _cuda_info() -> dict | str:
     module = _cuda_module()
     if module is None:
         return "not built: no nvcc was found, or CNN_EXT_CUDA=off; CNN_EXT_CUDA=on makes its absence an error"
+    rows = module.kernels()
     return {
         "toolkit": module.toolkit,
         "archs": module.archs,
-        "proven": "yes" if module.proven else "no: these kernels have never run on a GPU",
+        "proven": f"{sum(row['proven'] for row in rows)} of {len(rows)} kernels have run on a GPU",
+        "set_aside": [row["name"] for row in rows if not row["admitted"]],  # unless CNN_EXT_UNPROVEN=1
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

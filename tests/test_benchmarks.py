@@ -57,6 +57,15 @@ def test_conv2d_measures_each_direction_in_each_layout(results):
     assert "geometric mean of all rows" in (results / "conv2d.txt").read_text()
 
 
+def test_rows_are_checked_one_by_one(tmp_path, capsys):
+    name = "avg_pool2d_backward_naive_baseline"
+    assert main(["rows", "--only", name, "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "rows_cpu.json").read_text())
+    assert [(row["name"], row["failed"], row["right"]) for row in document["rows"]] == [(name, 0, True)]
+    assert document["rows"][0]["passed"] > 8  # dtypes and layouts
+    assert f"{name} " in capsys.readouterr().out
+
+
 def test_winograd_is_measured_where_it_serves(tmp_path, capfd):
     quick = ["conv2d", "--winograd", "--out", str(tmp_path), "--layout", "nchw", *QUICK]
     assert main([*quick, "--only", "googlenet_3a_5x5", "--direction", "backward_weight"]) == 0

@@ -4,13 +4,18 @@ Only where the module was built: a CPU-only installation is whole without it. Va
 """
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cnn_ext import _native
+from tests.support import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").iterdir())
@@ -26,9 +31,13 @@ OPERATORS = {
     ("avg_pool2d", "backward"),
 }
 
+# Shared memory and plain arithmetic: what served before there were others.
+PLAIN_ROWS = ("_implicit_gemm_sm80", "_direct_sm80", "_reduction_sm80")
+
 needs_module = pytest.mark.skipif(
     importlib.util.find_spec("cnn_ext._cuda") is None, reason="the package was built without CUDA"
 )
+needs_disassembler = pytest.mark.skipif(not sass.is_at_hand(), reason="no cuobjdump and nvdisasm")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -81,6 +90,47 @@ def test_no_kernel_spills_registers():
     assert [row for row in rows if int(row["spilled"]) or int(row["stack"])] == []
 
 
+# By the kernel's name and its element type: the product's instruction, and how operands reach it.
+MATRIX_INSTRUCTIONS = {
+    "float": "HMMA.1688.F32.TF32",
+    "__half": "HMMA.16816.F32",
+    "__nv_bfloat16": "HMMA.16816.F32.BF16",
+}
+PLAIN_INSTRUCTIONS = {"float": "FFMA", "__half": "FFMA", "__nv_bfloat16": "FFMA", "double": "DFMA"}
+
+
+@pytest.fixture(scope="module")
+def opcodes() -> dict[str, set[str]]:
+    """The machine instructions of every kernel for the oldest device that it serves."""
+    return sass.opcodes(Path(_native.cuda().__file__), "sm_80")
+
+
+def element_type(kernel: str) -> str:
+    return re.search(r"\b(float|double|__half|__nv_bfloat16)\b", kernel)[1]
+
+
+@needs_module
+@needs_disassembler
+@pytest.mark.slow
+def test_no_kernel_touches_local_memory(opcodes):
+    assert len(opcodes) >= len({row["kernel"] for row in resource_rows()})
+    assert {name for name, found in opcodes.items() if any(op.startswith(("LDL", "STL")) for op in found)} == set()
+
+
+@needs_module
+@needs_disassembler
+def test_products_are_made_by_the_intended_instructions(opcodes):
+    """Shared memory is read 16 bytes at a time; what is aligned comes to it 16 bytes at a time, past the registers."""
+    for name, found in opcodes.items():
+        if "_implicit_gemm<" in name:
+            assert {PLAIN_INSTRUCTIONS[element_type(name)], "LDS.128"} <= found, name
+        elif "_mma<" in name:
+            assert MATRIX_INSTRUCTIONS[element_type(name)] in found, name
+            if re.search(r"Mma[^<]*<[^>]*>, true", name):
+                assert "LDGSTS.E.BYPASS.128" in found, name
+                assert element_type(name) == "float" or any(op.startswith("LDSM.16") for op in found), name
+
+
 @needs_module
 def test_every_kernel_is_compiled_for_every_arch():
     kernels = {}
@@ -127,11 +177,40 @@ def test_a_missing_arch_names_both_sides_and_the_remedy():
         cuda.require_arch(75, "CUDA device 3")
 
 
+def rows_in_a_new_process(unproven: str) -> subprocess.CompletedProcess:
+    program = "import json; from cnn_ext import _native; print(json.dumps(_native.cuda().kernels()))"
+    environment = os.environ | {"CNN_EXT_UNPROVEN": unproven}
+    return subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
 @needs_module
-def test_module_says_that_it_is_unproven():
-    cuda = _native.cuda()
-    assert not cuda.proven
-    assert "never" in cuda.note
+def test_what_has_never_run_on_a_gpu_is_set_aside():
+    """But for the plain rows, which serve meanwhile. CNN_EXT_UNPROVEN=1 chooses the others all the same."""
+    rows = json.loads(rows_in_a_new_process("0").stdout)
+    admitted = [row for row in rows if row["admitted"]]
+    assert {(row["op"], row["direction"]) for row in admitted} == OPERATORS
+    for row in rows:
+        is_plain = row["name"].endswith(PLAIN_ROWS)
+        assert row["admitted"] == (is_plain or row["proven"]), row["name"]
+    assert all(row["admitted"] for row in json.loads(rows_in_a_new_process("1").stdout))
+    assert 'CNN_EXT_UNPROVEN: got "yes", want 0 or 1' in rows_in_a_new_process("yes").stderr
+
+
+def test_a_recorded_result_is_the_proof(tmp_path):
+    result = {
+        "rows": [
+            {"name": "a_sm80", "right": True},
+            {"name": "b_sm80", "right": False},
+            {"name": "c_sm80", "right": True},
+        ]
+    }
+    (tmp_path / "rows_cuda.json").write_text(json.dumps(result))
+    script = tmp_path / "script.cmake"
+    for file, proven in (("rows_cuda.json", "a_sm80 c_sm80"), ("none.json", "")):
+        call = f'cnn_ext_proven_rows("{tmp_path}/{file}" names)\nmessage("<${{names}}>")\n'
+        script.write_text(f'include("{ROOT}/cmake/proven_rows.cmake")\n{call}')
+        done = subprocess.run(["cmake", "-P", str(script)], check=True, capture_output=True, text=True)
+        assert done.stderr.strip() == f"<{proven}>"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

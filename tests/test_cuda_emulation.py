@@ -4,9 +4,11 @@
 runs every row over the shared cases against float64.
 """
 
+import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +65,16 @@ def check_rows(programs: Path, every: int) -> None:
             assert ", 0 failed" in done.stdout.splitlines()[-1]
 
 
+ADDRESS_AND_UNDEFINED = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+THREAD = "-O1 -g1 -fsanitize=thread"
+FOUND_BY_SANITIZERS = {
+    "out_of_bounds_static_read": (ADDRESS_AND_UNDEFINED, "global-buffer-overflow"),
+    "misaligned_read": (ADDRESS_AND_UNDEFINED, "misaligned address"),
+    "missing_barrier_before_reading": (THREAD, "data race"),
+    "missing_barrier_before_writing": (THREAD, "data race"),
+}
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("emulation"), "-O2")
@@ -88,3 +100,31 @@ def test_every_row_over_a_sample_of_the_cases(programs):
 def test_an_unknown_row_or_fault_is_an_error(programs):
     assert run(programs / "cuda_check", *CASES, "--row", "conv2d_forward_magic_sm99").returncode == 2
     assert run(programs / "emulation_check", "magic").returncode == 2
+
+
+@pytest.mark.everything
+def test_every_row_over_every_case(programs):
+    check_rows(programs, every=1)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The programs with sanitizers, by their flags. Accesses without a barrier between them are a race of threads."""
+    return functools.cache(lambda flags: built(tmp_path_factory.mktemp("sanitized"), flags))
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize("fault", FOUND_BY_SANITIZERS)
+def test_sanitizers_find_a_planted_fault(sanitized, fault):
+    flags, message = FOUND_BY_SANITIZERS[fault]
+    done = run(sanitized(flags) / "emulation_check", fault)
+    assert done.returncode not in (0, 1)
+    assert message in done.stderr
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize(("flags", "every"), [(ADDRESS_AND_UNDEFINED, 4), (THREAD, 40)])
+def test_sanitizers_find_nothing_else(sanitized, flags, every):
+    done = run(sanitized(flags) / "emulation_check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_rows(sanitized(flags), every)

@@ -103,6 +103,8 @@ py::list kernels() {
     d["direction"] = row.direction;
     d["isa"] = isa_name(row.min_capability);
     d["supported"] = row.supported;
+    d["proven"] = row.proven;
+    d["admitted"] = row.admitted;
     rows.append(d);
   }
   return rows;
@@ -112,8 +114,6 @@ void describe(py::module_& m) {
   m.attr("source_hash") = CNN_EXT_SOURCE_HASH;
   m.attr("toolkit") = CNN_EXT_CUDA_TOOLKIT;
   m.attr("archs") = cuda::built_archs();
-  m.attr("proven") = false;
-  m.attr("note") = "compiled, but never run on a GPU";
 }
 
 }  // namespace

@@ -11,10 +11,10 @@
 
 namespace cnn_ext::cuda {
 
-// Queues the first row of the table that the device supports and that accepts the shape (or the forced row) on the stream.
-// workspace: conv2d_workspace_bytes() bytes on the device, aligned to 256, that stay allocated until the stream has passed.
-// Throws std::invalid_argument where a forced row refuses the shape or no row accepts it, std::runtime_error where CUDA fails, there is no
-// device, or the kernels were not built for it.
+// Queues the first row of the table that the device supports, that is admitted and that accepts the shape (or the forced row) on the
+// stream. workspace: conv2d_workspace_bytes() bytes on the device, aligned to 256, that stay allocated until the stream has passed. Throws
+// std::invalid_argument where a forced row refuses the shape or no row accepts it, std::runtime_error where CUDA fails, there is no device,
+// or the kernels were not built for it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream);
 size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape);
@@ -35,6 +35,8 @@ struct KernelRow {
   std::string direction;  // forward, backward_input, ...
   int min_capability;
   bool supported;  // by the current device
+  bool proven;     // has run on a GPU and was right
+  bool admitted;   // to calls that do not force it (proof.h)
 };
 std::vector<KernelRow> kernel_rows();
 

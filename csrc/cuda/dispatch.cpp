@@ -6,6 +6,7 @@
 #include "cuda/archs.h"
 #include "cuda/check.h"
 #include "cuda/kernel_table.h"
+#include "cuda/proof.h"
 
 namespace cnn_ext::cuda {
 namespace {
@@ -65,7 +66,9 @@ const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, cons
     return *forced_row;
   }
   for (const Kernel* row : table) {
-    if (slot_of(*row) == slot && row->min_capability <= capability && row->accepts(shape)) return *row;
+    if (slot_of(*row) == slot && row->min_capability <= capability && is_admitted(row->name, row->needs_proof) && row->accepts(shape)) {
+      return *row;
+    }
   }
   throw std::invalid_argument("no CUDA kernel serves this shape and dtype");
 }
@@ -97,7 +100,8 @@ std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
 template <class Kernel>
 void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>& table, int capability) {
   for (const Kernel* row : table) {
-    rows.push_back({row->name, op_name(*row), direction_name(*row), row->min_capability, row->min_capability <= capability});
+    rows.push_back({row->name, op_name(*row), direction_name(*row), row->min_capability, row->min_capability <= capability,
+                    has_proof(row->name), is_admitted(row->name, row->needs_proof)});
   }
 }
 

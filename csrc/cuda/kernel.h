@@ -29,6 +29,7 @@ struct Conv2dKernel {
   bool (*accepts)(const Conv2dShape&);
   Plan (*plan)(const Conv2dShape&);
   void (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, cudaStream_t);
+  bool needs_proof = false;  // stays aside until it has run on a GPU: the plain rows serve meanwhile (proof.h)
 };
 
 struct Pool2dKernel {
@@ -39,6 +40,7 @@ struct Pool2dKernel {
   bool (*accepts)(const Pool2dShape&);
   Plan (*plan)(const Pool2dShape&);
   void (*run)(const Pool2dShape&, const Pool2dBuffers&, cudaStream_t);
+  bool needs_proof = false;
 };
 
 }  // namespace cnn_ext::cuda

@@ -186,22 +186,36 @@ int64_t images(const cuda::Conv2dKernel& row, const Conv2dShape& s) {
 }
 int64_t images(const cuda::Pool2dKernel&, const Pool2dShape& s) { return s.batch; }
 
+// What the errors of a sum's terms follow.
+struct Arithmetic {
+  int64_t roundings;
+  double operand_error;  // of a product, relative: its operands may be rounded before
+};
+
+// Tensor cores multiply float32 as TF32, each operand rounded to 11 bits.
+template <class T, class Kernel, class Shape>
+Arithmetic arithmetic_of(const Kernel& row, const Shape& shape) {
+  const bool is_tf32 = std::is_same_v<T, float> && std::strstr(row.name, "_mma_") != nullptr;
+  return {roundings_of(row, shape), is_tf32 ? std::ldexp(1.0, -10) : 0};
+}
+
 // How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums.
 template <class T>
-double tolerance(int64_t roundings, double magnitude, double truth) {
+double tolerance(const Arithmetic& arithmetic, double magnitude, double truth) {
   using Limits = std::numeric_limits<cuda::Accumulate<T>>;
-  if (roundings == 0 || magnitude == 0) return 0;
+  if (arithmetic.roundings == 0 || magnitude == 0) return 0;
   const double eps = Limits::epsilon() + std::numeric_limits<double>::epsilon();
-  return eps * std::sqrt(static_cast<double>(roundings)) * magnitude + Limits::min() + last_place<T>(truth);
+  const double error = eps * std::sqrt(static_cast<double>(arithmetic.roundings)) + arithmetic.operand_error;
+  return error * magnitude + Limits::min() + last_place<T>(truth);
 }
 
 template <class T>
-std::string difference(const Result<T>& got, const Result<double>& truth, const Result<double>& magnitude, int64_t roundings) {
+std::string difference(const Result<T>& got, const Result<double>& truth, const Result<double>& magnitude, const Arithmetic& arithmetic) {
   if (got.offsets != truth.offsets) return "other offsets";
   for (size_t i = 0; i < got.values.size(); ++i) {
     const double value = static_cast<double>(widen(got.values[i])), wanted = truth.values[i];
     if (value == wanted || (std::isnan(value) && std::isnan(wanted))) continue;
-    const double allowed = std::isfinite(wanted) ? tolerance<T>(roundings, magnitude.values[i], wanted) : 0;
+    const double allowed = std::isfinite(wanted) ? tolerance<T>(arithmetic, magnitude.values[i], wanted) : 0;
     if (!(std::fabs(value - wanted) <= allowed)) {
       char text[128];
       std::snprintf(text, sizeof(text), "element %zu is %.9g, wanted %.9g within %.2g", i, value, wanted, allowed);
@@ -227,7 +241,8 @@ std::string problem_of(const Kernel& row, const Shape& shape) {
   };
   const Result<T> result = run(shape, {Order::forward, Flush::start, Values::plain});
   const Result<double> magnitude = truth(Values::absolute);
-  std::string problem = difference(result, truth(Values::plain), magnitude, roundings_of(row, shape));
+  const Arithmetic arithmetic = arithmetic_of<T>(row, shape);
+  std::string problem = difference(result, truth(Values::plain), magnitude, arithmetic);
   if (!problem.empty()) return problem;
   if (!same_bits(result, run(shape, {Order::reverse, Flush::end, Values::plain})))
     return "other bits in reverse order, or at other addresses";
@@ -235,8 +250,7 @@ std::string problem_of(const Kernel& row, const Shape& shape) {
   if (images(row, shape) > 1) first.batch = 1;
   if (!same_bits(result, run(first, {Order::shuffled, Flush::end, Values::plain})))
     return "other bits in shuffled order, or of an image alone";
-  problem = difference(run(shape, {Order::forward, Flush::end, Values::not_finite}), truth(Values::not_finite), magnitude,
-                       roundings_of(row, shape));
+  problem = difference(run(shape, {Order::forward, Flush::end, Values::not_finite}), truth(Values::not_finite), magnitude, arithmetic);
   return problem.empty() ? "" : "with an infinity and a NaN: " + problem;
 }
 

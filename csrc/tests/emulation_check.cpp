@@ -3,7 +3,8 @@
 //
 //   emulation_check [FAULT]
 //
-// With a fault planted in the product it must not: the exit status is 1, or that of a touch outside the buffers, 3.
+// With a fault planted it must not: the exit status is 1, or that of a touch outside the buffers, 3. Two of the faults are found in a build
+// with AddressSanitizer and UndefinedBehaviorSanitizer only: a read outside static shared memory and a vector read that is not aligned.
 #include <unistd.h>
 
 #include <cmath>
@@ -36,7 +37,9 @@ enum class Fault {
   wrong_fragment,
   divergent_barrier,
   misaligned_copy,
-  unfinished_copy
+  unfinished_copy,
+  out_of_bounds_static_read,
+  misaligned_read
 };
 constexpr const char* kFaults[] = {"none",
                                    "out_of_bounds_read",
@@ -47,7 +50,9 @@ constexpr const char* kFaults[] = {"none",
                                    "wrong_fragment",
                                    "divergent_barrier",
                                    "misaligned_copy",
-                                   "unfinished_copy"};
+                                   "unfinished_copy",
+                                   "out_of_bounds_static_read",
+                                   "misaligned_read"};
 
 // C [32, 8] = A [32, 64] * B^T [8, 64] for 16-bit elements: two warps with 16 rows each, two stages of 16 columns in shared memory.
 constexpr int kRows = 32, kCols = 8, kDepth = 64, kStep = 16, kChunk = 8;  // a chunk: 8 elements, 16 bytes
@@ -180,12 +185,12 @@ __global__ void meet() {
 }
 
 // The second warp takes what the first one has written, through a barrier of the two, while the third has nothing to do with them.
-__global__ void meet_by_name() {
+__global__ void meet_by_name(Fault fault) {
   __shared__ int numbers[32];
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), read = 63 - thread + (fault == Fault::out_of_bounds_static_read ? 1 : 0);
   if (thread < 32) numbers[thread] = 7 * thread;
   if (thread < 64) named_barrier(1, 64);
-  if (thread >= 32 && thread < 64) expect(numbers[63 - thread] == 7 * (63 - thread), "what lies behind a named barrier");
+  if (thread >= 32 && thread < 64) expect(numbers[read] == 7 * read, "what lies behind a named barrier");
 }
 
 // Of three groups the wait leaves the last one out; what does not exist is zero.
@@ -199,6 +204,16 @@ __global__ void copy_groups(const int* numbers) {
   expect(shared[0] == numbers[0] && shared[1] == 0 && shared[2] == -1, "a group of copies");
   cp_async_wait<0>();
   expect(shared[2] == numbers[2], "the last group of copies");
+}
+
+__global__ void read_vectors(Fault fault, const float* numbers) {
+  const float4 four = *reinterpret_cast<const float4*>(numbers + (fault == Fault::misaligned_read ? 1 : 0));
+  expect(four.x + four.y + four.z + four.w != 0, "a vector");
+}
+
+void check_vectors(Fault fault) {
+  alignas(16) const float numbers[] = {1, 2, 3, 4, 5};
+  launch(read_vectors, Grid(1, 1), nullptr, fault, numbers);
 }
 
 void check_halves() {
@@ -216,9 +231,10 @@ void check_all(Fault fault) {
   check_product<__nv_bfloat16>(fault);
   check_tf32();
   check_halves();
+  check_vectors(fault);
   launch(load_matrices, Grid(1, 32, 256 * sizeof(uint16_t)), nullptr);
   launch(meet, Grid(2, 96), nullptr);
-  launch(meet_by_name, Grid(2, 96), nullptr);
+  launch(meet_by_name, Grid(2, 96), nullptr, fault);
   const int numbers[] = {11, 12, 13};
   launch(copy_groups, Grid(1, 1, 16), nullptr, numbers);
 }

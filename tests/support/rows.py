@@ -110,7 +110,7 @@ def conv2d_shape(
         layout=getattr(_native.Layout, layout),
         weight_layout=getattr(_native.Layout, weight_layout),
         allow_winograd=allow_winograd,
-        allow_tf32=False,
+        allow_tf32=True,
     )
 
 

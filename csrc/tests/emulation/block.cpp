@@ -61,6 +61,7 @@ struct Block {
   std::exception_ptr error;
   const std::function<void()>* thread = nullptr;
   void* shared = nullptr;
+  char mark = 0;  // of its beginning and its end
 };
 
 Block block;
@@ -105,12 +106,14 @@ void run_thread() {
   Thread& self = current();
   self.copies.clear();
   self.copy_groups = 0;
+  happen_after(&block.mark);
   try {
     (*block.thread)();
     if (!self.copies.empty()) fail("ends with copies on their way");
   } catch (...) {
     block.error = std::current_exception();
   }
+  happen_before(&block.mark);
 }
 
 void leave() {
@@ -168,7 +171,9 @@ void run_block(int64_t index) {
   std::vector<int> lanes[kMostThreads / kWarpThreads];
   for (const int thread : threads) lanes[thread / kWarpThreads].push_back(thread);
   for (const std::vector<int>& warp : lanes) join(warp, &Thread::in_warp);
+  happen_before(&block.mark);
   enter(program, threads[0]);
+  happen_after(&block.mark);
   if (block.error == nullptr) return;
   prepared = 0;  // the fibres that are left halfway start afresh
   std::rethrow_exception(std::exchange(block.error, nullptr));
@@ -208,6 +213,7 @@ int Barrier::wait(int expected, int number) {
   const Scope scope = this == &warp_barrier() ? &Thread::in_warp : &Thread::in_block;
   sum_ += number;
   const unsigned mine = generation_;
+  happen_before(&marks_[mine % 2]);
   if (++arrived_ == expected) {
     result_ = std::exchange(sum_, 0);
     arrived_ = 0;
@@ -217,6 +223,7 @@ int Barrier::wait(int expected, int number) {
   }
   if (generation_ == mine) take_turns(scope);
   while (generation_ == mine) take_turns(&Thread::in_block);
+  happen_after(&marks_[mine % 2]);
   return result_;
 }
 

@@ -37,6 +37,7 @@ class Barrier {
  private:
   int arrived_ = 0, sum_ = 0, result_ = 0;
   unsigned generation_ = 0;
+  char marks_[2] = {};  // of the meetings with even and with odd numbers
 };
 
 Barrier& block_barrier(int id);

@@ -5,6 +5,9 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 namespace cnn_ext::emulation {
 
@@ -63,9 +66,25 @@ void Fibre::begin(Fibre& first_caller) {
   __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
   if (first_caller.stack_ == nullptr) first_caller.stack_ = stack, first_caller.bytes_ = bytes;
 }
+#elif defined(__SANITIZE_THREAD__)
+__attribute__((no_sanitize("thread"))) void Fibre::switch_to(Fibre& next) {
+  if (thread_ == nullptr) thread_ = __tsan_get_current_fiber();
+  if (next.thread_ == nullptr) next.thread_ = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(next.thread_, __tsan_switch_to_fiber_no_sync);
+  cnn_ext_switch_stack(&stack_pointer_, next.stack_pointer_);
+}
+void Fibre::begin(Fibre&) {}
 #else
 void Fibre::switch_to(Fibre& next) { cnn_ext_switch_stack(&stack_pointer_, next.stack_pointer_); }
 void Fibre::begin(Fibre&) {}
+#endif
+
+#if defined(__SANITIZE_THREAD__)
+void happen_before(void* mark) { __tsan_release(mark); }
+void happen_after(void* mark) { __tsan_acquire(mark); }
+#else
+void happen_before(void*) {}
+void happen_after(void*) {}
 #endif
 
 }  // namespace cnn_ext::emulation

@@ -1,4 +1,5 @@
-// Threads of execution with stacks of their own that are switched by hand: a switch costs a few nanoseconds, not a system call.
+// Threads of execution with stacks of their own that are switched by hand: a switch costs a few nanoseconds, not a system call. To
+// ThreadSanitizer they are threads that only happen_after() orders: it finds every pair of accesses without a barrier between them.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +20,11 @@ class Fibre {
   void* stack_pointer_ = nullptr;
   const void* stack_ = nullptr;
   size_t bytes_ = 0;
+  void* thread_ = nullptr;  // ThreadSanitizer's
 };
+
+// What the fibre has done so far happens before what follows happen_after() of the same mark.
+void happen_before(void* mark);
+void happen_after(void* mark);
 
 }  // namespace cnn_ext::emulation
