@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from cnn_ext.ops.shapes import INT64_MAX, check_max_pool1d, check_pool2d_rank, same_padding, window_extent
+from cnn_ext.ops.shapes import INT64_MAX, check_max_pool1d, check_pool2d_rank, same_padding, spec, window_extent
+from cnn_ext.ops.sized_shapes import check_adaptive_pool2d, check_unpool2d, refuse_empty_unpool2d
+from cnn_ext.ops.transposed_shapes import check_conv_transpose, check_conv_transpose_tensors, conv_transpose_extents
 
 CONV_WORDS = ("valid", "same", "same_lower", "full")
-POOL_WORDS = CONV_WORDS[:-1]
+POOL_WORDS = TRANSPOSED_WORDS = CONV_WORDS[:-1]
 
 
 def check_tensor(op: str, name: str, value) -> None:
@@ -200,6 +202,49 @@ def check_conv_ranks(op: str, input, weight, axes: int) -> None:
         raise RuntimeError(f"Expected {axes + 2}D weight to {op}, but got weight of size: {list(weight.shape)}")
 
 
+def _transposed_sides(op: str, padding, kernel_size, stride, dilation) -> tuple[int, ...]:
+    """What a transposed convolution leaves out of its result, as (before, after) of each axis in turn.
+
+    'same' and 'same_lower' give ``stride`` outputs for each input: where the window is smaller than the stride,
+    something is added behind instead.
+    """
+    axes = len(stride)
+    if isinstance(padding, str) and padding in TRANSPOSED_WORDS and padding != "valid":
+        sides: list[int] = []
+        for kernel, step, distance in zip(kernel_size, stride, dilation, strict=True):
+            total = window_extent(kernel, distance) - step
+            before = max(total, 0) // 2 if padding == "same" else (max(total, 0) + 1) // 2
+            sides += (before, total - before)
+        return tuple(sides)
+    as_ints = functools.partial(conv_ints, axes=axes)
+    sides = resolve_padding(op, padding, (), kernel_size, stride, dilation, words=TRANSPOSED_WORDS, as_ints=as_ints)
+    if min(sides) < 0:
+        raise RuntimeError(f"negative padding is not supported, but got padding={list(sides)}")
+    return sides
+
+
+def conv_transpose_geometry(op: str, input, weight, bias, stride, padding, output_padding, groups, dilation, axes: int):
+    """The arguments of a transposed convolution as the operators take them: the geometry (stride, padding, dilation,
+    groups) of the convolution that it transposes, whose padding behind lacks the output padding, and the extents of
+    the result."""
+    check_tensor(op, "input", input)
+    check_tensor(op, "weight", weight)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+    check_conv_ranks(op, input, weight, axes)
+    stride = conv_ints(op, "stride", stride, axes)
+    dilation = conv_ints(op, "dilation", dilation, axes)
+    output_padding = conv_ints(op, "output_padding", output_padding, axes)
+    groups = integer(op, "groups", groups)
+    sides = _transposed_sides(op, padding, weight.shape[2:], stride, dilation)
+    size = input.shape if input.dim() == axes + 2 else (1, *input.shape)
+    check_conv_transpose(size, weight.shape, stride, output_padding, dilation, groups)
+    check_conv_transpose_tensors(spec(input), spec(weight), None if bias is None else spec(bias), groups)
+    sides = [side - output_padding[i // 2] if i % 2 else side for i, side in enumerate(sides)]
+    extents = conv_transpose_extents(size[2:], weight.shape[2:], stride, sides, dilation)
+    return (stride, tuple(sides), dilation, groups), extents
+
+
 def fused_pool(op: str, pool_size, pool_stride) -> tuple[tuple[int, int], tuple[int, int]]:
     """The pooling of a fused convolution, as the operator takes it; the stride is the size if omitted."""
     pool_size = pool_pair(op, "pool_size", pool_size)
@@ -250,3 +295,60 @@ def avg_pool1d_window(input, kernel_size, stride, padding, dilation, ceil_mode):
         )
     window = _pool_window("avg_pool1d", input, kernel_size, stride, padding, dilation, ceil_mode, avg_pool1d_ints)
     return _of_height_1(*window)
+
+
+_LENGTH_WORDS = {
+    "adaptive_avg_pool2d": "adaptive_avg_pool2d: output_size must be 2",
+    "adaptive_max_pool2d": "adaptive_max_pool2d(): internal error: output_size.size() must be 2",
+}
+
+
+def adaptive_output_size(op: str, input, output_size) -> tuple[int, int]:
+    """(height, width) of an adaptive pooling, checked; None stands for the input's own."""
+    check_tensor(op, "input", input)
+    if isinstance(output_size, (tuple, list)):
+        if input.dim() <= len(output_size):
+            raise ValueError(f"Input dimension should be at least {len(output_size) + 1}, but got {input.dim()}")
+        if len(output_size) != 2:
+            raise RuntimeError(f"{_LENGTH_WORDS[op]}, but got output_size={list(output_size)}")
+        items = zip(output_size, input.shape[-2:], strict=True)
+        height, width = (own if item is None else integer(op, "output_size", item) for item, own in items)
+    else:
+        height = width = integer(op, "output_size", output_size)
+    check_adaptive_pool2d(op, input.shape, (height, width))
+    return height, width
+
+
+def unpool2d_output_size(input, indices, kernel_size, stride, padding, output_size) -> tuple[int, int]:
+    """(height, width) of an unpooling, checked against what the pooling's arguments allow."""
+    op = "max_unpool2d"
+    check_tensor(op, "input", input)
+    check_tensor(op, "indices", indices)
+    kernel_size = pool_pair(op, "kernel_size", kernel_size)
+    stride = kernel_size if stride is None else pool_pair(op, "stride", stride)
+    padding = pool_pair(op, "padding", padding)
+    check_unpool2d(spec(input), spec(indices))
+    refuse_empty_unpool2d(input.shape)
+    default = [
+        (size - 1) * step + kernel - 2 * pad
+        for size, kernel, step, pad in zip(input.shape[-2:], kernel_size, stride, padding, strict=True)
+    ]
+    wanted = default if output_size is None else list(output_size)
+    if len(wanted) == 4:
+        wanted = wanted[2:]
+    if len(wanted) != 2:
+        raise ValueError(
+            f"output_size should be a sequence containing 2 or 4 elements, but it has a length of '{len(wanted)}'"
+        )
+    height, width = (integer(op, "output_size", item) for item in wanted)
+    for axis, (got, usual, step) in enumerate(zip((height, width), default, stride, strict=True)):
+        if output_size is not None and not usual - step < got < usual + step:
+            raise ValueError(
+                f'invalid output_size "{output_size}" (dim {axis} must be between {usual - step} and {usual + step})'
+            )
+        if got < 0:
+            raise ValueError(
+                "max_unpooling: output_size must contain non-negative spatial dimensions, but got "
+                f"output_size[{axis}]={got}"
+            )
+    return height, width

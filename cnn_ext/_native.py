@@ -64,10 +64,13 @@ def cuda() -> ModuleType:
 Conv2dShape = cpu.Conv2dShape
 Conv2dReluPoolShape = cpu.Conv2dReluPoolShape
 Pool2dShape = cpu.Pool2dShape
+SizedPool2dShape = cpu.SizedPool2dShape
 Layout = cpu.Layout
 Conv2dDirection = cpu.Conv2dDirection
 Pool2dOp = cpu.Pool2dOp
 Pool2dDirection = cpu.Pool2dDirection
+SizedPool2dOp = cpu.SizedPool2dOp
+SizedPool2dDirection = cpu.SizedPool2dDirection
 
 DTYPES = {
     torch.float32: cpu.DType.float32,
@@ -119,6 +122,10 @@ def conv2d_backward_input(shape, grad_output, weight, grad_input):
     _run("conv2d_backward_input", shape, grad_output, weight, grad_input)
 
 
+def conv_transpose2d_forward(shape, grad_output, weight, input_bias, grad_input):
+    _run("conv_transpose2d_forward", shape, grad_output, weight, input_bias, grad_input)
+
+
 def conv2d_backward_weight(shape, grad_output, input, grad_weight):
     workspace = _workspace("backward_weight", shape, input.device)
     _run("conv2d_backward_weight", shape, grad_output, input, grad_weight, *workspace)
@@ -163,3 +170,27 @@ def avg_pool2d_forward(shape, input, output):
 
 def avg_pool2d_backward(shape, grad_output, grad_input):
     _run("avg_pool2d_backward", shape, grad_output, grad_input)
+
+
+def adaptive_max_pool2d_forward(shape, input, output, indices):
+    _run("adaptive_max_pool2d_forward", shape, input, output, indices)
+
+
+def adaptive_avg_pool2d_forward(shape, input, output):
+    _run("adaptive_avg_pool2d_forward", shape, input, output)
+
+
+def adaptive_avg_pool2d_backward(shape, grad_output, grad_input):
+    _run("adaptive_avg_pool2d_backward", shape, grad_output, grad_input)
+
+
+def max_unpool2d_forward(shape, input, indices, output):
+    _run("max_unpool2d_forward", shape, input, indices, output)
+
+
+def max_unpool2d_scatter(shape, input, indices, output):
+    _run("max_unpool2d_scatter", shape, input, indices, output)
+
+
+def max_unpool2d_gather(shape, input, indices, output):
+    _run("max_unpool2d_gather", shape, input, indices, output)

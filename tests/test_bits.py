@@ -14,7 +14,6 @@ from tests.support.cases import (
     Conv2dCase,
     FusedCase,
     Pool2dCase,
-    cases_of,
     conv2d_cases,
     for_dtype,
     fused_cases,
@@ -27,6 +26,7 @@ from tests.support.rows import (
     CONV2D_LAYOUTS,
     Row,
     accepts,
+    cases_of,
     choice,
     forced,
     layouts_of,
@@ -108,7 +108,7 @@ def test_same_bits_for_any_slice_of_the_batch(row):
             if not accepts(row, shape_of(part, dtype, layouts)):
                 problems.append((case.name, dtype, layouts, f"refuses a batch of {count}"))
                 continue
-            batched = {"input", "grad_output", "offsets", "mask"}
+            batched = {"input", "grad_output", "offsets", "indices", "mask"}
             slices = {name: t[start : start + count] if name in batched else t for name, t in tensors.items()}
             if not same_bits(run(row, part, layouts, **slices), tuple(t[start : start + count] for t in whole)):
                 problems.append((case.name, dtype, layouts, f"images {start} to {start + count}"))

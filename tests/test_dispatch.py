@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cnn_ext import _native
-from tests.support.cases import Conv2dCase, case_named, cases_of
-from tests.support.rows import Row, accepts, choice, forced, layouts_of, rows, run_conv2d, shape_of
+from tests.support.cases import Conv2dCase, case_named
+from tests.support.rows import Row, accepts, cases_of, choice, forced, layouts_of, rows, run_conv2d, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_ROWS = [row for row in rows() if row.device == "cpu"]

@@ -23,13 +23,14 @@ GEOMETRY = {"stride": (2, 1), "padding": 1}
 def convolutions(module, groups):
     """Functions of (input, weight, bias), as this package or torch has them."""
     arguments = GEOMETRY | {"groups": groups}
+    transposed = {"conv_transpose2d": lambda *tensors: module.conv_transpose2d(*tensors, **arguments)}
     if module is C:
-        return {
+        return transposed | {
             "conv2d": lambda *tensors: C.conv2d(*tensors, **arguments),
             "conv2d with relu": lambda *tensors: C.conv2d(*tensors, **arguments, activation="relu"),
             "conv2d_relu_max_pool2d": lambda *tensors: C.conv2d_relu_max_pool2d(*tensors, **arguments),
         }
-    return {
+    return transposed | {
         "conv2d": lambda *tensors: F.conv2d(*tensors, **arguments),
         "conv2d with relu": lambda *tensors: F.conv2d(*tensors, **arguments).relu(),
         "conv2d_relu_max_pool2d": lambda *tensors: F.max_pool2d(F.conv2d(*tensors, **arguments).relu(), 2),
@@ -63,7 +64,11 @@ def assert_close(got, wanted, *, terms=1000):
 def kernel_calls(monkeypatch):
     """The names of the kernels' entry points, as they are called."""
     calls = []
-    for name in [name for name in vars(_native) if name.startswith(("conv2d_", "max_pool2d_", "avg_pool2d_"))]:
+    for name in [
+        name
+        for name in vars(_native)
+        if name.startswith(("conv2d_", "conv_transpose2d_", "max_pool2d_", "avg_pool2d_"))
+    ]:
         kernel = getattr(_native, name)
         monkeypatch.setattr(_native, name, lambda *a, n=name, k=kernel: calls.append(n) or k(*a))
     return calls

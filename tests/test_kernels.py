@@ -10,23 +10,27 @@ import math
 import pytest
 import torch
 
-from tests.support import reference, winograd
-from tests.support.cases import NO_GRADIENT, Conv2dCase, FusedCase, Pool2dCase, cases_of, for_dtype, shared_tensors
+from tests.support import reference, sized_pool2d, winograd
+from tests.support.cases import NO_GRADIENT, Conv2dCase, FusedCase, Pool2dCase, for_dtype, shared_tensors
 from tests.support.reference import Truth
 from tests.support.rows import (
     ALL_DTYPES,
     CONV2D_LAYOUTS,
     POOL2D_LAYOUTS,
+    SIZED_POOL2D_OPS,
     Row,
     accepts,
+    cases_of,
     layouts_of,
     naive,
     rows,
     run_conv2d,
     run_fused,
     run_pool2d,
+    run_sized_pool2d,
     shape_of,
 )
+from tests.support.sized_pool2d import SizedPool2dCase
 from tests.support.tolerances import violation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONV2D_ROWS = rows(op="conv2d")
 FUSED_ROWS = rows(op="conv2d_relu_max_pool2d")
 POOL2D_ROWS = rows(op="max_pool2d") + rows(op="avg_pool2d")
+SIZED_POOL2D_ROWS = [row for op in SIZED_POOL2D_OPS for row in rows(op=op)]
 
 
 def layout_id(layouts: str | tuple[str, str]) -> str:
@@ -160,6 +165,23 @@ def pool2d_problems(row: Row, case: Pool2dCase, dtype: torch.dtype, layout: str)
     return problems
 
 
+@functools.cache
+def sized_pool2d_truth(op: str, direction: str, case: SizedPool2dCase, dtype: torch.dtype):
+    return sized_pool2d.truth(op, direction, case, shared_tensors(case, dtype))
+
+
+def sized_pool2d_problems(row: Row, case: SizedPool2dCase, dtype: torch.dtype, layout: str) -> list[str]:
+    data = vars(shared_tensors(case, dtype))
+    truth, indices = sized_pool2d_truth(row.op, row.direction, case, dtype)
+    result, *written = run_sized_pool2d(row, case, layout, **data)
+    problems = [f"{case.name}: {found}" for found in [violation(result, truth)] if found]
+    if indices is not None:
+        problems += [f"{case.name}: other indices"] * (not torch.equal(written[0], indices))
+        (alone,) = run_sized_pool2d(row, case, layout, **data, with_indices=False)
+        problems += [f"{case.name}: other output without indices"] * (not torch.equal(alone, result))
+    return problems
+
+
 def accepted(row: Row, dtype: torch.dtype, layouts) -> list:
     return [case for case in for_dtype(cases_of(row.op), dtype) if accepts(row, shape_of(case, dtype, layouts))]
 
@@ -197,7 +219,15 @@ def test_pool2d_row(row, dtype, layout):
     )
 
 
-@pytest.mark.parametrize("row", CONV2D_ROWS + FUSED_ROWS + POOL2D_ROWS, ids=str)
+@pytest.mark.parametrize("layout", POOL2D_LAYOUTS)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("row", SIZED_POOL2D_ROWS, ids=str)
+def test_sized_pool2d_row(row, dtype, layout):
+    cases = accepted(row, dtype, layout)
+    report([problem for case in cases for problem in sized_pool2d_problems(row, case, dtype, layout)], row)
+
+
+@pytest.mark.parametrize("row", CONV2D_ROWS + FUSED_ROWS + POOL2D_ROWS + SIZED_POOL2D_ROWS, ids=str)
 def test_the_naive_rows_accept_every_case_and_the_others_some(row):
     cases = cases_of(row.op)
     counts = {
@@ -219,6 +249,9 @@ def test_the_naive_rows_accept_every_case_and_the_others_some(row):
         ("conv2d_relu_max_pool2d", {"forward", "backward_input", "backward_weight", "backward_bias"}),
         ("max_pool2d", {"forward", "backward", "gather"}),
         ("avg_pool2d", {"forward", "backward"}),
+        ("adaptive_max_pool2d", {"forward"}),
+        ("adaptive_avg_pool2d", {"forward", "backward"}),
+        ("max_unpool2d", {"forward", "scatter", "gather"}),
     ],
 )
 def test_every_direction_has_its_oracle_as_the_last_row(op, directions):

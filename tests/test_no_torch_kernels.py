@@ -45,11 +45,23 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         differentiate(C.max_pool2d(x, 3, 2, 1), x)
         differentiate(C.max_pool2d(x, 2, return_indices=True)[0], x)
         differentiate(C.avg_pool2d(x, 2, ceil_mode=True), x)
+        t = torch.randn(4, 3, 3, 3, dtype=dtype, requires_grad=True)
+        differentiate(C.conv_transpose2d(x, t, b[:3], 2, 1, 1), x, t, b)
+        differentiate(C.conv_transpose2d(x, t), x, t)
+        differentiate(C.conv1d(x[..., 0], t.transpose(0, 1)[..., 0], b[:3], padding="same"), x, t, b)
+        differentiate(C.conv_transpose1d(x[..., 0], t[..., 0], stride=2), x, t)
+        differentiate(C.max_pool1d(x[..., 0], 3, 2), x)
+        differentiate(C.avg_pool1d(x[..., 0], 3, 2), x)
+        for size in (1, 3, (4, 9), 10):
+            differentiate(C.adaptive_avg_pool2d(x, size), x)
+            differentiate(C.adaptive_max_pool2d(x, size), x)
+        differentiate(C.max_unpool2d(*C.max_pool2d(x, 2, return_indices=True), 2, output_size=(9, 9)), x)
     for size in ((7,), (7, 6)):
         x, w = torch.randn(size, dtype=dtype, requires_grad=True), torch.randn(size, dtype=dtype, requires_grad=True)
         differentiate(cnn_ext.convolve(x, w), x, w)
         differentiate(cnn_ext.correlate(x, w, "same"), x, w)
-model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.MaxPool2d(2), torch.nn.AvgPool2d(2))
+model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.MaxPool2d(2), torch.nn.AvgPool2d(2),
+                            torch.nn.ConvTranspose2d(4, 4, 2, 2), torch.nn.AdaptiveAvgPool2d(3))
 cnn_ext.convert(model)(torch.randn(2, 1, 8, 8)).sum().backward()
 print("done")
 """

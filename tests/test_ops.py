@@ -16,7 +16,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 def conv2d_arguments(geometry, format, weight_format):
-    """Arguments of all four operators on one problem."""
+    """Arguments of every operator on one problem."""
     input = torch.randn(2, 4, 9, 8).contiguous(memory_format=format)
     weight = torch.randn(6, 4 // geometry[3], 3, 2).contiguous(memory_format=weight_format)
     output = OPS.conv2d_forward(input, weight, None, *geometry)
@@ -31,6 +31,7 @@ def conv2d_arguments(geometry, format, weight_format):
             weight_format == torch.channels_last,
         ),
         "conv2d_backward_bias": (output,),
+        "conv_transpose2d_forward": (output, weight, torch.randn(4), list(input.shape), *geometry),
     }
 
 
@@ -62,6 +63,19 @@ def pool2d_arguments(window, format):
     }
 
 
+def sized_pool2d_arguments(format):
+    input = torch.randn(2, 3, 9, 8).contiguous(memory_format=format)
+    output, indices = OPS.adaptive_max_pool2d_forward(input, (4, 3), True)
+    return {
+        "adaptive_max_pool2d_forward": (input, (4, 3), True),
+        "adaptive_avg_pool2d_forward": (input, (4, 3)),
+        "adaptive_avg_pool2d_backward": (output, list(input.shape)),
+        "max_unpool2d_forward": (output, indices, (9, 8)),
+        "max_unpool2d_scatter": (output, indices, (9, 8)),
+        "max_unpool2d_gather": (input, indices),
+    }
+
+
 @pytest.mark.parametrize("name", list(conv2d_arguments(GEOMETRIES[0], *FORMATS)))
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=["plain", "all arguments"])
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -86,11 +100,18 @@ def test_opcheck_pool2d(name, window, format):
     torch.library.opcheck(getattr(OPS, name).default, pool2d_arguments(window, format)[name])
 
 
+@pytest.mark.parametrize("name", list(sized_pool2d_arguments(FORMATS[0])))
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_sized_pool2d(name, format):
+    torch.library.opcheck(getattr(OPS, name).default, sized_pool2d_arguments(format)[name])
+
+
 def test_every_operator_is_checked():
     checked = {
         *conv2d_arguments(GEOMETRIES[0], *FORMATS),
         *fused_arguments(GEOMETRIES[0], POOLS[0], *FORMATS),
         *pool2d_arguments(WINDOWS[0], FORMATS[0]),
+        *sized_pool2d_arguments(FORMATS[0]),
     }
     registered = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "cnn_ext" in name

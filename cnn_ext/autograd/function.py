@@ -12,6 +12,8 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
+from cnn_ext.ops.shapes import is_channels_last, spec
+
 
 def _skipping_undefined(backward: Callable) -> Callable:
     """A backward that passes a gradient on only where one came."""
@@ -140,7 +142,11 @@ def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """
     if torch._C._are_functorch_transforms_active():
         return grad
-    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if not channels_last:
+        return grad.contiguous()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    # A plane of one element is both at once: its strides are to say which.
+    return grad if is_channels_last(spec(grad)) else grad.clone(memory_format=torch.channels_last)
 
 
 def differentiable(function: type[Function]) -> Callable:

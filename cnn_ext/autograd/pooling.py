@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.function import differentiable, in_layout, needs_backward, save
+from cnn_ext.ops.shapes import is_channels_last, spec
 
 
 class _MaxForward(Function):
@@ -22,11 +23,11 @@ class _MaxForward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, ctx.window, _ = inputs
-        values, offsets = output
+        _, offsets = output
         ctx.mark_non_differentiable(offsets)
         save(ctx, (offsets,), (True,))
         ctx.input_size = input.shape
-        ctx.channels_last = not values.is_contiguous()
+        ctx.channels_last = is_channels_last(spec(input))
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -99,7 +100,7 @@ class _AvgForward(Function):
         input, ctx.window, ctx.divisor = inputs
         save(ctx, (), ())
         ctx.input_size = input.shape
-        ctx.channels_last = not output.is_contiguous()
+        ctx.channels_last = is_channels_last(spec(input))
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -46,7 +46,7 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     It is the convolution over two axes with height 1; the tensors are looked at so, not copied.
 
     Args:
-        input: [N, C, L] or [C, L]; float32 or float64 (on CUDA float16 and bfloat16 as well).
+        input: [N, C, L] or [C, L]; float32, float64, float16 or bfloat16.
         weight: [K, C / groups, R], of the same dtype and device.
         bias: [K] or None.
         stride, dilation: an int or a list of one, at least 1.
@@ -65,8 +65,8 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     batched = input if input.dim() == 3 else input.unsqueeze(0)
     conv_output_size(batched.shape, weight.shape, *geometry)
     check_conv_tensors(spec(input), spec(weight), None if bias is None else spec(bias))
-    output = _conv2d("conv1d", of_height_1(batched), of_height_1(weight), bias, _of_height_1(geometry), activation)
-    output = output.squeeze(-2)
+    geometry = geometry_of_height_1(geometry)
+    output = _conv2d("conv1d", of_height_1(batched), of_height_1(weight), bias, geometry, activation).squeeze(-2)
     return output if input.dim() == 3 else output.squeeze(0)
 
 
@@ -75,7 +75,8 @@ def of_height_1(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().unsqueeze(-2)
 
 
-def _of_height_1(geometry):
+def geometry_of_height_1(geometry):
+    """The geometry of a convolution over one axis as one over two."""
     (stride,), padding, (dilation,), groups = geometry
     return (1, stride), (0, 0, *padding), (1, dilation), groups
 

@@ -78,11 +78,16 @@ def _max_pool2d(input, window, return_indices, added):
     """The maxima, or the pair of them and their indices; ``added`` axes are given to the input and taken again."""
     for axis in added:
         input = input.unsqueeze(axis)
-    output, offsets = autograd.max_pool2d(input, window, return_indices)
-    results = [output, _flat_indices(offsets, window, input.shape)] if return_indices else [output]
+    results = max_pool2d_of(input, window, return_indices)
     for axis in reversed(added):
         results = [result.squeeze(axis) for result in results]
     return tuple(results) if return_indices else results[0]
+
+
+def max_pool2d_of(input, window, return_indices):
+    """[maxima] of a batch, or [maxima, indices]."""
+    output, offsets = autograd.max_pool2d(input, window, return_indices)
+    return [output, _flat_indices(offsets, window, input.shape)] if return_indices else [output]
 
 
 @overridable

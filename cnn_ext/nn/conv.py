@@ -74,6 +74,74 @@ class Conv2d(_Conv, torch.nn.Conv2d):
         return functional.conv2d(*arguments)
 
 
+class _ConvTranspose:
+    """What the transposed layers over one axis and two share; stands before torch's class among their bases."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        output_padding=0,
+        groups=1,
+        bias=True,
+        dilation=1,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+    ):
+        extended = isinstance(padding, str) or is_per_side(padding)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if extended else padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if extended:
+            self.padding = padding
+
+    def forward(self, input, output_size=None):
+        output_padding = self.output_padding
+        if output_size is not None:
+            if isinstance(self.padding, str) or is_per_side(self.padding):
+                raise ValueError(f"output_size needs a padding of ints, but got padding={self.padding!r}")
+            axes = len(self.kernel_size)
+            output_padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation
+            )
+        return self._compute(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )
+
+
+class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
+    """:class:`torch.nn.ConvTranspose1d` computed by this package: same constructor, initialisation, ``repr`` and
+    ``state_dict``. ``padding`` takes every form of :func:`cnn_ext.functional.conv_transpose1d`.
+    """
+
+    def _compute(self, *arguments):
+        return functional.conv_transpose1d(*arguments)
+
+
+class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` computed by this package: same constructor, initialisation, ``repr`` and
+    ``state_dict``. ``padding`` takes every form of :func:`cnn_ext.functional.conv_transpose2d`.
+    """
+
+    def _compute(self, *arguments):
+        return functional.conv_transpose2d(*arguments)
+
+
 class LazyConv1d(torch.nn.LazyConv1d, Conv1d):
     """:class:`torch.nn.LazyConv1d` that becomes this package's :class:`Conv1d` at its first input."""
 
@@ -84,6 +152,18 @@ class LazyConv2d(torch.nn.LazyConv2d, Conv2d):
     """:class:`torch.nn.LazyConv2d` that becomes this package's :class:`Conv2d` at its first input."""
 
     cls_to_become = Conv2d
+
+
+class LazyConvTranspose1d(torch.nn.LazyConvTranspose1d, ConvTranspose1d):
+    """:class:`torch.nn.LazyConvTranspose1d` that becomes this package's :class:`ConvTranspose1d`."""
+
+    cls_to_become = ConvTranspose1d
+
+
+class LazyConvTranspose2d(torch.nn.LazyConvTranspose2d, ConvTranspose2d):
+    """:class:`torch.nn.LazyConvTranspose2d` that becomes this package's :class:`ConvTranspose2d`."""
+
+    cls_to_become = ConvTranspose2d
 
 
 def _is_extended(padding, stride) -> bool:

@@ -64,3 +64,24 @@ class AvgPool2d(torch.nn.AvgPool2d):
             self.count_include_pad,
             self.divisor_override,
         )
+
+
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+    """:class:`torch.nn.AdaptiveAvgPool2d` computed by this package."""
+
+    def forward(self, input):
+        return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
+    """:class:`torch.nn.AdaptiveMaxPool2d` computed by this package."""
+
+    def forward(self, input):
+        return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class MaxUnpool2d(torch.nn.MaxUnpool2d):
+    """:class:`torch.nn.MaxUnpool2d` computed by this package."""
+
+    def forward(self, input, indices, output_size=None):
+        return functional.max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)

@@ -5,11 +5,33 @@ import functools
 import torch
 from torch.nn.utils import parametrize
 
-from cnn_ext.nn.conv import Conv1d, Conv2d, LazyConv1d, LazyConv2d
+from cnn_ext.nn.conv import (
+    Conv1d,
+    Conv2d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+)
 from cnn_ext.nn.derived import Derived, derived_class
-from cnn_ext.nn.pooling import AvgPool1d, AvgPool2d, MaxPool1d, MaxPool2d
+from cnn_ext.nn.pooling import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxUnpool2d,
+)
 
-LAYERS = (Conv1d, Conv2d, LazyConv1d, LazyConv2d, MaxPool1d, MaxPool2d, AvgPool1d, AvgPool2d)
+LAYERS = (
+    *(Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d),
+    *(LazyConv1d, LazyConv2d, LazyConvTranspose1d, LazyConvTranspose2d),
+    *(MaxPool1d, MaxPool2d, AvgPool1d, AvgPool2d),
+    *(AdaptiveAvgPool2d, AdaptiveMaxPool2d, MaxUnpool2d),
+)
 REPLACEMENTS = {getattr(torch.nn, layer.__name__): layer for layer in LAYERS}  # which are named as torch's are
 _ORIGINALS = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 _COMPUTING = ("__call__", "forward", "_conv_forward")  # the methods that say what a layer computes

@@ -10,6 +10,7 @@ from cnn_ext.ops.conv2d_relu_max_pool2d import (
     conv2d_relu_max_pool2d_backward_weight,
     conv2d_relu_max_pool2d_forward,
 )
+from cnn_ext.ops.conv_transpose2d import conv_transpose2d_forward
 from cnn_ext.ops.pooling import (
     avg_pool2d_backward,
     avg_pool2d_forward,
@@ -17,8 +18,19 @@ from cnn_ext.ops.pooling import (
     max_pool2d_forward,
     max_pool2d_gather,
 )
+from cnn_ext.ops.sized_pooling import (
+    adaptive_avg_pool2d_backward,
+    adaptive_avg_pool2d_forward,
+    adaptive_max_pool2d_forward,
+    max_unpool2d_forward,
+    max_unpool2d_gather,
+    max_unpool2d_scatter,
+)
 
 __all__ = [
+    "adaptive_avg_pool2d_backward",
+    "adaptive_avg_pool2d_forward",
+    "adaptive_max_pool2d_forward",
     "avg_pool2d_backward",
     "avg_pool2d_forward",
     "conv2d_backward_bias",
@@ -29,7 +41,11 @@ __all__ = [
     "conv2d_relu_max_pool2d_backward_input",
     "conv2d_relu_max_pool2d_backward_weight",
     "conv2d_relu_max_pool2d_forward",
+    "conv_transpose2d_forward",
     "max_pool2d_backward",
     "max_pool2d_forward",
     "max_pool2d_gather",
+    "max_unpool2d_forward",
+    "max_unpool2d_gather",
+    "max_unpool2d_scatter",
 ]

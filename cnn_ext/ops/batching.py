@@ -17,14 +17,18 @@ _ROLES = {
     "weight": "weight",
     "weight_size": "weight",
     "bias": "bias",
+    "input_bias": "input_bias",
     "grad_output": "output",
     "mask": "output",
     "offsets": "output",
+    "indices": "output",
 }
 # What an operator computes, by the end of its name.
 _RESULTS = {
+    "transpose2d_forward": "input",
     "forward": "output",
     "gather": "output",
+    "scatter": "input",
     "backward": "input",
     "backward_input": "input",
     "backward_weight": "weight",
@@ -34,14 +38,20 @@ _RESULTS = {
 # groups there (channels are numbered group by group) or outside.
 _IMAGES = {"input": (0, False), "output": (0, False)}
 _OUT_CHANNELS = {"output": (1, True), "weight": (0, True), "bias": (0, True)}
-_IN_CHANNELS = {"input": (1, True), "weight": (1, False)}
-_GROUPS = {"input": (1, False), "output": (1, False), "weight": (0, False), "bias": (0, False)}
+_IN_CHANNELS = {"input": (1, True), "weight": (1, False), "input_bias": (0, True)}
+_GROUPS = {
+    "input": (1, False),
+    "output": (1, False),
+    "weight": (0, False),
+    "bias": (0, False),
+    "input_bias": (0, False),
+}
 _WITHOUT = {"weight": _IMAGES, "input": _OUT_CHANNELS, "output": _IN_CHANNELS}
 
 
 def _fold_of(mapped: set[str], result: str) -> dict[str, tuple[int, bool]]:
     """How a convolution takes in the mapped dimension of the tensors ``mapped``."""
-    tied = {"weight" if role == "bias" else role for role in (*mapped, result)}
+    tied = {"weight" if role in ("bias", "input_bias") else role for role in (*mapped, result)}
     lacking = [fold for role, fold in _WITHOUT.items() if role not in tied]
     return lacking[0] if lacking else _GROUPS
 

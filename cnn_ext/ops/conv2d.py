@@ -115,7 +115,7 @@ def _forward_fake(input, weight, bias, stride, padding, dilation, groups, allow_
 # backward_input: grad_input [N, C, H, W] -----------------------------------------------------------------------------
 
 
-def _plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size, geometry):
+def plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size, geometry):
     shapes.check_size("grad_output", grad_output.size, shapes.conv2d_output_size(input_size, weight.size, *geometry))
     shapes.check_same_type(grad_output, weight, ("grad_output", "weight"))
     shapes.check_served("conv2d", grad_output)
@@ -126,7 +126,7 @@ def _plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size
 def prepare_backward_input(
     grad_output: TensorSpec, weight: TensorSpec, input_size, geometry, allow_winograd: bool = False
 ):
-    memory_format = _plan_backward_input(grad_output, weight, input_size, geometry)
+    memory_format = plan_backward_input(grad_output, weight, input_size, geometry)
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
         input_size,
@@ -157,7 +157,7 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
 
 def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False):
     geometry = (stride, padding, dilation, groups)
-    memory_format = _plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
+    memory_format = plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
     return empty(input_size, grad_output, memory_format)
 
 

@@ -34,8 +34,9 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, *_):
     return _node("Conv", (input, weight, bias), attributes, input, size)
 
 
-def _conv_transpose2d(grad_output, weight, input_size, stride, padding, dilation, groups, *_):
+def _conv_transpose2d(grad_output, weight, bias, input_size, stride, padding, dilation, groups, *_):
     """The output padding is what the output's size has above the least that these arguments give."""
+    padding = [max(side, 0) for side in padding]
     attributes = _window(weight.shape[2:], stride, padding, dilation) | {"group": groups}
     attributes["output_padding"] = [
         int(
@@ -47,7 +48,11 @@ def _conv_transpose2d(grad_output, weight, input_size, stride, padding, dilation
         )
         for axis in (0, 1)
     ]
-    return _node("ConvTranspose", (grad_output, weight), attributes, grad_output, input_size)
+    return _node("ConvTranspose", (grad_output, weight, bias), attributes, grad_output, input_size)
+
+
+def _conv2d_backward_input(grad_output, weight, *arguments):
+    return _conv_transpose2d(grad_output, weight, None, *arguments)
 
 
 def _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, *_):
@@ -80,7 +85,8 @@ def _avg_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, count_
 
 TRANSLATIONS: dict[str, Callable] = {
     "conv2d_forward": _conv2d,
-    "conv2d_backward_input": _conv_transpose2d,
+    "conv2d_backward_input": _conv2d_backward_input,
+    "conv_transpose2d_forward": _conv_transpose2d,
     "conv2d_relu_max_pool2d_forward": _conv2d_relu_max_pool2d,
     "max_pool2d_forward": _max_pool2d,
     "avg_pool2d_forward": _avg_pool2d,

@@ -183,7 +183,7 @@ def check_fits(name: str, size: Sequence[int], itemsize: int) -> None:
         )
 
 
-def _check_conv_arguments(weight_size, stride, padding, dilation, groups) -> None:
+def check_conv_arguments(weight_size, stride, padding, dilation, groups) -> None:
     if min(padding[::2]) < 0:  # behind the input a negative one leaves its end out, as output_padding needs it
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
     if min(stride) <= 0:
@@ -196,7 +196,7 @@ def _check_conv_arguments(weight_size, stride, padding, dilation, groups) -> Non
         raise RuntimeError(f"kernel size should be greater than zero, but got weight of size {list(weight_size)}")
 
 
-def _check_divisible(weight_size, groups) -> None:
+def check_divisible(weight_size, groups) -> None:
     if weight_size[0] < groups:
         raise RuntimeError(
             f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, "
@@ -209,7 +209,7 @@ def _check_divisible(weight_size, groups) -> None:
         )
 
 
-def _check_channels(what: str, input_size, weight_size, channels: int) -> None:
+def check_channels(what: str, input_size, weight_size, channels: int) -> None:
     if input_size[1] != channels:
         raise RuntimeError(
             f"Given {what}, weight of size {list(weight_size)}, expected input{list(input_size)} to have "
@@ -217,32 +217,32 @@ def _check_channels(what: str, input_size, weight_size, channels: int) -> None:
         )
 
 
-def _check_not_empty(input_size) -> None:
+def check_not_empty(input_size) -> None:
     if 0 in input_size[2:] and input_size[0] != 0 and input_size[1] != 0:
         raise RuntimeError(
             f"Only zero batch or zero channel inputs are supported, but got input shape: {list(input_size)}"
         )
 
 
-def _by_axis(extents: Sequence[int]) -> str:
+def by_axis(extents: Sequence[int]) -> str:
     return f"({' x '.join(map(str, extents))})"
 
 
 def conv_output_size(input_size, weight_size, stride, padding, dilation, groups) -> tuple[int, ...]:
     """Checks a convolution over any number of axes and returns [N, K, ...]; ``padding`` has (before, after) of each
     axis in turn."""
-    _check_conv_arguments(weight_size, stride, padding, dilation, groups)
-    _check_divisible(weight_size, groups)
-    _check_channels(f"groups={groups}", input_size, weight_size, weight_size[1] * groups)
+    check_conv_arguments(weight_size, stride, padding, dilation, groups)
+    check_divisible(weight_size, groups)
+    check_channels(f"groups={groups}", input_size, weight_size, weight_size[1] * groups)
     sides = list(zip(padding[::2], padding[1::2], strict=True))
     padded = [size + before + after for size, (before, after) in zip(input_size[2:], sides, strict=True)]
     extents = [window_extent(kernel, step) for kernel, step in zip(weight_size[2:], dilation, strict=True)]
     if any(size < extent for size, extent in zip(padded, extents, strict=True)):
         raise RuntimeError(
-            f"Calculated padded input size per channel: {_by_axis(padded)}. "
-            f"Kernel size: {_by_axis(extents)}. Kernel size can't be greater than actual input size"
+            f"Calculated padded input size per channel: {by_axis(padded)}. "
+            f"Kernel size: {by_axis(extents)}. Kernel size can't be greater than actual input size"
         )
-    _check_not_empty(input_size)
+    check_not_empty(input_size)
     check_fits("the padded input", padded, 8)
     axes = zip(input_size[2:], weight_size[2:], stride, sides, dilation, strict=True)
     outputs = (conv_output_extent(size, kernel, s, *side, d) for size, kernel, s, side, d in axes)
@@ -260,16 +260,20 @@ def conv2d_output_size(input_size, weight_size, stride, padding, dilation, group
     return conv_output_size(input_size, weight_size, stride, padding, dilation, groups)
 
 
+def check_bias_size(what: str, weight: TensorSpec, bias: TensorSpec, channels: int) -> None:
+    if len(bias.size) != 1 or bias.size[0] != channels:
+        raise RuntimeError(
+            f"Given {what}weight of size {list(weight.size)}, expected bias to be 1-dimensional with {channels} "
+            f"elements, but got bias of size {list(bias.size)} instead"
+        )
+
+
 def check_conv_tensors(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None) -> None:
     """Dtypes and devices of a convolution, and the bias's size."""
     check_same_type(input, weight)
     if bias is not None:
         _check_bias_type(input, bias)
-        if len(bias.size) != 1 or bias.size[0] != weight.size[0]:
-            raise RuntimeError(
-                f"Given weight of size {list(weight.size)}, expected bias to be 1-dimensional with {weight.size[0]} "
-                f"elements, but got bias of size {list(bias.size)} instead"
-            )
+        check_bias_size("", weight, bias, weight.size[0])
     check_served("conv2d", input)
 
 

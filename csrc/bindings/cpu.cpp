@@ -32,6 +32,13 @@ void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const
   cpu::run_pool2d(op, direction, shape, buffers, threads);
 }
 
+void run(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, Address large, Address small, Address indices,
+         int threads) {
+  const SizedPool2dBuffers buffers{pointer(large), pointer(small), static_cast<int64_t*>(pointer(indices))};
+  const py::gil_scoped_release unlocked;
+  cpu::run_sized_pool2d(op, direction, shape, buffers, threads);
+}
+
 void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, int threads) {
   Conv2dBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
@@ -41,6 +48,13 @@ void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Add
 void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, int threads) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.weight = pointer(weight), b.grad_input = pointer(grad_input);
+  run(Conv2dDirection::backward_input, shape, b, threads);
+}
+
+// A transposed convolution: the gradient of a convolution's input, plus a bias. The shape is that of the convolution.
+void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, int threads) {
+  Conv2dBuffers b{};
+  b.grad_output = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.grad_input = pointer(output);
   run(Conv2dDirection::backward_input, shape, b, threads);
 }
 
@@ -127,6 +141,30 @@ void avg_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address 
   run(Pool2dOp::avg, Pool2dDirection::backward, shape, b, threads);
 }
 
+void adaptive_max_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address indices, int threads) {
+  run(SizedPool2dOp::adaptive_max, SizedPool2dDirection::forward, shape, input, output, indices, threads);
+}
+
+void adaptive_avg_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, int threads) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::forward, shape, input, output, 0, threads);
+}
+
+void adaptive_avg_pool2d_backward(const SizedPool2dShape& shape, Address grad_output, Address grad_input, int threads) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::backward, shape, grad_input, grad_output, 0, threads);
+}
+
+void max_unpool2d_forward(const SizedPool2dShape& shape, Address input, Address indices, Address output, int threads) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::forward, shape, output, input, indices, threads);
+}
+
+void max_unpool2d_scatter(const SizedPool2dShape& shape, Address input, Address indices, Address output, int threads) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::scatter, shape, output, input, indices, threads);
+}
+
+void max_unpool2d_gather(const SizedPool2dShape& shape, Address input, Address indices, Address output, int threads) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::gather, shape, input, output, indices, threads);
+}
+
 py::dict to_dict(const cpu::Choice& choice) {
   py::dict d;
   d["kernel"] = choice.kernel;
@@ -158,6 +196,7 @@ py::list kernels() {
 void bind_cpu(py::module_& m) {
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward_input", &conv2d_backward_input);
+  m.def("conv_transpose2d_forward", &conv_transpose2d_forward);
   m.def("conv2d_backward_weight", &conv2d_backward_weight);
   m.def("conv2d_backward_bias", &conv2d_backward_bias);
   m.def("conv2d_relu_max_pool2d_forward", &conv2d_relu_max_pool2d_forward);
@@ -169,6 +208,12 @@ void bind_cpu(py::module_& m) {
   m.def("max_pool2d_gather", &max_pool2d_gather);
   m.def("avg_pool2d_forward", &avg_pool2d_forward);
   m.def("avg_pool2d_backward", &avg_pool2d_backward);
+  m.def("adaptive_max_pool2d_forward", &adaptive_max_pool2d_forward);
+  m.def("adaptive_avg_pool2d_forward", &adaptive_avg_pool2d_forward);
+  m.def("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward);
+  m.def("max_unpool2d_forward", &max_unpool2d_forward);
+  m.def("max_unpool2d_scatter", &max_unpool2d_scatter);
+  m.def("max_unpool2d_gather", &max_unpool2d_gather);
   m.def("choose_conv2d", [](Conv2dDirection direction, const Conv2dShape& shape, int threads) {
     return to_dict(cpu::choose_conv2d(direction, shape, threads));
   });
@@ -177,6 +222,9 @@ void bind_cpu(py::module_& m) {
   });
   m.def("choose_pool2d", [](Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads) {
     return to_dict(cpu::choose_pool2d(op, direction, shape, threads));
+  });
+  m.def("choose_sized_pool2d", [](SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, int threads) {
+    return to_dict(cpu::choose_sized_pool2d(op, direction, shape, threads));
   });
   m.def("kernels", &kernels);
   m.def("force_kernel", &cpu::force_kernel);

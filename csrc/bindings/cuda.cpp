@@ -37,6 +37,12 @@ void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Addres
   run(Conv2dDirection::backward_input, shape, b, 0, stream);
 }
 
+void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address stream) {
+  Conv2dBuffers b{};
+  b.grad_output = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.grad_input = pointer(output);
+  run(Conv2dDirection::backward_input, shape, b, 0, stream);
+}
+
 void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Address input, Address grad_weight, Address workspace,
                             Address stream) {
   Conv2dBuffers b{};
@@ -123,6 +129,7 @@ PYBIND11_MODULE(_cuda, m) {
   describe(m);
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward_input", &conv2d_backward_input);
+  m.def("conv_transpose2d_forward", &conv_transpose2d_forward);
   m.def("conv2d_backward_weight", &conv2d_backward_weight);
   m.def("conv2d_backward_bias", &conv2d_backward_bias);
   m.def("conv2d_workspace_bytes", &cuda::conv2d_workspace_bytes);

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/sized_pool2d.h"
+
 namespace py = pybind11;
 
 namespace cnn_ext {
@@ -67,6 +69,13 @@ void visit_fields(Visitor& v, Pool2dShape*) {
   v.set("dtype", &S::dtype).set("layout", &S::layout);
 }
 
+template <class Visitor>
+void visit_fields(Visitor& v, SizedPool2dShape*) {
+  using S = SizedPool2dShape;
+  v.set("batch", &S::batch).set("channels", &S::channels).set("in_h", &S::in_h).set("in_w", &S::in_w);
+  v.set("out_h", &S::out_h).set("out_w", &S::out_w).set("dtype", &S::dtype).set("layout", &S::layout);
+}
+
 template <class Shape>
 struct ReadOnlyFields {
   py::class_<Shape>& type;
@@ -80,6 +89,7 @@ struct ReadOnlyFields {
 void set_tf32(Conv2dShape& shape, bool allowed) { shape.allow_tf32 = allowed; }
 void set_tf32(Conv2dReluPoolShape& shape, bool allowed) { shape.conv.allow_tf32 = allowed; }
 void set_tf32(Pool2dShape&, bool) {}
+void set_tf32(SizedPool2dShape&, bool) {}
 
 template <class Shape>
 void bind_shape(py::module_& m, const char* name) {
@@ -116,9 +126,19 @@ void bind_shapes(py::module_& m) {
       .value("forward", Pool2dDirection::forward)
       .value("backward", Pool2dDirection::backward)
       .value("gather", Pool2dDirection::gather);
+  py::enum_<SizedPool2dOp>(m, "SizedPool2dOp")
+      .value("adaptive_max", SizedPool2dOp::adaptive_max)
+      .value("adaptive_avg", SizedPool2dOp::adaptive_avg)
+      .value("max_unpool", SizedPool2dOp::max_unpool);
+  py::enum_<SizedPool2dDirection>(m, "SizedPool2dDirection")
+      .value("forward", SizedPool2dDirection::forward)
+      .value("backward", SizedPool2dDirection::backward)
+      .value("scatter", SizedPool2dDirection::scatter)
+      .value("gather", SizedPool2dDirection::gather);
   bind_shape<Conv2dShape>(m, "Conv2dShape");
   bind_shape<Conv2dReluPoolShape>(m, "Conv2dReluPoolShape");
   bind_shape<Pool2dShape>(m, "Pool2dShape");
+  bind_shape<SizedPool2dShape>(m, "SizedPool2dShape");
 }
 
 }  // namespace cnn_ext

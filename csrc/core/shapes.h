@@ -15,7 +15,7 @@ enum class Layout : int32_t { nchw, nhwc };
 
 // What a convolution computes, in torch's terms:
 //   forward          output      [N, K, OH, OW] from input, weight, bias
-//   backward_input   grad_input  [N, C, H, W]   from grad_output, weight
+//   backward_input   grad_input  [N, C, H, W]   from grad_output, weight, and as a transposed convolution from a bias [C]
 //   backward_weight  grad_weight [K, C/groups, R, S] from grad_output, input
 //   backward_bias    grad_bias   [K]            from grad_output
 enum class Conv2dDirection : int32_t { forward, backward_input, backward_weight, backward_bias };
@@ -24,7 +24,8 @@ enum class Conv2dDirection : int32_t { forward, backward_input, backward_weight,
 // kernel_w] into output [batch, out_channels, out_h, out_w]:
 //   output[n, k, oh, ow] = bias[k] + sum over c, r, s of
 //     weight[k, c, r, s] * input[n, c + group offset, oh * stride_h - pad_top + r * dilation_h, (same for w)]
-// with positions outside the input left out of the sum. The padding below and to the right shows in out_h and out_w only.
+// with positions outside the input left out of the sum. The padding below and to the right shows in out_h and out_w only; they may
+// also stop before the last window that the input holds.
 struct Conv2dShape {
   int64_t batch;
   int64_t in_channels, in_h, in_w;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/shapes.h"
+#include "core/sized_pool2d.h"
 #include "cpu/kernel.h"
 
 namespace cnn_ext::cpu {
@@ -14,6 +15,9 @@ namespace cnn_ext::cpu {
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, int threads);
+// Throws std::runtime_error where an index that it reads is none of the plane.
+void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
+                      int threads);
 
 // What such a call would do.
 struct Choice {
@@ -25,11 +29,12 @@ struct Choice {
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads);
 Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, int threads);
 Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads);
+Choice choose_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, int threads);
 
 // The table, in order of preference.
 struct KernelRow {
   std::string name;
-  std::string op;         // conv2d, conv2d_relu_max_pool2d, max_pool2d, avg_pool2d
+  std::string op;         // conv2d, conv2d_relu_max_pool2d, max_pool2d, avg_pool2d, ...
   std::string direction;  // forward, backward_input, ...
   Isa isa;
   bool supported;  // by this machine, and allowed by CNN_EXT_ISA

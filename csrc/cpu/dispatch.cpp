@@ -24,10 +24,13 @@ const int atfork_registered = pthread_atfork(nullptr, nullptr, [] { forked = tru
 constexpr const char* kConv2dDirections[] = {"forward", "backward_input", "backward_weight", "backward_bias"};
 constexpr const char* kPool2dDirections[] = {"forward", "backward", "gather"};
 constexpr const char* kPool2dOps[] = {"max_pool2d", "avg_pool2d"};
+constexpr const char* kSizedPool2dDirections[] = {"forward", "backward", "scatter", "gather"};
+constexpr const char* kSizedPool2dOps[] = {"adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d"};
 
 // One slot for each op and direction: the rows of a slot compete for its calls.
 int slot_of(Conv2dDirection direction) { return static_cast<int>(direction); }
 int slot_of(Pool2dOp op, Pool2dDirection direction) { return 3 * static_cast<int>(op) + static_cast<int>(direction); }
+int slot_of(SizedPool2dOp op, SizedPool2dDirection direction) { return 4 * static_cast<int>(op) + static_cast<int>(direction); }
 
 // What the templates below need of each kind of kernel: its table, names and slots, and the row that is forced in each slot.
 template <class Kernel>
@@ -60,11 +63,21 @@ struct Noun<Pool2dKernel> {
   static inline std::atomic<const Pool2dKernel*> forced[6];
 };
 
+template <>
+struct Noun<SizedPool2dKernel> {
+  static const std::vector<const SizedPool2dKernel*>& table() { return sized_pool2d_kernels(); }
+  static const char* op_name(const SizedPool2dKernel& row) { return kSizedPool2dOps[static_cast<int>(row.op)]; }
+  static const char* direction_name(const SizedPool2dKernel& row) { return kSizedPool2dDirections[static_cast<int>(row.direction)]; }
+  static int slot(const SizedPool2dKernel& row) { return slot_of(row.op, row.direction); }
+  static inline std::atomic<const SizedPool2dKernel*> forced[12];
+};
+
 template <class Visit>
 void for_each_noun(const Visit& visit) {
   visit(Noun<Conv2dKernel>{});
   visit(Noun<Conv2dReluPoolKernel>{});
   visit(Noun<Pool2dKernel>{});
+  visit(Noun<SizedPool2dKernel>{});
 }
 
 bool is_supported(Isa isa) { return isa <= best_isa(); }
@@ -74,10 +87,20 @@ int64_t multiplications(const Conv2dShape& s) {
 }
 int64_t multiplications(const Conv2dReluPoolShape& s) { return multiplications(s.conv); }
 int64_t multiplications(const Pool2dShape& s) { return s.batch * s.channels * s.out_h * s.out_w * s.kernel_h * s.kernel_w; }
+int64_t multiplications(const SizedPool2dShape& s) { return s.batch * s.channels * (s.in_h * s.in_w + s.out_h * s.out_w); }  // elements
 
 template <class Shape>
 int usable_threads(const Shape& shape, int threads) {
   return forked || multiplications(shape) < kSerialMultiplications ? 1 : threads;
+}
+
+// Whether a row does what the buffers ask for beyond its shape.
+template <class Kernel, class Buffers>
+bool suits(const Kernel&, const Buffers&) {
+  return true;
+}
+bool suits(const Conv2dKernel& row, const Conv2dBuffers& buffers) {
+  return row.direction != Conv2dDirection::backward_input || buffers.bias == nullptr || row.adds_bias;
 }
 
 // Offers the rows of a slot that support the shape to `use`, the best first (a forced one before all), until it returns true.
@@ -98,8 +121,14 @@ template <class Kernel, class Shape, class Buffers>
 void run(int slot, const Shape& shape, const Buffers& buffers, int threads) {
   const int team = usable_threads(shape, threads);
   offer<Kernel>(slot, shape, [&](const Kernel& row) {
+    if (!suits(row, buffers)) {
+      if (&row == Noun<Kernel>::forced[slot].load())
+        throw std::invalid_argument("forced kernel " + std::string(row.name) + " adds no bias");
+      return false;
+    }
     const Workspace workspace(row.plan(shape, team).workspace_bytes);
-    if constexpr (std::is_same_v<Kernel, Pool2dKernel>) {  // which multiplies nothing, so that nothing is tried in vain
+    if constexpr (std::is_same_v<Kernel, Pool2dKernel> ||
+                  std::is_same_v<Kernel, SizedPool2dKernel>) {  // which multiplies nothing, so that nothing is tried in vain
       row.run(shape, buffers, workspace.data(), team);
       return true;
     } else {
@@ -149,6 +178,24 @@ void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape
   run<Pool2dKernel>(slot_of(op, direction), shape, buffers, threads);
 }
 
+// Every index, taken as unsigned, is below the size of the plane.
+static void require_inside(const SizedPool2dShape& s, const int64_t* indices) {
+  uint64_t largest = 0;
+  for (int64_t i = 0; i < s.batch * s.channels * s.out_h * s.out_w; ++i) {
+    const uint64_t index = static_cast<uint64_t>(indices[i]);
+    if (index > largest) largest = index;
+  }
+  if (largest < static_cast<uint64_t>(s.in_h * s.in_w)) return;
+  throw std::runtime_error("Found an invalid max index: " + std::to_string(static_cast<int64_t>(largest)) +
+                           " (output volumes are of size " + std::to_string(s.in_h) + "x" + std::to_string(s.in_w) + ")");
+}
+
+void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
+                      int threads) {
+  if (op == SizedPool2dOp::max_unpool) require_inside(shape, buffers.indices);
+  run<SizedPool2dKernel>(slot_of(op, direction), shape, buffers, threads);
+}
+
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads) {
   return choose<Conv2dKernel>(slot_of(direction), shape, threads);
 }
@@ -159,6 +206,10 @@ Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolSh
 
 Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int threads) {
   return choose<Pool2dKernel>(slot_of(op, direction), shape, threads);
+}
+
+Choice choose_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, int threads) {
+  return choose<SizedPool2dKernel>(slot_of(op, direction), shape, threads);
 }
 
 std::vector<KernelRow> kernel_rows() {

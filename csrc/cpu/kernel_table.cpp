@@ -52,6 +52,14 @@ namespace cnn_ext::cpu {
   ROW(avg_pool2d_backward_2x2)      \
   ROW(avg_pool2d_backward_direct)
 
+#define CNN_EXT_SIZED_POOL2D_ROWS(ROW)     \
+  ROW(adaptive_max_pool2d_forward_direct)  \
+  ROW(adaptive_avg_pool2d_forward_direct)  \
+  ROW(adaptive_avg_pool2d_backward_direct) \
+  ROW(max_unpool2d_forward_direct)         \
+  ROW(max_unpool2d_scatter_direct)         \
+  ROW(max_unpool2d_gather_direct)
+
 #if defined(__x86_64__)
 #define CNN_EXT_FOR_EACH_ISA(DO) DO(avx512) DO(avx2) DO(baseline)
 #else
@@ -61,11 +69,13 @@ namespace cnn_ext::cpu {
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
 #define CNN_EXT_DECLARE_CONV2D_RELU_POOL(row) extern const Conv2dReluPoolKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
+#define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
 #define CNN_EXT_DECLARE(isa)                                      \
   namespace isa {                                                 \
   CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)                     \
   CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL) \
   CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)                     \
+  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)         \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
@@ -81,6 +91,8 @@ extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward, conv2d_relu_max_pool2d_backward_input,
     conv2d_relu_max_pool2d_backward_weight, conv2d_relu_max_pool2d_backward_bias;
 extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
+extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_forward, adaptive_avg_pool2d_backward, max_unpool2d_forward,
+    max_unpool2d_scatter, max_unpool2d_gather;
 }  // namespace naive
 
 #define CNN_EXT_ADD(row) rows.push_back(&row);
@@ -98,6 +110,12 @@ extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_ga
   {                                  \
     using namespace isa;             \
     CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD) \
+  }
+
+#define CNN_EXT_ADD_SIZED_POOL2D(isa)      \
+  {                                        \
+    using namespace isa;                   \
+    CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_ADD) \
   }
 
 const std::vector<const Conv2dKernel*>& conv2d_kernels() {
@@ -135,6 +153,20 @@ const std::vector<const Pool2dKernel*>& pool2d_kernels() {
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_POOL2D)
     for (const Pool2dKernel* row : {&naive::max_pool2d_forward, &naive::max_pool2d_backward, &naive::max_pool2d_gather,
                                     &naive::avg_pool2d_forward, &naive::avg_pool2d_backward}) {
+      rows.push_back(row);
+    }
+    return rows;
+  }();
+  return table;
+}
+
+const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels() {
+  static const std::vector<const SizedPool2dKernel*> table = [] {
+    std::vector<const SizedPool2dKernel*> rows;
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_SIZED_POOL2D)
+    for (const SizedPool2dKernel* row :
+         {&naive::adaptive_max_pool2d_forward, &naive::adaptive_avg_pool2d_forward, &naive::adaptive_avg_pool2d_backward,
+          &naive::max_unpool2d_forward, &naive::max_unpool2d_scatter, &naive::max_unpool2d_gather}) {
       rows.push_back(row);
     }
     return rows;

@@ -5,11 +5,13 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "cpu/sized_pool2d_kernel.h"
 
 namespace cnn_ext::cpu {
 
 const std::vector<const Conv2dKernel*>& conv2d_kernels();
 const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels();
 const std::vector<const Pool2dKernel*>& pool2d_kernels();
+const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels();
 
 }  // namespace cnn_ext::cpu

@@ -39,13 +39,14 @@ void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
   const Geometry geo(s);
   const T* grad_output = static_cast<const T*>(b.grad_output);
   const T* weight = static_cast<const T*>(b.weight);
+  const T* bias = static_cast<const T*>(b.bias);
   T* grad_input = static_cast<T*>(b.grad_input);
   parallel_for(threads, s.batch * s.in_channels, [&](int, int64_t task) {
     const int64_t n = task / s.in_channels, channel = task % s.in_channels;
     const int64_t c = channel % geo.group_in, first_out = channel / geo.group_in * geo.group_out;
     for (int64_t ih = 0; ih < s.in_h; ++ih) {
       for (int64_t iw = 0; iw < s.in_w; ++iw) {
-        double sum = 0.0;
+        double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
         for (int64_t k = 0; k < geo.group_out; ++k) {
           for (int64_t r = 0; r < s.kernel_h; ++r) {
             const int64_t oh = output_position(ih, s.pad_top, r * s.dilation_h, s.stride_h, s.out_h);
@@ -121,8 +122,13 @@ Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch * s.out_channels, 0
     with_scalar(s.dtype, [&](auto scalar) { direction<decltype(scalar)>(s, b, threads); });          \
     return Outcome::done;                                                                            \
   }                                                                                                  \
-  extern const Conv2dKernel conv2d_##direction = {                                                   \
-      "conv2d_" #direction "_naive_baseline", Isa::baseline, Conv2dDirection::direction, accepts, plan, run_##direction};
+  extern const Conv2dKernel conv2d_##direction = {"conv2d_" #direction "_naive_baseline",            \
+                                                  Isa::baseline,                                     \
+                                                  Conv2dDirection::direction,                        \
+                                                  accepts,                                           \
+                                                  plan,                                              \
+                                                  run_##direction,                                   \
+                                                  /*adds_bias=*/Conv2dDirection::direction == Conv2dDirection::backward_input};
 CNN_EXT_NAIVE_ROW(forward)
 CNN_EXT_NAIVE_ROW(backward_input)
 CNN_EXT_NAIVE_ROW(backward_weight)

@@ -21,6 +21,7 @@ struct BackwardInputOperands {
       : g(geometry),
         grad_output(static_cast<const T*>(b.grad_output)),
         weight(static_cast<const T*>(b.weight)),
+        bias(static_cast<const T*>(b.bias)),
         grad_input(static_cast<T*>(b.grad_input)),
         phase_height(ceil_div(g.in_h, g.stride_h)),
         phase_width(ceil_div(g.in_w, g.stride_w)),
@@ -30,6 +31,7 @@ struct BackwardInputOperands {
   __device__ void select_group(int group) {
     grad_output += group * g.group_out * g.out.c;
     weight += group * g.group_out * g.filter.n;
+    if (bias != nullptr) bias += group * g.group_in;
     grad_input += group * g.group_in * g.in.c;
   }
 
@@ -66,6 +68,7 @@ struct BackwardInputOperands {
     const PlaneIndex p = pixel_decoder.at(pixel);
     if (c >= g.group_in || !exists(pixel, p)) return;
     const int h = phase_h.first_position + p.h * g.stride_h, w = phase_w.first_position + p.w * g.stride_w;
+    if (bias != nullptr) sum += widen(bias[c]);
     grad_input[p.outer * g.in.n + c * g.in.c + h * g.in.h + w * g.in.w] = narrow<T>(sum);
   }
 
@@ -77,6 +80,7 @@ struct BackwardInputOperands {
   Conv2dGeometry g;
   const T* grad_output;
   const T* weight;
+  const T* bias;  // null: none
   T* grad_input;
   int phase_height, phase_width, pixels;
   PlaneDecoder pixel_decoder;
@@ -146,7 +150,7 @@ __global__ void backward_input_direct(Conv2dGeometry g, Conv2dBuffers b, int64_t
   const int64_t first_out = i.c / g.group_in * g.group_out;
   const T* grad_output = static_cast<const T*>(b.grad_output) + i.n * g.out.n + first_out * g.out.c;
   const T* weight = static_cast<const T*>(b.weight) + first_out * g.filter.n + i.c % g.group_in * g.filter.c;
-  Accumulate<T> sum = 0;
+  Accumulate<T> sum = b.bias != nullptr ? widen(static_cast<const T*>(b.bias)[i.c]) : Accumulate<T>{0};
   for (int k = 0; k < g.group_out; ++k) {
     for (int oh = rows.begin; oh < rows.end; ++oh) {
       const int offset_h = padded_h - oh * g.stride_h;
@@ -175,9 +179,21 @@ void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_backward_input_implicit_gemm_sm80 = {
-    "conv2d_backward_input_implicit_gemm_sm80", 80, Conv2dDirection::backward_input, gemm_accepts, plan_gemm, run_gemm};
-extern const Conv2dKernel conv2d_backward_input_direct_sm80 = {
-    "conv2d_backward_input_direct_sm80", 80, Conv2dDirection::backward_input, has_int_extents, plan_direct, run_direct};
+extern const Conv2dKernel conv2d_backward_input_implicit_gemm_sm80 = {"conv2d_backward_input_implicit_gemm_sm80",
+                                                                      80,
+                                                                      Conv2dDirection::backward_input,
+                                                                      gemm_accepts,
+                                                                      plan_gemm,
+                                                                      run_gemm,
+                                                                      /*needs_proof=*/false,
+                                                                      /*adds_bias=*/true};
+extern const Conv2dKernel conv2d_backward_input_direct_sm80 = {"conv2d_backward_input_direct_sm80",
+                                                               80,
+                                                               Conv2dDirection::backward_input,
+                                                               has_int_extents,
+                                                               plan_direct,
+                                                               run_direct,
+                                                               /*needs_proof=*/false,
+                                                               /*adds_bias=*/true};
 
 }  // namespace cnn_ext::cuda

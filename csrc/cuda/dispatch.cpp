@@ -58,24 +58,33 @@ int capability_or_none() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 ? capability_of(current_device()) : 0;
 }
 
+// Whether a row takes the bias that a transposed convolution may have.
+bool suits(const Conv2dKernel& row, bool with_bias) {
+  return row.direction != Conv2dDirection::backward_input || !with_bias || row.adds_bias;
+}
+bool suits(const Pool2dKernel&, bool) { return true; }
+
 template <class Kernel, class Shape>
-const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape) {
+const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape,
+                         bool with_bias = false) {
   const int capability = usable_capability();
   if (forced_row != nullptr) {
-    if (!forced_row->accepts(shape)) throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
+    if (!forced_row->accepts(shape) || !suits(*forced_row, with_bias))
+      throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
     return *forced_row;
   }
   for (const Kernel* row : table) {
-    if (slot_of(*row) == slot && row->min_capability <= capability && is_admitted(row->name, row->needs_proof) && row->accepts(shape)) {
+    if (slot_of(*row) == slot && row->min_capability <= capability && is_admitted(row->name, row->needs_proof) && row->accepts(shape) &&
+        suits(*row, with_bias)) {
       return *row;
     }
   }
   throw std::invalid_argument("no CUDA kernel serves this shape and dtype");
 }
 
-const Conv2dKernel& row_for(Conv2dDirection direction, const Conv2dShape& shape) {
+const Conv2dKernel& row_for(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias = false) {
   const int slot = slot_of(direction);
-  return choose_row(conv2d_kernels(), slot, forced_conv2d[slot].load(), shape);
+  return choose_row(conv2d_kernels(), slot, forced_conv2d[slot].load(), shape, with_bias);
 }
 
 const Pool2dKernel& row_for(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
@@ -108,7 +117,7 @@ void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>&
 }  // namespace
 
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream) {
-  row_for(direction, shape).run(shape, buffers, workspace, stream);
+  row_for(direction, shape, buffers.bias != nullptr).run(shape, buffers, workspace, stream);
 }
 
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/shapes.h"
+#include "core/sized_pool2d.h"
 
 namespace cnn_ext::tests {
 
@@ -113,6 +114,11 @@ inline Pool2dShape pool2d_shape(const Case& c, DType dtype, Layout layout) {
           static_cast<int32_t>(c["count_include_pad"]),
           dtype,
           layout};
+}
+
+// The sizes of a pooling.
+inline SizedPool2dShape sized_pool2d_shape(const Pool2dShape& s) {
+  return {s.batch, s.channels, s.in_h, s.in_w, s.out_h, s.out_w, s.dtype, s.layout};
 }
 
 }  // namespace cnn_ext::tests

@@ -120,13 +120,33 @@ Result<T> call(const Pool2dKernel& row, const Pool2dShape& s, const Run& run, co
   return {std::vector<T>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
 }
 
+template <class T>
+Result<T> call(const SizedPool2dKernel& row, const SizedPool2dShape& s, const Run& run, const std::vector<uint8_t>& indices) {
+  Tensors tensors(run.flush);
+  const int64_t large = s.batch * s.channels * s.in_h * s.in_w, small = s.batch * s.channels * s.out_h * s.out_w;
+  const bool unpools = row.op == SizedPool2dOp::max_unpool;
+  const bool writes_small = row.direction == SizedPool2dDirection::gather || (!unpools && row.direction == SizedPool2dDirection::forward);
+  const int64_t count = writes_small ? small : large;
+  const int64_t index_bytes = row.op == SizedPool2dOp::adaptive_avg ? 0 : small * static_cast<int64_t>(sizeof(int64_t));
+  T* source = tensors.values<T>(writes_small ? large : small, writes_small ? 1 : 4, run.absolute);
+  T* result = static_cast<T*>(tensors.bytes(count * static_cast<int64_t>(sizeof(T))));
+  void* places = index_bytes == 0 ? nullptr : tensors.bytes(index_bytes, unpools ? indices.data() : nullptr);
+  const SizedPool2dBuffers b{writes_small ? source : result, writes_small ? result : source, static_cast<int64_t*>(places)};
+  const Guarded workspace(aligned(row.plan(s, run.threads).workspace_bytes), run.flush);
+  row.run(s, b, workspace.data(), run.threads);
+  const uint8_t* written = static_cast<const uint8_t*>(places);
+  return {std::vector<T>(result, result + count), std::vector<uint8_t>(written, written + index_bytes)};
+}
+
 int64_t roundings_of(const Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
 int64_t roundings_of(const Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) { return roundings(row.direction, s); }
 int64_t roundings_of(const Pool2dKernel& row, const Pool2dShape& s) { return roundings(row.op, row.direction, s); }
+int64_t roundings_of(const SizedPool2dKernel& row, const SizedPool2dShape& s) { return roundings(row.op, row.direction, s); }
 
 bool same_slot(const Conv2dKernel& a, const Conv2dKernel& b) { return a.direction == b.direction; }
 bool same_slot(const Conv2dReluPoolKernel& a, const Conv2dReluPoolKernel& b) { return a.direction == b.direction; }
 bool same_slot(const Pool2dKernel& a, const Pool2dKernel& b) { return a.op == b.op && a.direction == b.direction; }
+bool same_slot(const SizedPool2dKernel& a, const SizedPool2dKernel& b) { return a.op == b.op && a.direction == b.direction; }
 
 // The naive row of a slot is its last.
 template <class Kernel>
@@ -160,6 +180,18 @@ std::vector<uint8_t> offsets_for(const Pool2dKernel& reader, const Pool2dShape& 
   };
   const auto row = std::find_if(pool2d_kernels().rbegin(), pool2d_kernels().rend(), is_max_forward);
   return call<T>(**row, s, Run{}, {}).offsets;
+}
+
+// Indices within the plane, some of them the same.
+template <class T>
+std::vector<uint8_t> offsets_for(const SizedPool2dKernel& reader, const SizedPool2dShape& s) {
+  if (reader.op != SizedPool2dOp::max_unpool) return {};
+  std::vector<int64_t> indices(static_cast<size_t>(s.batch * s.channels * s.out_h * s.out_w));
+  for (size_t i = 0; i < indices.size(); ++i) {
+    indices[i] = static_cast<int64_t>(random_bits(7, static_cast<int64_t>(i)) % static_cast<uint64_t>(s.in_h * s.in_w));
+  }
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(indices.data());
+  return {bytes, bytes + indices.size() * sizeof(int64_t)};
 }
 
 // What a slot's rows are compared with.
@@ -273,7 +305,8 @@ bool has_row(const std::string& name) {
   const auto is_named = [&](const auto* row) { return name == row->name; };
   return std::any_of(conv2d_kernels().begin(), conv2d_kernels().end(), is_named) ||
          std::any_of(conv2d_relu_pool_kernels().begin(), conv2d_relu_pool_kernels().end(), is_named) ||
-         std::any_of(pool2d_kernels().begin(), pool2d_kernels().end(), is_named);
+         std::any_of(pool2d_kernels().begin(), pool2d_kernels().end(), is_named) ||
+         std::any_of(sized_pool2d_kernels().begin(), sized_pool2d_kernels().end(), is_named);
 }
 
 template <class T>
@@ -292,7 +325,9 @@ void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_
   for (const auto& [layout, layout_name] : layouts) {
     const std::string variant = dtype_name + " " + layout_name;
     for (const Case& c : cases_of(pool2d_file)) {
-      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool2d_shape(c, dtype, layout), only);
+      const Pool2dShape pool = pool2d_shape(c, dtype, layout);
+      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool, only);
+      check_rows<T>(sized_pool2d_kernels(), "sizes of case " + c.name + ", " + variant, sized_pool2d_shape(pool), only);
     }
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
       size_t turn = 0;  // each convolution is fused with one of the poolings in turn

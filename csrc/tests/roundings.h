@@ -7,6 +7,7 @@
 
 #include "core/half.h"
 #include "core/shapes.h"
+#include "core/sized_pool2d.h"
 
 namespace cnn_ext::tests {
 
@@ -37,6 +38,15 @@ inline int64_t roundings(Pool2dOp op, Pool2dDirection direction, const Pool2dSha
   if (op == Pool2dOp::avg) return s.kernel_h * s.kernel_w + 1;
   if (direction != Pool2dDirection::backward) return 0;
   return overlap(s.kernel_h, s.stride_h, s.kernel_w, s.stride_w) - 1;
+}
+
+// A maximum and what is moved are exact; a mean adds up a window, the others at most all of the outputs.
+inline int64_t roundings(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& s) {
+  if (op == SizedPool2dOp::adaptive_max || direction == SizedPool2dDirection::gather) return 0;
+  if (op == SizedPool2dOp::max_unpool) return direction == SizedPool2dDirection::scatter ? s.out_h * s.out_w - 1 : 0;
+  const int64_t taps_h = s.in_h / s.out_h + 2, taps_w = s.in_w / s.out_w + 2, covers_h = s.out_h / s.in_h + 2,
+                covers_w = s.out_w / s.in_w + 2;
+  return 1 + (direction == SizedPool2dDirection::forward ? taps_h * taps_w : covers_h * covers_w);
 }
 
 // The distance of a half to the next one: results are rounded to halves in the end. Nothing for the other types, whose roundings are

@@ -325,11 +325,6 @@ def fused_cases() -> tuple[FusedCase, ...]:
     )
 
 
-def cases_of(op: str) -> tuple:
-    """The list of an operator."""
-    return {"conv2d": conv2d_cases, "conv2d_relu_max_pool2d": fused_cases}.get(op, pool2d_cases)()
-
-
 HALF_STEP = 5  # as kernel_check's
 
 

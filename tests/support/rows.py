@@ -14,8 +14,10 @@ from types import ModuleType
 import torch
 
 from cnn_ext import _native
-from tests.support.cases import Conv2dCase, FusedCase, Pool2dCase
+from tests.support.cases import Conv2dCase, FusedCase, Pool2dCase, conv2d_cases, fused_cases, pool2d_cases
+from tests.support.sized_pool2d import SizedPool2dCase
 
+SIZED_POOL2D_OPS = ("adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d")
 DTYPES = (torch.float32, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = DTYPES + HALF_DTYPES
@@ -142,17 +144,26 @@ def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.P
     )
 
 
+def cases_of(op: str) -> tuple:
+    """The list of an operator."""
+    if op in SIZED_POOL2D_OPS:
+        return tuple(map(SizedPool2dCase, pool2d_cases()))
+    return {"conv2d": conv2d_cases, "conv2d_relu_max_pool2d": fused_cases}.get(op, pool2d_cases)()
+
+
 def layouts_of(op: str) -> tuple:
     """The layouts in which the rows of an operator are tested."""
-    return POOL2D_LAYOUTS if op.endswith("_pool2d") and not op.startswith("conv2d") else CONV2D_LAYOUTS
+    return CONV2D_LAYOUTS if op.startswith("conv2d") else POOL2D_LAYOUTS
 
 
-def shape_of(case: Conv2dCase | FusedCase | Pool2dCase, dtype: torch.dtype, layouts):
+def shape_of(case, dtype: torch.dtype, layouts):
     """The shape of a case of any kind; ``layouts`` is an item of ``layouts_of`` its operator."""
     if isinstance(case, Conv2dCase):
         return conv2d_shape(case, dtype, *layouts)
     if isinstance(case, FusedCase):
         return fused_shape(case, dtype, *layouts)
+    if isinstance(case, SizedPool2dCase):
+        return case.shape(dtype, layouts)
     return pool2d_shape(case, dtype, layouts)
 
 
@@ -162,6 +173,10 @@ def choice(row: Row, shape, threads: int = 1) -> dict:
         return row.module.choose_conv2d(getattr(_native.Conv2dDirection, row.direction), shape, threads)
     if row.op == "conv2d_relu_max_pool2d":
         return row.module.choose_conv2d_relu_pool(getattr(_native.Conv2dDirection, row.direction), shape, threads)
+    if row.op in SIZED_POOL2D_OPS:
+        op = getattr(_native.SizedPool2dOp, row.op.removesuffix("_pool2d").removesuffix("2d"))
+        direction = getattr(_native.SizedPool2dDirection, row.direction)
+        return row.module.choose_sized_pool2d(op, direction, shape, threads)
     op, direction = getattr(_native.Pool2dOp, row.op.split("_")[0]), getattr(_native.Pool2dDirection, row.direction)
     return row.module.choose_pool2d(op, direction, shape, threads)
 
@@ -300,10 +315,46 @@ def run_pool2d(
     return tuple(t.cpu() for t in out)
 
 
+def run_sized_pool2d(
+    row: Row,
+    case: SizedPool2dCase,
+    layout: str = "nchw",
+    *,
+    input: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    with_indices: bool = True,
+    shift: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """What ``row`` makes of the operands that its direction reads: one tensor, or adaptive max pooling's two."""
+    kernel = getattr(_native, f"{row.op}_{row.direction}")
+    shape = case.shape(input.dtype, layout)
+
+    def result(size: tuple[int, ...], dtype: torch.dtype = input.dtype) -> torch.Tensor:
+        return empty(size, dtype, layout, shift)
+
+    if row.op == "max_unpool2d":
+        reads_large = row.direction == "gather"
+        operands = (input if reads_large else grad_output, indices)
+        out = (result(case.small_size if reads_large else case.large_size),)
+    elif row.direction == "backward":
+        operands, out = (grad_output,), (result(case.large_size),)
+    else:
+        operands, out = (input,), (result(case.small_size),)
+        if row.op == "adaptive_max_pool2d":
+            out = (*out, *([result(case.small_size, torch.int64)] if with_indices else []))
+    absent = [None] if row.op == "adaptive_max_pool2d" and not with_indices else []
+    with forced(row):
+        kernel(shape, *(dense(operand, layout, shift) for operand in operands), *out, *absent)
+    return out
+
+
 def run(row: Row, case, layouts, **operands) -> tuple[torch.Tensor, ...]:
     """What ``row`` makes of those ``operands`` that it reads: one tensor, or output and offsets."""
     if row.op == "conv2d":
         return (run_conv2d(row, case, layouts, **operands),)
+    if row.op in SIZED_POOL2D_OPS:
+        return run_sized_pool2d(row, case, layouts, **operands)
     return (run_fused if row.op == "conv2d_relu_max_pool2d" else run_pool2d)(row, case, layouts, **operands)
 
 

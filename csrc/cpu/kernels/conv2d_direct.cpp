@@ -23,6 +23,7 @@ extern const Conv2dKernel conv2d_backward_input_direct = {CNN_EXT_KERNEL_NAME("c
                                                           Conv2dDirection::backward_input,
                                                           accepts,
                                                           BackwardInput::plan,
-                                                          BackwardInput::run};
+                                                          BackwardInput::run,
+                                                          /*adds_bias=*/true};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -346,7 +346,7 @@ struct GatherRow {
   }
   template <class T>
   static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    const T* bias = static_cast<const T*>(kDirection == Conv2dDirection::forward ? buffers.bias : nullptr);
+    const T* bias = static_cast<const T*>(buffers.bias);
     return run_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, buffers}, static_cast<const T*>(buffers.weight), bias, workspace, threads);
   }
   static Plan plan(const Conv2dShape& s, int threads) {
