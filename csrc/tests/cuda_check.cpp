@@ -8,7 +8,8 @@
 //   - in reverse order, every tensor ending flush before one, which also misaligns them: the same bits;
 //   - in shuffled order, with the first image alone where the result belongs to an image: the same bits;
 //   - with an infinity and a NaN in every operand.
-// A result is within `tolerance` of the truth. --every N takes each N-th case of each dtype and layout, another one for each.
+// Cases of more than 4096 blocks are left out. A result is within `tolerance` of the truth. --every N takes each N-th case of each dtype
+// and layout, another one for each.
 #include <unistd.h>
 
 #include <algorithm>
@@ -261,7 +262,10 @@ struct Options {
 };
 
 char running[256];  // what a fault is reported with
-int passed = 0, failed = 0;
+int passed = 0, failed = 0, left_out = 0;
+
+// A block for each weight, as a reduction takes them, would run for minutes where there are many: smaller cases show the same.
+constexpr int64_t kMostBlocks = 4096;
 
 void report_fault(int) {
   static_cast<void>(!write(STDOUT_FILENO, running, std::strlen(running)));
@@ -274,6 +278,10 @@ template <class T, class Kernel, class Shape>
 void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const Options& options) {
   for (const Kernel* row : table) {
     if ((!options.row.empty() && options.row != row->name) || !row->accepts(shape)) continue;
+    if (row->plan(shape).blocks > kMostBlocks) {
+      ++left_out;
+      continue;
+    }
     std::snprintf(running, sizeof(running), "FAILED %s, %s", row->name, what.c_str());
     std::string problem;
     try {
@@ -347,7 +355,7 @@ int main(int argc, char** argv) try {
   check_dtype<double>(DType::float64, "float64", options);
   check_dtype<__half>(DType::float16, "float16", options);
   check_dtype<__nv_bfloat16>(DType::bfloat16, "bfloat16", options);
-  std::printf("%d passed, %d failed (a row, a case, a dtype and a layout each)\n", passed, failed);
+  std::printf("%d passed, %d left out for their size, %d failed (a row, a case, a dtype and a layout each)\n", passed, left_out, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "cuda_check: %s\n", error.what());

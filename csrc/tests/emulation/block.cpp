@@ -37,10 +37,13 @@ struct Copy {
 struct Ring {
   int next, previous;
 };
+struct Turns {
+  Ring in_block, in_warp;
+};
 
 struct Thread {
   Fibre fibre;
-  Ring in_block, in_warp;
+  Turns turns;
   std::vector<Copy> copies;
   int copy_groups;
 };
@@ -71,24 +74,24 @@ int prepared = 0;  // threads whose fibres have a stack
 
 Thread& current() { return block.threads[threadIdx.x]; }
 
-using Scope = Ring Thread::*;
+using Scope = Ring Turns::*;
 
-void join(const std::vector<int>& threads, Scope scope) {
+void join(std::vector<Turns>& turns, const std::vector<int>& threads, Scope scope) {
   for (size_t i = 0; i < threads.size(); ++i) {
-    block.threads[threads[i]].*scope = {threads[(i + 1) % threads.size()], threads[(i + threads.size() - 1) % threads.size()]};
+    turns[threads[i]].*scope = {threads[(i + 1) % threads.size()], threads[(i + threads.size() - 1) % threads.size()]};
   }
 }
 
 void drop_out(const Thread& thread, Scope scope) {
-  const Ring ring = thread.*scope;
-  (block.threads[ring.previous].*scope).next = ring.next;
-  (block.threads[ring.next].*scope).previous = ring.previous;
+  const Ring ring = thread.turns.*scope;
+  (block.threads[ring.previous].turns.*scope).next = ring.next;
+  (block.threads[ring.next].turns.*scope).previous = ring.previous;
 }
 
 void enter(Fibre& from, int index) {
   threadIdx.x = static_cast<unsigned>(index);
   Thread& thread = block.threads[index];
-  block.threads[thread.in_block.next].fibre.prefetch();
+  block.threads[thread.turns.in_block.next].fibre.prefetch();
   from.switch_to(thread.fibre);
 }
 
@@ -96,7 +99,7 @@ void enter(Fibre& from, int index) {
 void take_turns(Scope scope) {
   if (++block.fruitless > 3 * block.alive) fail("waits for threads that never come");
   Thread& self = current();
-  const int index = static_cast<int>(threadIdx.x), next = (self.*scope).next;
+  const int index = static_cast<int>(threadIdx.x), next = (self.turns.*scope).next;
   if (next == index) return;
   enter(self.fibre, next);
   threadIdx.x = static_cast<unsigned>(index);
@@ -123,9 +126,9 @@ void leave() {
   if (block.error != nullptr || block.alive == 0) {
     self.fibre.switch_to(program);
   } else {
-    drop_out(self, &Thread::in_block);
-    drop_out(self, &Thread::in_warp);
-    enter(self.fibre, self.in_block.next);
+    drop_out(self, &Turns::in_block);
+    drop_out(self, &Turns::in_warp);
+    enter(self.fibre, self.turns.in_block.next);
   }
 }
 
@@ -152,27 +155,34 @@ void prepare_fibres(int threads) {
   }
 }
 
-std::vector<int> ordered_threads(int64_t block_index) {
+// In the wanted order; a shuffled one differs from launch to launch.
+std::vector<int> ordered_threads() {
+  static unsigned launches = 0;
   std::vector<int> threads(static_cast<size_t>(block.size));
   std::iota(threads.begin(), threads.end(), 0);
   if (order == Order::reverse) std::reverse(threads.begin(), threads.end());
-  if (order == Order::shuffled) std::shuffle(threads.begin(), threads.end(), std::mt19937(static_cast<unsigned>(block_index)));
+  if (order == Order::shuffled) std::shuffle(threads.begin(), threads.end(), std::mt19937(++launches));
   return threads;
 }
 
-void run_block(int64_t index) {
+std::vector<Turns> turns_of(const std::vector<int>& threads) {
+  std::vector<Turns> turns(threads.size());
+  join(turns, threads, &Turns::in_block);
+  std::vector<int> lanes[kMostThreads / kWarpThreads];
+  for (const int thread : threads) lanes[thread / kWarpThreads].push_back(thread);
+  for (const std::vector<int>& warp : lanes) join(turns, warp, &Turns::in_warp);
+  return turns;
+}
+
+void run_block(int64_t index, int first, const std::vector<Turns>& turns) {
   blockIdx.x = static_cast<unsigned>(index);
   block.alive = block.size;
   block.fruitless = 0;
   for (Warp& warp : block.warps) warp.barrier = Barrier();
   for (Barrier& barrier : block.barriers) barrier = Barrier();
-  const std::vector<int> threads = ordered_threads(index);
-  join(threads, &Thread::in_block);
-  std::vector<int> lanes[kMostThreads / kWarpThreads];
-  for (const int thread : threads) lanes[thread / kWarpThreads].push_back(thread);
-  for (const std::vector<int>& warp : lanes) join(warp, &Thread::in_warp);
+  for (size_t i = 0; i < turns.size(); ++i) block.threads[i].turns = turns[i];
   happen_before(&block.mark);
-  enter(program, threads[0]);
+  enter(program, first);
   happen_after(&block.mark);
   if (block.error == nullptr) return;
   prepared = 0;  // the fibres that are left halfway start afresh
@@ -192,11 +202,13 @@ void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::funct
   block.thread = &thread;
   gridDim = dim3(static_cast<unsigned>(blocks));
   blockDim = dim3(static_cast<unsigned>(threads));
+  const std::vector<int> ordered = ordered_threads();
+  const std::vector<Turns> turns = turns_of(ordered);
   const tests::Guarded shared(shared_bytes, tests::Flush::end);
   block.shared = shared_bytes != 0 ? shared.data() : nullptr;
   for (int64_t i = 0; i < blocks; ++i) {
     std::memset(shared.data(), 0xFF, shared_bytes);
-    run_block(i);
+    run_block(i, ordered[0], turns);
   }
 }
 
@@ -210,7 +222,7 @@ void* dynamic_shared_memory() {
 }
 
 int Barrier::wait(int expected, int number) {
-  const Scope scope = this == &warp_barrier() ? &Thread::in_warp : &Thread::in_block;
+  const Scope scope = this == &warp_barrier() ? &Turns::in_warp : &Turns::in_block;
   sum_ += number;
   const unsigned mine = generation_;
   happen_before(&marks_[mine % 2]);
@@ -222,7 +234,7 @@ int Barrier::wait(int expected, int number) {
     take_turns(scope);
   }
   if (generation_ == mine) take_turns(scope);
-  while (generation_ == mine) take_turns(&Thread::in_block);
+  while (generation_ == mine) take_turns(&Turns::in_block);
   happen_after(&marks_[mine % 2]);
   return result_;
 }
