@@ -136,6 +136,7 @@ Result<Stored> run_row(const Kernel& row, const Conv2dShape& s, const Run& run, 
   if (forward || row.direction == Conv2dDirection::backward_weight) b.input = operands.values(input, 1);
   if (forward || row.direction == Conv2dDirection::backward_input) b.weight = operands.values(weight, 2);
   if (forward && s.layout == s.weight_layout) b.bias = operands.values(s.out_channels, 3);
+  if (row.direction == Conv2dDirection::backward_input && s.layout == s.weight_layout) b.bias = operands.values(s.in_channels, 3);
   if (!forward) b.grad_output = operands.values(output, 4);
   const int64_t count[] = {output, input, weight, s.out_channels};
   void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};

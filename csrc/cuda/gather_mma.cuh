@@ -1,0 +1,246 @@
+// forward and backward_input on tensor cores. Both gather: a pixel of the result takes, tap by tap, the channels of a pixel of a source.
+// forward is one such convolution, backward_input one for each stride phase (see Phase), whose pixels share their taps: with a stride no
+// product is wasted, and nothing is scattered. Rows of the product are pixels of the result, columns its channels, the depth is (r, s,
+// channel), with the channels padded to whole chunks.
+#pragma once
+
+#include <new>
+#include <type_traits>
+
+#include "cuda/chunk_loaders.cuh"
+#include "cuda/limits.h"
+#include "cuda/mma_gemm.cuh"
+
+namespace cnn_ext::cuda {
+
+// One axis of a gathering convolution. Its p-th pixel lies at first_out + p * out_step of the result and takes its j-th tap, which is the
+// filter's first_tap + j * tap_distance, from position first + p * step + j * tap_step of the source.
+struct GatherAxis {
+  int first, step, tap_step;
+  int first_tap, tap_distance, taps;
+  int first_out, out_step;
+};
+
+CNN_EXT_HOST_DEVICE inline GatherAxis forward_axis(int kernel, int stride, int pad, int dilation) {
+  return {-pad, stride, dilation, 0, 1, kernel, 0, 1};
+}
+
+CNN_EXT_HOST_DEVICE inline GatherAxis backward_axis(int kernel, int stride, int pad, int dilation, int phase) {
+  const Phase p = phase_of(phase, stride, pad, dilation, kernel);
+  return {p.origin, 1, -p.step, p.first_tap, p.tap_step, p.taps, p.first_position, stride};
+}
+
+// What the blocks of a phase share: both axes, and the depth of the product, (r, s, channel) of the phase's taps.
+struct GatherTaps {
+  GatherAxis h, w;
+  int channels, terms;
+  TapDecoder<Layout::nhwc> decoder;
+};
+
+template <class T>
+struct SourceChunks {
+  using Element = T;
+  static constexpr bool kAlongDepth = true;
+
+  __device__ Place at_extent(int pixel) const {
+    if (pixel >= pixels) return {0, kNowhere, 0, 0};
+    const PlaneIndex p = pixel_decoder.at(pixel);
+    const int h = taps.h.first + p.h * taps.h.step, w = taps.w.first + p.w * taps.w.step;
+    return {p.outer * strides.n + h * strides.h + w * strides.w, h, w, 0};
+  }
+  __device__ Place at_depth(int term) const {
+    if (term >= taps.terms) return {0, kNowhere, 0, 0};
+    const Tap tap = taps.decoder.at(term);
+    const int h = tap.r * taps.h.tap_step, w = tap.s * taps.w.tap_step;
+    return {h * strides.h + w * strides.w + tap.channel * strides.c, h, w, taps.channels - tap.channel};
+  }
+
+  const T* data;
+  int channel_stride;
+  int height, width;
+  Strides strides;
+  const GatherTaps& taps;
+  int pixels;
+  PlaneDecoder pixel_decoder;
+};
+
+// The filters. A chunk is 16 bytes of their channels c: forward adds them up, in backward_input they are columns.
+template <class T, bool kForward>
+struct FilterChunks {
+  using Element = T;
+  static constexpr bool kAlongDepth = kForward;
+  static constexpr int height = 1, width = 1;
+
+  __device__ Place at_extent(int col) const {
+    if (col >= cols) return {0, kNowhere, 0, 0};
+    return {col * (kForward ? strides.n : strides.c), 0, 0, cols - col};
+  }
+  __device__ Place at_depth(int term) const {
+    const Tap tap = taps.decoder.at(term);
+    if (term >= taps.terms || tap.channel >= taps.channels) return {0, kNowhere, 0, 0};
+    const int r = taps.h.first_tap + tap.r * taps.h.tap_distance, s = taps.w.first_tap + tap.s * taps.w.tap_distance;
+    return {r * strides.h + s * strides.w + tap.channel * (kForward ? strides.c : strides.n), 0, 0, taps.channels - tap.channel};
+  }
+
+  const T* data;
+  int channel_stride;
+  Strides strides;
+  const GatherTaps& taps;
+  int cols;
+};
+
+// Rounds the sums, with the bias where there is one, and stores them.
+template <class T, bool kVector>
+struct PixelStore {
+  static constexpr bool kChunks = kVector;
+
+  __device__ bool along_rows() const { return strides.c != 1; }
+  __device__ void store(int pixel, int channel, const float* sums) const {
+    if (pixel >= pixels || channel >= channels) return;
+    const PlaneIndex p = pixel_decoder.at(pixel);
+    const int h = taps.h.first_out + p.h * taps.h.out_step, w = taps.w.first_out + p.w * taps.w.out_step;
+    if (h >= height || w >= width) return;  // the larger phases' last row and column are missing in the others
+    T* target = result + p.outer * strides.n + h * strides.h + w * strides.w + channel * strides.c;
+    if constexpr (kVector) {
+      float values[kChunk<T>];
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = with_bias(sums[i], channel + i);
+      store_chunk(target, kChunk<T>, true, values);
+    } else {
+      *target = narrow<T>(with_bias(*sums, channel));
+    }
+  }
+  __device__ float with_bias(float sum, int channel) const { return bias == nullptr ? sum : sum + widen(bias[channel]); }
+
+  T* result;
+  const T* bias;
+  Strides strides;
+  const GatherTaps& taps;
+  int height, width, pixels, channels;
+  PlaneDecoder pixel_decoder;
+};
+
+// The tensors of a gathering convolution, and the numbers that the host works out.
+template <class T, bool kForward>
+struct GatherProblem {
+  GatherProblem(const Conv2dShape& s, const Conv2dBuffers& b)
+      : g(s),
+        source(static_cast<const T*>(kForward ? b.input : b.grad_output)),
+        weight(static_cast<const T*>(b.weight)),
+        bias(static_cast<const T*>(b.bias)),
+        result(static_cast<T*>(kForward ? b.output : b.grad_input)),
+        phases(kForward ? 1 : g.stride_h * g.stride_w),
+        depth_channels(kForward ? g.group_in : g.group_out),
+        cols(kForward ? g.group_out : g.group_in),
+        pixel_h(kForward ? g.out_h : ceil_div(g.in_h, g.stride_h)),
+        pixel_w(kForward ? g.out_w : ceil_div(g.in_w, g.stride_w)),
+        pixels(g.batch * pixel_h * pixel_w),
+        pixel_decoder(pixel_h, pixel_w),
+        first_phase(taps_of(0)) {}
+
+  CNN_EXT_HOST_DEVICE GatherTaps taps_of(int phase) const {
+    const GatherAxis h = kForward ? forward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)
+                                  : backward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, phase / g.stride_w);
+    const GatherAxis w = kForward ? forward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)
+                                  : backward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, phase % g.stride_w);
+    const int padded = ceil_div(depth_channels, kChunk<T>) * kChunk<T>;
+    return {h, w, depth_channels, h.taps * w.taps * padded, TapDecoder<Layout::nhwc>(padded, h.taps, w.taps)};
+  }
+  // Whether every chunk is 16 aligned bytes.
+  bool has_vectors() const {
+    return source_strides().c == 1 && g.filter.c == 1 && g.group_in % kChunk<T> == 0 && g.group_out % kChunk<T> == 0 &&
+           is_aligned(source) && is_aligned(weight) && is_aligned(result);
+  }
+  CNN_EXT_HOST_DEVICE const Strides& source_strides() const { return kForward ? g.in : g.out; }
+  CNN_EXT_HOST_DEVICE const Strides& result_strides() const { return kForward ? g.out : g.in; }
+
+  Conv2dGeometry g;
+  const T* source;
+  const T* weight;
+  const T* bias;
+  T* result;
+  int phases, depth_channels, cols, pixel_h, pixel_w, pixels;
+  PlaneDecoder pixel_decoder;
+  GatherTaps first_phase;
+};
+
+// Blocks are numbered by column tile, group, phase, row tile: those that read the same pixels run together.
+template <class Tile, bool kVector, bool kForward, class T>
+__global__ void __launch_bounds__(kBlockThreads, 2) gather_mma(GatherProblem<T, kForward> problem, int col_tiles) {
+  const Conv2dGeometry& g = problem.g;
+  const int col_tile = blockIdx.x % col_tiles, tiles = blockIdx.x / col_tiles;
+  const int group = tiles % g.groups, phase = tiles / g.groups % problem.phases, row_tile = tiles / g.groups / problem.phases;
+  // Of a block's phase in shared memory: registers are scarce.
+  __shared__ __align__(alignof(GatherTaps)) unsigned char phase_taps[sizeof(GatherTaps)];
+  if (!kForward && threadIdx.x == 0) new (phase_taps) GatherTaps(problem.taps_of(phase));
+  __syncthreads();
+  const GatherTaps& taps = kForward ? problem.first_phase : *reinterpret_cast<const GatherTaps*>(phase_taps);
+  const Strides &source = problem.source_strides(), &result = problem.result_strides();
+
+  const SourceChunks<T> rows{problem.source + group * problem.depth_channels * source.c,
+                             static_cast<int>(source.c),
+                             kForward ? g.in_h : g.out_h,
+                             kForward ? g.in_w : g.out_w,
+                             source,
+                             taps,
+                             problem.pixels,
+                             problem.pixel_decoder};
+  const FilterChunks<T, kForward> cols{problem.weight + group * g.group_out * g.filter.n, static_cast<int>(g.filter.c), g.filter, taps,
+                                       problem.cols};
+  const PixelStore<T, kVector> store{problem.result + group * problem.cols * result.c,
+                                     problem.bias == nullptr ? nullptr : problem.bias + group * problem.cols,
+                                     result,
+                                     taps,
+                                     kForward ? g.out_h : g.in_h,
+                                     kForward ? g.out_w : g.in_w,
+                                     problem.pixels,
+                                     problem.cols,
+                                     problem.pixel_decoder};
+
+  using RowLoader = std::conditional_t<kVector, VectorLoader<SourceChunks<T>, Tile::kRows>, ElementLoader<SourceChunks<T>, Tile::kRows>>;
+  using ColLoader = std::conditional_t<kVector, VectorLoader<FilterChunks<T, kForward>, Tile::kCols>,
+                                       ElementLoader<FilterChunks<T, kForward>, Tile::kCols>>;
+  MmaGemm<Tile, RowLoader, ColLoader> gemm(rows, cols, row_tile * Tile::kRows, col_tile * Tile::kCols, source.c == 1);
+  gemm.run(0, taps.terms, store);
+}
+
+template <class Tile, bool kForward>
+Plan gather_mma_plan(const Conv2dShape& s) {
+  const int64_t rows = kForward ? s.batch * s.out_h * s.out_w : s.batch * ceil_div(s.in_h, s.stride_h) * ceil_div(s.in_w, s.stride_w);
+  const int64_t cols = (kForward ? s.out_channels : s.in_channels) / s.groups, phases = kForward ? 1 : s.stride_h * s.stride_w;
+  const int64_t blocks = ceil_div<int64_t>(cols, Tile::kCols) * s.groups * phases * ceil_div<int64_t>(rows, Tile::kRows);
+  return {Tile::kCols, Tile::kRows, blocks, 0};
+}
+
+template <class Tile, bool kVector, bool kForward, class T>
+void launch_gather_mma(const Conv2dShape& s, const GatherProblem<T, kForward>& problem, cudaStream_t stream) {
+  launch(gather_mma<Tile, kVector, kForward, T>, Grid(gather_mma_plan<Tile, kForward>(s).blocks, kBlockThreads, Tile::kSharedBytes), stream,
+         problem, ceil_div(problem.cols, Tile::kCols));
+}
+
+template <bool kForward>
+bool is_narrow_gather(const Conv2dShape& s) {
+  return has_few_cols((kForward ? s.out_channels : s.in_channels) / s.groups) || (!kForward && reads_words_across(s.dtype));
+}
+
+template <bool kForward>
+Plan plan_gather_mma(const Conv2dShape& s) {
+  return is_narrow_gather<kForward>(s) ? gather_mma_plan<NarrowMmaTile, kForward>(s) : gather_mma_plan<WideMmaTile, kForward>(s);
+}
+
+template <bool kForward>
+void run_gather_mma(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
+  with_mma_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    const GatherProblem<T, kForward> problem(s, b);
+    if (!problem.has_vectors()) {
+      launch_gather_mma<NarrowMmaTile, false>(s, problem, stream);
+    } else if (is_narrow_gather<kForward>(s)) {
+      launch_gather_mma<NarrowMmaTile, true>(s, problem, stream);
+    } else if constexpr (kForward || !std::is_same_v<T, float>) {
+      launch_gather_mma<WideMmaTile, true>(s, problem, stream);
+    }
+  });
+}
+
+}  // namespace cnn_ext::cuda

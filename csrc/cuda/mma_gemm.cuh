@@ -1,0 +1,272 @@
+// The main loop of the convolutions on tensor cores: C[row, col] = sum over depth of A[row, depth] * B[col, depth], an implicit GEMM whose
+// operands are read from the tensors themselves. What rows, columns and depth mean is told by two operands and a store (gather_mma.cuh,
+// conv2d_backward_weight_mma.cu).
+//
+// The unit of everything is a chunk: 16 bytes of neighbouring channels, 8 in 16 bits, 4 in float32. Where the channels lie side by side
+// (nhwc) and are aligned, a chunk is one asynchronous copy to shared memory (VectorLoader); everywhere else, in nchw above all, a thread
+// gathers it element by element, neighbouring threads at neighbouring pixels, and the transposition costs nothing (ElementLoader). Both
+// stage the same values in the same places, so the sums have the same bits. Channels are padded to whole chunks with zeros on both sides.
+//
+// Tile: 256 threads are 8 warps; 128 x 128 gives each warp 64 x 32 sums (64 registers a thread, six fragment reads for 16 instructions),
+// 128 x 64, for at most 64 columns, 32 x 32. A step of the depth is 4 chunks, two instructions deep; 4 stages are in flight, 68 KB, so that
+// two blocks share a multiprocessor.
+//
+// Order of additions: the tensor core adds up an output from depth_begin to depth_end, one instruction after the other, whatever the tile,
+// the loader and the neighbours are.
+//
+// Padding never multiplies: padded elements are staged as zeros, and a zero times an infinity or a NaN of the other operand shows as a
+// NaN in the sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored.
+//
+// Not handled: float64; strict float32 (TF32 has 10 bits). Bound by the tensor cores in nhwc, by the issue of loads where chunks are
+// gathered.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "cuda/chunk_loaders.cuh"
+#include "cuda/common.cuh"
+#include "cuda/primitives.cuh"
+
+namespace cnn_ext::cuda {
+
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) { mma_m16n8k8_tf32(d, a, b); }
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) { mma_m16n8k16_f16(d, a, b); }
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) { mma_m16n8k16_bf16(d, a, b); }
+
+// Four 8 x 8 matrices (8 x 4 in TF32) of a tile as ldmatrix numbers them: `first` is the extent of the first; kExtentBit says which bit of
+// a matrix's number means 8 extents on, the other one meaning a chunk on in depth. `step`: which of the two instructions of a stage.
+template <class Operand, int kExtent, int kExtentBit>
+__device__ void read_fragments(uint32_t (&registers)[4], const unsigned char* tile, int first, int step) {
+  using T = typename Operand::Element;
+  using Tile = ChunkTile<Operand, kExtent>;
+  const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
+  const int extent_part = kExtentBit == 0 ? matrix % 2 : matrix / 2, depth_part = kExtentBit == 0 ? matrix / 2 : matrix % 2;
+  if constexpr (Operand::kAlongDepth) {
+    ldmatrix_x4(registers, tile + Tile::along(first + extent_part * 8 + row, 2 * step + depth_part));
+  } else if constexpr (sizeof(T) == 2) {
+    const int depth = (2 * step + depth_part) * kChunk<T> + row;
+    ldmatrix_x4_trans(registers, tile + Tile::across(depth, first / kChunk<T> + extent_part));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int depth = (2 * step + (kExtentBit == 0 ? i / 2 : i % 2)) * kChunk<T> + lane % 4;
+      const int extent = first + (kExtentBit == 0 ? i % 2 : i / 2) * 8 + lane / 4;
+      registers[i] =
+          *reinterpret_cast<const uint32_t*>(tile + Tile::across(depth, extent / kChunk<T>) + extent % kChunk<T> * sizeof(uint32_t));
+    }
+  }
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) registers[i] = to_tf32(__uint_as_float(registers[i]));
+  }
+}
+
+template <int kRows_, int kCols_, int kWarpRows_>
+struct MmaTile {
+  static constexpr int kRows = kRows_, kCols = kCols_, kWarpRows = kWarpRows_, kWarpCols = 32, kStages = 4;
+  static_assert(kRows / kWarpRows * (kCols / kWarpCols) * 32 == kBlockThreads);
+
+  // The sums on their way out lie in shared memory as floats, [rows][kCols + 8] or [cols][kRows + 4]: no bank twice.
+  static constexpr int kRowPitch = kCols + 8, kColPitch = kRows + 4;
+  static constexpr size_t kRowTileBytes = kRows * kStepBytes + kTilePadding, kColTileBytes = kCols * kStepBytes + kTilePadding;
+  static constexpr size_t kStageBytes = kRowTileBytes + kColTileBytes;
+  static constexpr size_t kSumBytes = sizeof(float) * (kRows * kRowPitch > kCols * kColPitch ? kRows * kRowPitch : kCols * kColPitch);
+  static constexpr size_t kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+};
+using WideMmaTile = MmaTile<128, 128, 64>;
+using NarrowMmaTile = MmaTile<128, 64, 32>;
+
+inline bool has_few_cols(int64_t cols) { return cols <= NarrowMmaTile::kCols; }
+
+// Whether fragments of an operand across the depth are read word by word: no instruction transposes those of TF32. The addresses take
+// registers that the wide tile does not have to spare.
+inline bool reads_words_across(DType dtype) { return dtype == DType::float32; }
+
+// Stores offer
+//   kChunks                                       whether they take chunks of kChunk neighbouring columns, or single sums
+//   bool along_rows()                             single sums: whether neighbouring rows are neighbours in memory
+//   void store(int row, int col, const float*)    takes a sum, or kChunk of them; ignores what lies beyond the last row or column
+template <class Tile, class RowLoader, class ColLoader>
+class MmaGemm {
+ public:
+  using Rows = typename RowLoader::Operand;
+  using Cols = typename ColLoader::Operand;
+  using T = typename Rows::Element;
+
+  // channels_first: whether neighbouring threads of an element loader take neighbouring channels, or pixels.
+  __device__ MmaGemm(const Rows& rows, const Cols& cols, int first_row, int first_col, bool channels_first)
+      : rows_(rows),
+        cols_(cols),
+        row_loader_(rows, first_row, channels_first),
+        col_loader_(cols, first_col, channels_first),
+        first_row_(first_row),
+        first_col_(first_col) {}
+
+  template <class Store>
+  __device__ void run(int depth_begin, int depth_end, const Store& store) {
+    unsigned char* shared = dynamic_shared<unsigned char>();
+    accumulate(shared, depth_begin, depth_end);
+    cp_async_wait<0>();
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(shared);
+    const bool along_rows = !Store::kChunks && store.along_rows();
+    const int row_pitch = along_rows ? 1 : Tile::kRowPitch, col_pitch = along_rows ? Tile::kColPitch : 1;
+    const bool meets_nan = write_sums(sums, row_pitch, col_pitch);
+    if (__syncthreads_or(meets_nan)) {
+      add_up_again(sums, row_pitch, col_pitch, depth_begin, depth_end);
+      __syncthreads();
+    }
+    store_sums(sums, along_rows, store);
+  }
+
+ private:
+  static constexpr int kDepth = kStepDepth<T>, kStages = Tile::kStages;
+  static constexpr int kWarpRows = Tile::kWarpRows, kWarpCols = Tile::kWarpCols;
+  __device__ static int warp_row() { return threadIdx.x / 32 / (Tile::kCols / kWarpCols) * kWarpRows; }
+  __device__ static int warp_col() { return threadIdx.x / 32 % (Tile::kCols / kWarpCols) * kWarpCols; }
+
+  __device__ static unsigned char* row_tile(unsigned char* shared, int step) { return shared + step % kStages * Tile::kStageBytes; }
+  __device__ static unsigned char* col_tile(unsigned char* shared, int step) { return row_tile(shared, step) + Tile::kRowTileBytes; }
+
+  __device__ void begin(unsigned char* shared, int step, int depth_begin) {
+    row_loader_.begin(depth_begin + step * kDepth, row_tile(shared, step));
+    col_loader_.begin(depth_begin + step * kDepth, col_tile(shared, step));
+  }
+  __device__ void finish(unsigned char* shared, int step) {
+    row_loader_.finish(row_tile(shared, step));
+    col_loader_.finish(col_tile(shared, step));
+  }
+
+  __device__ void accumulate(unsigned char* shared, int depth_begin, int depth_end) {
+    const int steps = ceil_div(depth_end - depth_begin, kDepth);
+    for (int step = 0; step < kStages - 1; ++step) {
+      if (step < steps) {
+        begin(shared, step, depth_begin);
+        finish(shared, step);
+      }
+      cp_async_commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();
+      const int next = step + kStages - 1;  // its stage was read last in the step before
+      if (next < steps) begin(shared, next, depth_begin);
+      cp_async_commit();
+      multiply(row_tile(shared, step), col_tile(shared, step));
+      if (next < steps) finish(shared, next);
+    }
+  }
+
+  __device__ void multiply(const unsigned char* rows, const unsigned char* cols) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t b[kWarpCols / 8][2];
+#pragma unroll
+      for (int j = 0; j < kWarpCols / 16; ++j) {
+        uint32_t pair[4];
+        read_fragments<Cols, Tile::kCols, 1>(pair, cols, warp_col() + j * 16, step);
+        b[2 * j][0] = pair[0], b[2 * j][1] = pair[1], b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpRows / 16; ++i) {
+        uint32_t a[4];
+        read_fragments<Rows, Tile::kRows, 0>(a, rows, warp_row() + i * 16, step);
+#pragma unroll
+        for (int j = 0; j < kWarpCols / 8; ++j) mma(sums_[i][j], a, b[j], T{});
+      }
+    }
+  }
+
+  // Registers -> shared memory. Whether there is a NaN among this thread's sums.
+  __device__ bool write_sums(float* sums, int row_pitch, int col_pitch) const {
+    const int lane = threadIdx.x % 32;
+    float* corner = sums + (warp_row() + lane / 4) * row_pitch + (warp_col() + lane % 4 * 2) * col_pitch;
+    bool meets_nan = false;
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWarpCols / 8; ++j) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          corner[(i * 16 + v / 2 * 8) * row_pitch + (j * 8 + v % 2) * col_pitch] = sums_[i][j][v];
+          meets_nan = meets_nan || isnan(sums_[i][j][v]);
+        }
+      }
+    }
+    return meets_nan;
+  }
+
+  // The element of an operand, if it exists.
+  template <class Operand>
+  __device__ static bool read(const Operand& operand, int extent, int depth, float& value) {
+    const int channel = (Operand::kAlongDepth ? depth : extent) % kChunk<T>;
+    const Place e = operand.at_extent(Operand::kAlongDepth ? extent : extent - channel);
+    const Place d = operand.at_depth(Operand::kAlongDepth ? depth - channel : depth);
+    if (!is_inside(operand, e, d) || channel >= chunk_channels<Operand>(e, d)) return false;
+    value = widen(operand.data[e.offset + d.offset + static_cast<int64_t>(channel) * operand.channel_stride]);
+    return true;
+  }
+
+  // Replaces every sum that is NaN by that of the products that exist.
+  __device__ void add_up_again(float* sums, int row_pitch, int col_pitch, int depth_begin, int depth_end) const {
+#pragma unroll 1
+    for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
+      const int row = index / Tile::kCols, col = index % Tile::kCols;
+      float* sum = sums + row * row_pitch + col * col_pitch;
+      if (!isnan(*sum)) continue;
+      float exact = 0;
+#pragma unroll 1
+      for (int depth = depth_begin; depth < depth_end; ++depth) {
+        float a, b;
+        if (read(rows_, first_row_ + row, depth, a) && read(cols_, first_col_ + col, depth, b)) exact = fmaf(a, b, exact);
+      }
+      *sum = exact;
+    }
+  }
+
+  template <class Store>
+  __device__ void store_sums(const float* sums, bool along_rows, const Store& store) const {
+    if constexpr (Store::kChunks) {
+      constexpr int kChunkCols = Tile::kCols / kChunk<T>;
+#pragma unroll 1
+      for (int index = threadIdx.x; index < Tile::kRows * kChunkCols; index += kBlockThreads) {
+        const int row = index / kChunkCols, col = index % kChunkCols * kChunk<T>;
+        store.store(first_row_ + row, first_col_ + col, sums + row * Tile::kRowPitch + col);
+      }
+    } else {
+      const int inner = along_rows ? Tile::kRows : Tile::kCols, pitch = along_rows ? Tile::kColPitch : Tile::kRowPitch;
+#pragma unroll 1
+      for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
+        const int across = index / inner, along = index % inner;
+        const int row = along_rows ? along : across, col = along_rows ? across : along;
+        store.store(first_row_ + row, first_col_ + col, sums + across * pitch + along);
+      }
+    }
+  }
+
+  const Rows& rows_;
+  const Cols& cols_;
+  RowLoader row_loader_;
+  ColLoader col_loader_;
+  const int first_row_, first_col_;
+  float sums_[kWarpRows / 16][kWarpCols / 8][4] = {};
+};
+
+// Calls function(T{}) with the element type of a tensor that tensor cores multiply.
+template <class Function>
+void with_mma_type(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(float{});
+    case DType::float16:
+      return function(__half{});
+    case DType::bfloat16:
+      return function(__nv_bfloat16{});
+    case DType::float64:
+      break;
+  }
+  throw std::invalid_argument("tensor cores multiply float32 (as TF32), float16 and bfloat16");
+}
+
+}  // namespace cnn_ext::cuda
