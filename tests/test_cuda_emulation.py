@@ -68,7 +68,7 @@ def check_rows(programs: Path, every: int) -> None:
 ADDRESS_AND_UNDEFINED = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREAD = "-O1 -g1 -fsanitize=thread"
 FOUND_BY_SANITIZERS = {
-    "out_of_bounds_static_read": (ADDRESS_AND_UNDEFINED, "global-buffer-overflow"),
+    "out_of_bounds_static_read": (ADDRESS_AND_UNDEFINED, "index 32 out of bounds"),
     "misaligned_read": (ADDRESS_AND_UNDEFINED, "misaligned address"),
     "missing_barrier_before_reading": (THREAD, "data race"),
     "missing_barrier_before_writing": (THREAD, "data race"),
