@@ -1,7 +1,7 @@
 """The CNNs of torchvision and timm, converted: do logits and parameter gradients equal the original's?
 
 Random weights, evaluation mode (batch statistics and dropout would hide what the layers do), float64, where rounding
-is far below what a wrong value would show. A result may be off by
+is far below what a wrong value would show (float32 for the largest, for the memory). A result may be off by
 
     eps * layers * sqrt(terms)    relative to the largest element of the tensor,
 
@@ -9,7 +9,6 @@ is far below what a wrong value would show. A result may be off by
 eps * sqrt(terms), and the layers after it carry them on.
 """
 
-import copy
 import gc
 import importlib
 import json
@@ -30,6 +29,7 @@ from benchmarks.tables import Column, markdown, plain
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BATCH, CLASSES = 2, 10
+MOST_DOUBLES = 200_000_000  # parameters; a model, its gradients and those to compare with are 24 bytes for each
 
 # One or two of each CNN family of timm, the small variants.
 TIMM = (Path(__file__).parent / "timm_models.txt").read_text().split()
@@ -43,6 +43,7 @@ class Row:
     name: str
     converted: int  # layers that compute with this package
     functional: bool  # whether its forward calls torch.nn.functional, so that convert(functional=True) is needed
+    dtype: str
     layers: int
     logits_error: float  # relative to the largest element, as the next two
     gradient_error: float  # of the worst parameter
@@ -126,22 +127,26 @@ def _torchvision_builder(torchvision, name: str) -> Callable[[], nn.Module]:
 def _compare(library: str, name: str, build: Callable[[], nn.Module], size: int) -> Row:
     started = time.perf_counter()
     torch.manual_seed(1)
-    original = build().double().eval()
-    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64)
-    functional = _calls_functions(original)
-    converted = cnn_ext.convert(copy.deepcopy(original), functional=functional)
-    wanted_logits, wanted_gradients = _run(original, images)
+    model = build().eval()
+    dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= MOST_DOUBLES else torch.float32
+    model = model.to(dtype)
+    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64).to(dtype)
+    wanted_logits, wanted_gradients = _run(model, images)
+    functional = _calls_functions(model)
+    converted = cnn_ext.convert(model, functional=functional)
+    converted.zero_grad()
     logits, gradients = _run(converted, images)
-    layers, terms = _depth(original)
+    layers, terms = _depth(converted)
     row = Row(
         library=library,
         name=name,
         converted=sum(layer.converted for layer in cnn_ext.conversion_report(converted)),
         functional=functional,
+        dtype=str(dtype).removeprefix("torch."),
         layers=layers,
         logits_error=_relative_error(logits, wanted_logits),
         gradient_error=max(_relative_error(gradients[key], wanted_gradients[key]) for key in wanted_gradients),
-        tolerance=torch.finfo(torch.float64).eps * layers * math.sqrt(terms),
+        tolerance=torch.finfo(dtype).eps * layers * math.sqrt(terms),
         seconds=time.perf_counter() - started,
     )
     gc.collect()
@@ -185,6 +190,7 @@ COLUMNS = [
     Column("architecture", lambda row: f"`{row['name']}`"),
     Column("layers converted", lambda row: row["converted"], "d"),
     Column("`functional=True`", lambda row: "yes" if row["functional"] else ""),
+    Column("dtype", lambda row: row["dtype"]),
     Column("error of logits", lambda row: row["logits_error"], ".1e"),
     Column("of gradients", lambda row: row["gradient_error"], ".1e"),
     Column("allowed", lambda row: row["tolerance"], ".1e"),
@@ -199,7 +205,7 @@ def page(document: dict) -> str:
         "# Converted models\n\n"
         f"Written by `{document['command']}` on {document['date'][:10]}, torch {versions['torch']}: "
         f"{sum(row['equal'] for row in rows)} of {len(rows)} architectures give the original's logits and parameter "
-        "gradients.\n\nRandom weights, evaluation mode, float64, small images. Errors are relative to the largest "
+        "gradients.\n\nRandom weights, evaluation mode, small images. Errors are relative to the largest "
         "element of a tensor; allowed is eps * layers * sqrt(terms of the largest sum).\n\n"
         f"{markdown(COLUMNS, rows)}\n"
     )
