@@ -9,7 +9,7 @@ from benchmarks import install, models, overhead, report, rows, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
-from benchmarks.options import LAYOUTS, require_device
+from benchmarks.options import DTYPES, LAYOUTS, require_device
 
 BENCHMARKS = ("conv2d", "pooling", "mnist")
 RESULTS = Path(__file__).parent / "results"
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in (*BENCHMARKS, "all"):
         measure = commands.add_parser(name, help=f"measure {name}")
         measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        measure.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of conv2d and pooling")
         measure.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (%(default)s)")
         measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
         measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")

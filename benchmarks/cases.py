@@ -9,7 +9,6 @@ import cnn_ext
 from benchmarks.harness import BenchmarkError
 
 SHAPES = Path(__file__).parent / "shapes"
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class Conv2dCase:
         return 2 * self.batch * self.out_channels * self.out_h * self.out_w * self.terms_per_output
 
     @property
-    def bytes(self) -> int:
-        """The three tensors once each, in float32: what any algorithm has to move."""
-        return FLOAT_BYTES * sum(_count(size) for size in (self.input_size, self.weight_size, self.output_size))
+    def elements(self) -> int:
+        """Of the three tensors: what any algorithm has to move."""
+        return sum(_count(size) for size in (self.input_size, self.weight_size, self.output_size))
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ class Tensors:
         return self.input, self.weight, self.grad_output
 
 
-def random_tensors(case: Conv2dCase, device: str) -> Tensors:
+def random_tensors(case: Conv2dCase, bench: Bench) -> Tensors:
     generator = torch.Generator().manual_seed(1)
     sizes = (case.input_size, case.weight_size, case.output_size)
-    return Tensors(*(torch.randn(size, generator=generator).to(device) for size in sizes))
+    return Tensors(*(torch.randn(size, generator=generator).to(bench.device, bench.dtype) for size in sizes))
 
 
 def ours(direction: str, case: Conv2dCase, t: Tensors, winograd: bool = False) -> Call:
@@ -84,7 +84,7 @@ def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
     cases = conv2d_cases(bench.only)
     with cnn_ext.flags(winograd=bench.winograd):
         for number, case in enumerate(cases, 1):
-            tensors = random_tensors(case, bench.device)
+            tensors = random_tensors(case, bench)
             for direction in directions:
                 if bench.winograd and "_winograd_" not in _kernel(case, direction, tensors):
                     continue
@@ -105,10 +105,15 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
     }
     comparison = compare(contenders, bench.timer, bench.peak, bench.effort)
     kernels = {layout: _kernel(case, direction, in_layout[layout]) for layout in bench.layouts}
-    return [_row(case, direction, layout, comparison, kernels[layout], errors[layout]) for layout in bench.layouts]
+    moved = case.elements * bench.dtype.itemsize
+    return [
+        _row(case, direction, layout, moved, comparison, kernels[layout], errors[layout]) for layout in bench.layouts
+    ]
 
 
-def _row(case: Conv2dCase, direction: str, layout: str, times: Comparison, kernel: str, error: float) -> dict:
+def _row(
+    case: Conv2dCase, direction: str, layout: str, moved: int, times: Comparison, kernel: str, error: float
+) -> dict:
     own, same = times.lower_quartile(("cnn_ext", layout)), times.lower_quartile(("torch", layout))
     best = min(times.lower_quartile(("torch", other)) for other in LAYOUTS)
     gflops = 1e-9 * case.flops / own
@@ -119,7 +124,7 @@ def _row(case: Conv2dCase, direction: str, layout: str, times: Comparison, kerne
         "direction": direction,
         "layout": layout,
         "flops": case.flops,
-        "bytes": case.bytes,
+        "bytes": moved,
         "kernel": kernel,
         "ms": 1e3 * own,
         "torch_ms": 1e3 * same,
@@ -149,6 +154,7 @@ def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], benc
     some = next(iter(first.values()))
     reference = torchs(direction, case, some.double())()
     tolerance = _tolerance(case, direction, some, bench.unit_roundoff)
+    tolerance += bench.result_roundoff * float(reference.abs().max())
     return {
         layout: check_close(
             f"{case.name} {direction} {layout}", ours(direction, case, t, bench.winograd)(), reference, tolerance

@@ -10,12 +10,14 @@ import torch
 from benchmarks import peak
 from benchmarks.harness import BenchmarkError, CpuTimer, CudaTimer, Effort
 
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass
 class Bench:
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     only: str | None = None
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     effort: Effort = field(default_factory=Effort)
@@ -28,12 +30,19 @@ class Bench:
 
     @cached_property
     def peak(self) -> Callable[[], float]:
-        return peak.beside(self.device, self.timer)
+        return peak.beside(self.device, self.timer, self.dtype)
 
     @property
     def unit_roundoff(self) -> float:
-        """Of the arithmetic that float32 convolutions may use: on a GPU torch rounds their operands to TF32."""
+        """Of the arithmetic, which is float32's for the half types; on a GPU torch rounds its operands to TF32."""
+        if self.dtype == torch.float64:
+            return 2.0**-53
         return 2.0**-24 if self.device == "cpu" else 2.0**-11
+
+    @property
+    def result_roundoff(self) -> float:
+        """Of the result, once, where it is narrower than the arithmetic."""
+        return torch.finfo(self.dtype).eps if self.dtype.itemsize == 2 else 0.0
 
     def progress(self, line: str) -> None:
         end = "\r" if sys.stderr.isatty() else "\n"

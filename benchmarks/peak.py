@@ -14,17 +14,19 @@ CACHE_BYTES = 1 << 20
 GEMM_SIZE = 2048
 
 
-def beside(device: str, timer: Timer) -> Callable[[], float]:
-    """The GFLOP/s that are measured between the contenders: the multiply-add loop, on a GPU a large matrix product."""
+def beside(device: str, timer: Timer, dtype: torch.dtype) -> Callable[[], float]:
+    """The GFLOP/s that are measured between the contenders: the multiply-add loop (float32's for the half types), on a
+    GPU a large matrix product."""
     if device == "cpu":
-        return lambda: fma_gflops(BESIDE_SECONDS)
+        return lambda: fma_gflops(BESIDE_SECONDS, dtype=dtype)
     matrix = torch.randn(2 * GEMM_SIZE, 2 * GEMM_SIZE, device=device)
     flops = 2 * matrix.shape[0] ** 3
     return lambda: 1e-9 * flops / timer.seconds(lambda: torch.mm(matrix, matrix), 1)
 
 
-def fma_gflops(seconds: float, threads: int | None = None) -> float:
-    return _native.cpu.fma_gflops(_native.DTYPES[torch.float32], threads or torch.get_num_threads(), seconds)
+def fma_gflops(seconds: float, threads: int | None = None, dtype: torch.dtype = torch.float32) -> float:
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    return _native.cpu.fma_gflops(_native.DTYPES[computed_in], threads or torch.get_num_threads(), seconds)
 
 
 def machine_peaks(device: str, timer: Timer, seconds: float) -> dict[str, float]:

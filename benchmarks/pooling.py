@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import cnn_ext
-from benchmarks.cases import FLOAT_BYTES, Pool2dCase, pool2d_cases
+from benchmarks.cases import Pool2dCase, pool2d_cases
 from benchmarks.harness import Call, Comparison, check_close, compare
 from benchmarks.options import LAYOUTS, Bench
 
@@ -16,14 +16,15 @@ DIRECTIONS = {"max": ("forward", "forward_training", "backward"), "avg": ("forwa
 class Pooling:
     """One case in one layout: the calls of both contenders for each direction."""
 
-    def __init__(self, case: Pool2dCase, layout: str, device: str) -> None:
+    def __init__(self, case: Pool2dCase, layout: str, bench: Bench) -> None:
         self.case = case
         generator = torch.Generator().manual_seed(1)
-        self.input = torch.randn(case.input_size, generator=generator).to(device, memory_format=LAYOUTS[layout])
+        input = torch.randn(case.input_size, generator=generator)
+        self.input = input.to(bench.device, bench.dtype, memory_format=LAYOUTS[layout])
         output = self.torchs("forward")()
-        grad_output = torch.randn(output.shape, generator=generator).to(device)
+        grad_output = torch.randn(output.shape, generator=generator).to(bench.device, bench.dtype)
         self.grad_output = grad_output.contiguous(memory_format=LAYOUTS[layout])
-        self.bytes = FLOAT_BYTES * (self.input.numel() + output.numel())
+        self.bytes = bench.dtype.itemsize * (self.input.numel() + output.numel())
         if case.op == "max":
             self._indices = self._torch_training()[1]
             self._offsets = self._our_training()[1]
@@ -78,7 +79,7 @@ def run(bench: Bench) -> list[dict]:
     rows: list[dict] = []
     cases = pool2d_cases(bench.only)
     for number, case in enumerate(cases, 1):
-        in_layout = {layout: Pooling(case, layout, bench.device) for layout in LAYOUTS}
+        in_layout = {layout: Pooling(case, layout, bench) for layout in LAYOUTS}
         for direction in DIRECTIONS[case.op]:
             bench.progress(f"pooling {number}/{len(cases)} {case.name} {direction}")
             rows += _rows_of(case, direction, in_layout, bench)
@@ -123,5 +124,6 @@ def _check(direction: str, layout: str, pooling: Pooling, bench: Bench) -> float
     terms = 0 if case.op == "max" and direction != "backward" else case.kernel**2 + 1
     operand = pooling.input if direction != "backward" else pooling.grad_output
     tolerance = bench.unit_roundoff * terms * float(operand.abs().max())
+    tolerance += bench.result_roundoff * float(reference.abs().max()) * (terms > 0)
     what = f"{case.name} {case.op} {direction} {layout}"
     return check_close(what, pooling.ours(direction)(), reference, tolerance)

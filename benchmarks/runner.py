@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import conv2d, machine, mnist, peak, plots, pooling, views
 from benchmarks.harness import Effort
 from benchmarks.machine import ALLOCATORS
-from benchmarks.options import LAYOUTS, Bench
+from benchmarks.options import DTYPES, LAYOUTS, Bench
 from benchmarks.summary import summarize
 
 SCHEMA = 1
@@ -30,7 +30,8 @@ def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -
         document["allocator"] = allocator
         print(views.text(document))
         name = f"{benchmark}_winograd" if benchmark == "conv2d" and options.winograd else benchmark
-        stem = options.out / f"{name}_{options.device}_{allocator}"
+        dtype = "" if options.dtype == "float32" else f"_{options.dtype}"
+        stem = options.out / f"{name}_{options.device}_{allocator}{dtype}"
         stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         for path in [stem.with_suffix(".json"), *plots.draw(document, stem)]:
             print(f"wrote {path}")
@@ -56,13 +57,14 @@ def work(options: argparse.Namespace) -> None:
     """The measuring process: one run of one benchmark into a JSON file."""
     bench = Bench(
         device=options.device,
+        dtype=DTYPES[options.dtype],
         only=options.only,
         layouts=tuple(options.layout or LAYOUTS),
         effort=Effort(options.repeats, options.seconds),
         data_dir=options.data_dir,
         winograd=options.winograd,
     )
-    document = {"schema": SCHEMA, "benchmark": options.command, "device": options.device}
+    document = {"schema": SCHEMA, "benchmark": options.command, "device": options.device, "dtype": options.dtype}
     document |= machine.describe(options.device)
     document["rows"] = rows = _rows(options, bench)
     document["peak"] = peak.machine_peaks(options.device, bench.timer, options.seconds)
