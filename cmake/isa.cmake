@@ -8,6 +8,22 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(CNN_EXT_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 endif()
 
+# Rows for the matrix unit (AMX) have sources of their own, compiled once, where the compiler knows it; they count as avx512.
+set(CNN_EXT_FLAGS_amx ${CNN_EXT_FLAGS_avx512} -mamx-tile -mamx-bf16)
+if("avx512" IN_LIST CNN_EXT_ISAS)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-mamx-tile -mamx-bf16" CNN_EXT_HAS_AMX)
+endif()
+
+function(cnn_ext_add_amx_objects target sources)
+  add_library(${target}_amx OBJECT ${sources})
+  target_link_libraries(${target}_amx PRIVATE cnn_ext_options)
+  target_compile_definitions(${target}_amx PRIVATE CNN_EXT_ISA=avx512)
+  target_compile_options(${target}_amx PRIVATE -O3 ${CNN_EXT_FLAGS_amx} -fno-predictive-commoning -fno-exceptions)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_amx>)
+  target_compile_definitions(${target} PRIVATE CNN_EXT_HAS_AMX)
+endfunction()
+
 # Compiles each source once per instruction set, with CNN_EXT_ISA naming it, and adds the objects to the target.
 function(cnn_ext_add_isa_objects target sources)
   foreach(isa IN LISTS CNN_EXT_ISAS)

@@ -1,5 +1,6 @@
 """The choice of a kernel, by the table alone, visible and forcible; and what is around it: threads, forks, the lock."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,12 +23,13 @@ SUPPORTED_ISAS = ISAS[: ISAS.index(_native.cpu.best_isa()) + 1]
 
 
 def example(row: Row) -> tuple:
-    """The first case that a row accepts, as float32 in the layout that it accepts it in, with the shape."""
-    for case in cases_of(row.op):
-        for layouts in layouts_of(row.op)[:2]:
-            shape = shape_of(case, torch.float32, layouts)
-            if accepts(row, shape):
-                return case, layouts, shape
+    """The first case that a row accepts, in the first dtype and layout that it accepts it in, with the shape."""
+    for dtype, case, layouts in itertools.product(
+        (torch.float32, torch.bfloat16), cases_of(row.op), layouts_of(row.op)[:2]
+    ):
+        shape = shape_of(case, dtype, layouts)
+        if accepts(row, shape):
+            return case, layouts, shape
     raise AssertionError(f"{row.name} accepts no case")
 
 

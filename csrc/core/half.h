@@ -92,6 +92,12 @@ inline auto with_scalar(DType dtype, const Visit& visit) {
   }
 }
 
+// The same for the half types alone.
+template <class Visit>
+inline auto with_half(DType dtype, const Visit& visit) {
+  return dtype == DType::float16 ? visit(Float16{}) : visit(BFloat16{});
+}
+
 inline bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/api.h"
+#include "cpu/float_rows.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
 #include "cpu/workspace.h"
@@ -103,7 +104,17 @@ bool suits(const Conv2dKernel& row, const Conv2dBuffers& buffers) {
   return row.direction != Conv2dDirection::backward_input || buffers.bias == nullptr || row.adds_bias;
 }
 
-// Offers the rows of a slot that support the shape to `use`, the best first (a forced one before all), until it returns true.
+// Offers the rows of a slot, of the instruction set `most` or a lesser one, that accept the shape to `use`, the best first, until it
+// returns true.
+template <class Kernel, class Shape, class Use>
+void offer_table(int slot, const Shape& shape, Isa most, const Kernel* without, const Use& use) {
+  for (const Kernel* row : Noun<Kernel>::table()) {
+    if (Noun<Kernel>::slot(*row) == slot && row != without && row->isa <= most && row->accepts(shape) && use(*row)) return;
+  }
+  throw std::invalid_argument("no kernel serves this shape and dtype");
+}
+
+// The same, with a forced row before all.
 template <class Kernel, class Shape, class Use>
 void offer(int slot, const Shape& shape, const Use& use) {
   const Kernel* forced_row = Noun<Kernel>::forced[slot].load();
@@ -111,30 +122,36 @@ void offer(int slot, const Shape& shape, const Use& use) {
     if (!forced_row->accepts(shape)) throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
     if (use(*forced_row)) return;
   }
-  for (const Kernel* row : Noun<Kernel>::table()) {
-    if (Noun<Kernel>::slot(*row) == slot && row != forced_row && is_supported(row->isa) && row->accepts(shape) && use(*row)) return;
+  offer_table<Kernel>(slot, shape, best_isa(), forced_row, use);
+}
+
+// Whether the row did it.
+template <class Kernel, class Shape, class Buffers>
+bool try_row(const Kernel& row, const Shape& shape, const Buffers& buffers, int threads) {
+  const Workspace workspace(row.plan(shape, threads).workspace_bytes);
+  if constexpr (std::is_same_v<Kernel, Pool2dKernel> || std::is_same_v<Kernel, SizedPool2dKernel>) {
+    // These multiply nothing, so that nothing is tried in vain.
+    row.run(shape, buffers, workspace.data(), threads);
+    return true;
+  } else {
+    return row.run(shape, buffers, workspace.data(), threads) == Outcome::done;
   }
-  throw std::invalid_argument("no kernel serves this shape and dtype");
 }
 
 template <class Kernel, class Shape, class Buffers>
 void run(int slot, const Shape& shape, const Buffers& buffers, int threads) {
   const int team = usable_threads(shape, threads);
   offer<Kernel>(slot, shape, [&](const Kernel& row) {
-    if (!suits(row, buffers)) {
-      if (&row == Noun<Kernel>::forced[slot].load())
-        throw std::invalid_argument("forced kernel " + std::string(row.name) + " adds no bias");
-      return false;
-    }
-    const Workspace workspace(row.plan(shape, team).workspace_bytes);
-    if constexpr (std::is_same_v<Kernel, Pool2dKernel> ||
-                  std::is_same_v<Kernel, SizedPool2dKernel>) {  // which multiplies nothing, so that nothing is tried in vain
-      row.run(shape, buffers, workspace.data(), team);
-      return true;
-    } else {
-      return row.run(shape, buffers, workspace.data(), team) == Outcome::done;
-    }
+    if (suits(row, buffers)) return try_row(row, shape, buffers, team);
+    if (&row == Noun<Kernel>::forced[slot].load()) throw std::invalid_argument("forced kernel " + std::string(row.name) + " adds no bias");
+    return false;
   });
+}
+
+template <class Kernel, class Shape, class Buffers>
+void run_table(int slot, const Shape& shape, const Buffers& buffers, Isa most, int threads) {
+  offer_table<Kernel>(slot, shape, most, nullptr,
+                      [&](const Kernel& row) { return suits(row, buffers) && try_row(row, shape, buffers, threads); });
 }
 
 template <class Kernel, class Shape>
@@ -194,6 +211,19 @@ void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const Si
                       int threads) {
   if (op == SizedPool2dOp::max_unpool) require_inside(shape, buffers.indices);
   run<SizedPool2dKernel>(slot_of(op, direction), shape, buffers, threads);
+}
+
+void run_float_row(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Isa most, int threads) {
+  run_table<Conv2dKernel>(slot_of(direction), shape, buffers, most, threads);
+}
+
+void run_float_row(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Isa most,
+                   int threads) {
+  run_table<Conv2dReluPoolKernel>(slot_of(direction), shape, buffers, most, threads);
+}
+
+void run_float_row(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, Isa most, int threads) {
+  run_table<Pool2dKernel>(slot_of(op, direction), shape, buffers, most, threads);
 }
 
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads) {

@@ -1,5 +1,10 @@
 #include "cpu/isa.h"
 
+#if defined(CNN_EXT_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -54,6 +59,18 @@ const char* isa_name(Isa isa) {
       return "avx512";
   }
   return "?";
+}
+
+// The system grants a process the unit's registers when it asks for them.
+bool has_matrix_unit() {
+#if defined(CNN_EXT_HAS_AMX)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool has = processor_has(Isa::avx512) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has;
+#else
+  return false;
+#endif
 }
 
 Isa best_isa() {

@@ -13,4 +13,7 @@ const char* isa_name(Isa isa);
 // avx512). Throws std::invalid_argument for another name there, or for one that the processor lacks.
 Isa best_isa();
 
+// Whether this process may use the processor's matrix unit (AMX) for bfloat16.
+bool has_matrix_unit();
+
 }  // namespace cnn_ext::cpu

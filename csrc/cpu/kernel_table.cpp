@@ -1,5 +1,7 @@
 #include "cpu/kernel_table.h"
 
+#include "cpu/isa.h"
+
 namespace cnn_ext::cpu {
 
 // The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of
@@ -24,33 +26,44 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_winograd)           \
   ROW(conv2d_backward_weight_taps)               \
   ROW(conv2d_backward_weight_direct)             \
+  ROW(conv2d_forward_converted)                  \
+  ROW(conv2d_backward_input_converted)           \
+  ROW(conv2d_backward_weight_converted)          \
   ROW(conv2d_backward_bias_direct)
 
-#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)             \
-  ROW(conv2d_relu_max_pool2d_forward_winograd)         \
-  ROW(conv2d_relu_max_pool2d_backward_input_winograd)  \
-  ROW(conv2d_relu_max_pool2d_backward_weight_winograd) \
-  ROW(conv2d_relu_max_pool2d_forward_pixels)           \
-  ROW(conv2d_relu_max_pool2d_backward_input_pixels)    \
-  ROW(conv2d_relu_max_pool2d_forward_direct)           \
-  ROW(conv2d_relu_max_pool2d_backward_input_direct)    \
-  ROW(conv2d_relu_max_pool2d_backward_weight_taps)     \
-  ROW(conv2d_relu_max_pool2d_backward_weight_direct)   \
+#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)              \
+  ROW(conv2d_relu_max_pool2d_forward_winograd)          \
+  ROW(conv2d_relu_max_pool2d_backward_input_winograd)   \
+  ROW(conv2d_relu_max_pool2d_backward_weight_winograd)  \
+  ROW(conv2d_relu_max_pool2d_forward_pixels)            \
+  ROW(conv2d_relu_max_pool2d_backward_input_pixels)     \
+  ROW(conv2d_relu_max_pool2d_forward_direct)            \
+  ROW(conv2d_relu_max_pool2d_backward_input_direct)     \
+  ROW(conv2d_relu_max_pool2d_backward_weight_taps)      \
+  ROW(conv2d_relu_max_pool2d_backward_weight_direct)    \
+  ROW(conv2d_relu_max_pool2d_forward_converted)         \
+  ROW(conv2d_relu_max_pool2d_backward_input_converted)  \
+  ROW(conv2d_relu_max_pool2d_backward_weight_converted) \
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
-#define CNN_EXT_POOL2D_ROWS(ROW)    \
-  ROW(max_pool2d_forward_2x2)       \
-  ROW(max_pool2d_forward_strips)    \
-  ROW(max_pool2d_forward_separable) \
-  ROW(max_pool2d_forward_direct)    \
-  ROW(max_pool2d_backward_2x2)      \
-  ROW(max_pool2d_backward_scatter)  \
-  ROW(max_pool2d_backward_direct)   \
-  ROW(max_pool2d_gather_direct)     \
-  ROW(avg_pool2d_forward_2x2)       \
-  ROW(avg_pool2d_forward_direct)    \
-  ROW(avg_pool2d_backward_2x2)      \
-  ROW(avg_pool2d_backward_direct)
+#define CNN_EXT_POOL2D_ROWS(ROW)     \
+  ROW(max_pool2d_forward_2x2)        \
+  ROW(max_pool2d_forward_strips)     \
+  ROW(max_pool2d_forward_separable)  \
+  ROW(max_pool2d_forward_direct)     \
+  ROW(max_pool2d_forward_converted)  \
+  ROW(max_pool2d_backward_2x2)       \
+  ROW(max_pool2d_backward_scatter)   \
+  ROW(max_pool2d_backward_direct)    \
+  ROW(max_pool2d_backward_converted) \
+  ROW(max_pool2d_gather_direct)      \
+  ROW(max_pool2d_gather_converted)   \
+  ROW(avg_pool2d_forward_2x2)        \
+  ROW(avg_pool2d_forward_direct)     \
+  ROW(avg_pool2d_forward_converted)  \
+  ROW(avg_pool2d_backward_2x2)       \
+  ROW(avg_pool2d_backward_direct)    \
+  ROW(avg_pool2d_backward_converted)
 
 #define CNN_EXT_SIZED_POOL2D_ROWS(ROW)     \
   ROW(adaptive_max_pool2d_forward_direct)  \
@@ -78,6 +91,12 @@ namespace cnn_ext::cpu {
   CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)         \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
+
+#if defined(CNN_EXT_HAS_AMX)
+namespace avx512 {
+extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx;
+}
+#endif
 
 // The fused operator made of the rows of its parts: for every shape that no fused kernel serves.
 namespace composed {
@@ -121,6 +140,9 @@ extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_
 const std::vector<const Conv2dKernel*>& conv2d_kernels() {
   static const std::vector<const Conv2dKernel*> table = [] {
     std::vector<const Conv2dKernel*> rows;
+#if defined(CNN_EXT_HAS_AMX)
+    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx, &avx512::conv2d_backward_input_amx};
+#endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
     for (const Conv2dKernel* row :
          {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {

@@ -21,7 +21,7 @@ struct Block {
 };
 
 // A call of a kernel may make another one, whose workspace lives within that of the first: each depth keeps a block.
-constexpr int kDepths = 2;
+constexpr int kDepths = 3;
 thread_local Block kept[kDepths];
 thread_local int depth = 0;
 

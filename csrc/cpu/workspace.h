@@ -6,7 +6,7 @@
 namespace cnn_ext::cpu {
 
 // A block of at least `bytes` bytes, aligned to 64, that belongs to this call. Each calling thread keeps one block of at most 64 MB for
-// each of two nested calls and hands it out again, so that a training step does not pay for fresh pages at every layer; larger ones are
+// each of three nested calls and hands it out again, so that a training step does not pay for fresh pages at every layer; larger ones are
 // freed with the object. Objects end in the reverse order of their making.
 class Workspace {
  public:

@@ -8,7 +8,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/parallel.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/half.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -34,11 +34,12 @@ double lane_sum(Vec<T> v) {
 }
 
 // What is summed, as it lies in memory. (A fused backward pass sums less: conv2d_relu_max_pool2d_backward_bias.cpp.)
-template <class T>
+template <class Element>
 struct TensorValues {
+  using T = Compute<Element>;
   Vec<T> at(int64_t i) const { return load(data + i); }
   Vec<T> first_at(int64_t i, int count) const { return load_first(data + i, count); }
-  const T* data;
+  const Element* data;
 };
 
 // The sum of the neighbours [begin, end).
@@ -104,8 +105,10 @@ void pixel_sums(const Values& values, int64_t channels, int64_t begin, int64_t e
 }
 
 // Of the shape, only the output counts: `values` are those of [batch, out_channels, out_h, out_w].
-template <class T, class Values>
-void backward_bias(const Conv2dShape& s, const Values& values, T* grad_bias, T* partial, int threads) {
+template <class Element, class Values>
+void backward_bias(const Conv2dShape& s, const Values& values, Element* grad_bias, void* workspace, int threads) {
+  using T = Compute<Element>;
+  T* partial = static_cast<T*>(workspace);
   const int64_t channels = s.out_channels, plane = s.out_h * s.out_w, parts = parts_of(s);
   if (s.layout == Layout::nhwc) {
     const int64_t pixels = s.batch * plane;
@@ -121,13 +124,13 @@ void backward_bias(const Conv2dShape& s, const Values& values, T* grad_bias, T* 
   for (int64_t k = 0; k < channels; ++k) {
     double sum = 0;
     for (int64_t i = 0; i < parts; ++i) sum += static_cast<double>(partial[i * channels + k]);
-    grad_bias[k] = static_cast<T>(sum);
+    grad_bias[k] = static_cast<Element>(static_cast<T>(sum));
   }
 }
 
 Plan bias_plan(const Conv2dShape& s, int) {
   const int64_t parts = parts_of(s);
-  const size_t element = s.dtype == DType::float32 ? sizeof(float) : sizeof(double);
+  const size_t element = s.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   return {s.layout == Layout::nhwc ? static_cast<int64_t>(kVectors * kVectorBytes / element) : 1, kRun,
           s.layout == Layout::nhwc ? parts : parts * s.out_channels, static_cast<size_t>(parts * s.out_channels) * element};
 }

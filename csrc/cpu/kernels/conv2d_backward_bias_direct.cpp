@@ -4,16 +4,14 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
-
-template <class T>
-void run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  const TensorValues<T> values{static_cast<const T*>(b.grad_output)};
-  backward_bias(s, values, static_cast<T*>(b.grad_bias), static_cast<T*>(workspace), threads);
-}
+bool accepts(const Conv2dShape&) { return true; }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  with_scalar(s.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const TensorValues<Element> values{static_cast<const Element*>(b.grad_output)};
+    backward_bias(s, values, static_cast<Element*>(b.grad_bias), workspace, threads);
+  });
   return Outcome::done;
 }
 

@@ -6,23 +6,25 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-template <class T>
+template <class Element>
 struct ReluValues {
+  using T = Compute<Element>;
   static Vec<T> passed(Vec<T> grad, Vec<T> output) { return output <= Vec<T>{} ? Vec<T>{} : grad; }
   Vec<T> at(int64_t i) const { return passed(load(grad + i), load(output + i)); }
   Vec<T> first_at(int64_t i, int count) const { return passed(load_first(grad + i, count), load_first(output + i, count)); }
-  const T* grad;
-  const T* output;
+  const Element* grad;
+  const Element* output;
 };
 
-template <class T>
+template <class Element>
 struct PooledValues {
+  using T = Compute<Element>;
   static Vec<T> passed(Vec<T> grad, IntVec<T> offset) { return select(equal(offset, IntVec<T>{} + kNoGradient), Vec<T>{}, grad); }
   Vec<T> at(int64_t i) const { return first_at(i, kLanes<T>); }
   Vec<T> first_at(int64_t i, int count) const {
     return passed(load_first(grad + i, count), load_offsets<T>(offsets + i, first_lanes<T>(count)));
   }
-  const T* grad;
+  const Element* grad;
   const uint8_t* offsets;
 };
 
@@ -32,24 +34,21 @@ Conv2dShape pooled_shape(const Conv2dReluPoolShape& s) {
   return pooled;
 }
 
-bool accepts(const Conv2dReluPoolShape& s) { return s.conv.dtype == DType::float32 || s.conv.dtype == DType::float64; }
+bool accepts(const Conv2dReluPoolShape&) { return true; }
 
 Plan plan(const Conv2dReluPoolShape& s, int threads) { return bias_plan(pooled_shape(s), threads); }
 
-template <class T>
-void run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-  const T* grad = static_cast<const T*>(b.grad_output);
-  T* grad_bias = static_cast<T*>(b.grad_bias);
-  T* partial = static_cast<T*>(workspace);
-  if (has_pooling(s)) {
-    backward_bias(pooled_shape(s), PooledValues<T>{grad, b.offsets}, grad_bias, partial, threads);
-  } else {
-    backward_bias(s.conv, ReluValues<T>{grad, static_cast<const T*>(b.output)}, grad_bias, partial, threads);
-  }
-}
-
 Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-  s.conv.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  with_scalar(s.conv.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const Element* grad = static_cast<const Element*>(b.grad_output);
+    Element* grad_bias = static_cast<Element*>(b.grad_bias);
+    if (has_pooling(s)) {
+      backward_bias(pooled_shape(s), PooledValues<Element>{grad, b.offsets}, grad_bias, workspace, threads);
+    } else {
+      backward_bias(s.conv, ReluValues<Element>{grad, static_cast<const Element*>(b.output)}, grad_bias, workspace, threads);
+    }
+  });
   return Outcome::done;
 }
 

@@ -1,0 +1,16 @@
+// What rows of the half types call: the row that serves the same problem in float32. Included by files compiled for different instruction
+// sets: declarations only.
+#pragma once
+
+#include "cpu/kernel.h"
+
+namespace cnn_ext::cpu {
+
+// Runs the first row of the table, of the instruction set `most` or of a lesser one, that accepts the float32 shape, on up to `threads`
+// threads. No forced row counts: the caller may be one.
+void run_float_row(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Isa most, int threads);
+void run_float_row(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Isa most,
+                   int threads);
+void run_float_row(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, Isa most, int threads);
+
+}  // namespace cnn_ext::cpu
