@@ -156,12 +156,14 @@ def layouts_of(op: str) -> tuple:
     return CONV2D_LAYOUTS if op.startswith("conv2d") else POOL2D_LAYOUTS
 
 
-def shape_of(case, dtype: torch.dtype, layouts):
-    """The shape of a case of any kind; ``layouts`` is an item of ``layouts_of`` its operator."""
+def shape_of(case, dtype: torch.dtype, layouts, *, allow_winograd: bool = False):
+    """The shape of a case of any kind; ``layouts`` is an item of ``layouts_of`` its operator. ``allow_winograd`` is for
+    the fused convolution: the plain one always allows it.
+    """
     if isinstance(case, Conv2dCase):
         return conv2d_shape(case, dtype, *layouts)
     if isinstance(case, FusedCase):
-        return fused_shape(case, dtype, *layouts)
+        return fused_shape(case, dtype, *layouts, allow_winograd=allow_winograd)
     if isinstance(case, SizedPool2dCase):
         return case.shape(dtype, layouts)
     return pool2d_shape(case, dtype, layouts)
