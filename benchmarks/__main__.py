@@ -1,11 +1,11 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | rows | models | overhead | install | report``."""
+"""``python -m benchmarks conv2d | pooling | mnist | all | rows | models | memory | overhead | install | report``."""
 
 import argparse
 import re
 import sys
 from pathlib import Path
 
-from benchmarks import install, models, overhead, report, rows, runner
+from benchmarks import install, memory, models, overhead, report, rows, runner
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
@@ -39,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     checker.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     checker.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     checker.add_argument("--only", metavar="REGEX", help="kernels whose name matches")
+    keeper = commands.add_parser("memory", help="measure what training whole networks keeps and its peak memory")
+    keeper.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     installer = commands.add_parser("install", help="measure building and installing from a clone")
     installer.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     caller = commands.add_parser("overhead", help="measure what an eager call costs above its kernel")
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
             return models.measure(options.out, lambda name: bool(re.search(options.only, name)))
         if options.command == "overhead":
             overhead.measure(options.out)
+            return 0
+        if options.command == "memory":
+            memory.measure(options.out)
             return 0
         if options.command == "install":
             install.measure(options.out)

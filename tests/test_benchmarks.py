@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from benchmarks import mnist, report, runner
+import cnn_ext
+from benchmarks import memory, mnist, report, runner
 from benchmarks.__main__ import main
 from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
 from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
@@ -262,3 +264,24 @@ def test_tables_align_numbers_to_the_right():
     rows = [{"name": "a", "ms": 1.25}, {"name": "bcd", "ms": 100.0}]
     assert plain(columns, rows).splitlines() == ["name     ms", "-----------", "a       1.2", "bcd   100.0"]
     assert markdown(columns, rows).splitlines()[1] == "|---|---:|"
+
+
+def test_what_is_kept_for_backward_is_counted_once_and_without_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    input = torch.randn(2, 3, 8, 8)
+    output, pooled = 2 * 8 * 64, 2 * 8 * 16
+    assert memory.saved_bytes(model, input) == 4 * input.numel() + 4 * output + 8 * pooled
+    assert memory.saved_bytes(cnn_ext.convert(model), input) == 4 * input.numel() + 4 * output + pooled
+    assert memory.saved_bytes(cnn_ext.convert(model, fuse=True), input) == 4 * input.numel() + pooled
+
+
+def test_the_peak_is_of_the_call_alone():
+    held = torch.ones(1 << 22)
+    grown = memory.peak_bytes(lambda: torch.ones(1 << 23))
+    assert 0.9 * (4 << 23) < grown < 2 * (4 << 23)
+    assert held.numel() == 1 << 22
+
+
+def test_a_row_of_the_memory_benchmark():
+    row = memory.row_of("resnet50", "cnn_ext", 2, 32)
+    assert row["saved_mb"] > 0 and row["peak_mb"] > 0
