@@ -18,7 +18,7 @@ using cnn_ext::DType;
 
 constexpr int64_t kReductionChannels = 128;
 constexpr int64_t kSharedWeightBytes = 1 << 20;  // of transformed weights: above, the schedule is by units
-constexpr int64_t kBlockBytes = 1 << 20;         // of a block's transformed tensors, by blocks
+constexpr int64_t kBlockBytes = 640 << 10;       // of a block's transformed tensors, by blocks; of a unit's sums, by units
 constexpr int64_t kSharedTileBytes = 8 << 20;    // of a block's transformed inputs, by units
 constexpr int64_t kBlocksPerThread = 4;
 
@@ -94,7 +94,7 @@ WinogradBlocking make_winograd_blocking(const Gather& g, int threads) {
   const int64_t wanted = threads > 1 ? threads * kBlocksPerThread : 1;
   const auto fits = [&] {
     const int64_t tiles = b.blocks.tiles();
-    if (b.by_units) return tiles * channels * kPointBytes <= kSharedTileBytes;
+    if (b.by_units) return tiles * channels * kPointBytes <= kSharedTileBytes && tiles * kUnit * kPointBytes <= kBlockBytes;
     return tiles * (channels + kUnit) * kPointBytes <= kBlockBytes && (tiles < 2 * kProductTiles || g.groups * b.blocks.count() >= wanted);
   };
   fit_tile_blocks(g.batch, g.h.count, g.w.count, kOutputs, b.blocks, fits);

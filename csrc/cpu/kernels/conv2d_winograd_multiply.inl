@@ -38,6 +38,9 @@ void multiply_tile(const Product<T>& p) {
   const int64_t vector_pitch = p.vector_pitch;
   for (int64_t left = p.channels; left > 0; left -= kV, block += vector_pitch) {
     const T* const end = block + (left < kV ? left : kV);
+    // The processor's own prefetching does not follow from one vector of channels to the next.
+#pragma GCC unroll 14
+    for (int i = 0; i < kTiles; ++i) __builtin_prefetch(block + vector_pitch + i * kV);
     for (const T* in = block; in != end; ++in, weights += kVectors * kV) {
       Vec<T> weight[kVectors];
 #pragma GCC unroll 2

@@ -31,12 +31,15 @@ constexpr int kEntries = kVectorRegisters == 32 && kLanes<T> >= 8 ? 8
                                                                   : 4;
 
 // sums[entry][vector] = the products of a point, added up over tiles: outputs [tile][kVectors][lane], inputs [tile][lane] from the first
-// entry on.
+// entry on. What the next point reads lies `next_outputs` and `next_inputs` elements further on, and is fetched ahead.
 template <class T, int kVectors>
-void multiply_over_tiles(const T* outputs, const T* inputs, int64_t tiles, T* sums) {
+void multiply_over_tiles(const T* outputs, const T* inputs, int64_t tiles, int64_t next_outputs, int64_t next_inputs, T* sums) {
   constexpr int kV = kLanes<T>;
   Vec<T> sum[kEntries<T>][kVectors] = {};
   for (const T* const end = inputs + tiles * kV; inputs != end; inputs += kV, outputs += kVectors * kV) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(outputs + next_outputs + v * kV);
+    __builtin_prefetch(inputs + next_inputs);
     Vec<T> output[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) output[v] = load(outputs + v * kV);
@@ -270,7 +273,8 @@ class WinogradWeight {
         for (int64_t c = 0; c < part; c += kEntries<T>) {
           const int64_t channel = first + c;
           const T* vector = inputs + point * inputs_pitch_ + channel / kV * tiles * kV + channel % kV;
-          multiply_over_tiles<T, kVectors>(outputs + point * outputs_pitch_, vector, tiles, sums + point * sums_pitch_ + c * kEntry);
+          multiply_over_tiles<T, kVectors>(outputs + point * outputs_pitch_, vector, tiles, outputs_pitch_, inputs_pitch_,
+                                           sums + point * sums_pitch_ + c * kEntry);
         }
       }
       for (int64_t c = 0; c < part; ++c) {
