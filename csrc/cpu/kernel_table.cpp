@@ -12,8 +12,12 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_depthwise_channels) \
   ROW(conv2d_forward_grouped_channels)           \
   ROW(conv2d_backward_input_grouped_channels)    \
+  ROW(conv2d_backward_weight_grouped_channels)   \
+  ROW(conv2d_forward_depthwise_planes)           \
+  ROW(conv2d_backward_input_depthwise_planes)    \
   ROW(conv2d_forward_depthwise)                  \
   ROW(conv2d_backward_input_depthwise)           \
+  ROW(conv2d_backward_weight_depthwise_planes)   \
   ROW(conv2d_backward_weight_depthwise)          \
   ROW(conv2d_forward_pointwise)                  \
   ROW(conv2d_backward_input_pointwise)           \

@@ -4,10 +4,10 @@
 // The backward_input of stride s falls into s * s phases (target position plus padding, modulo s), in each of which the source pixels of a
 // tap are neighbours. A list per phase says where its taps lie in the stage and which weights they take.
 //
-// Tile: up to 14 pixels of a row times one vector of channels. The weights of a tap stay in a register while 14 multiplications read the
-// stage from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of memory operands; two FMA ports
-// of latency 4 want 8 sums or more. A target is one chain: bias, then its taps in row-major order (backward_input: from the last to the
-// first).
+// Tile: up to 14 pixels of a row, or 7 of each of two rows, times one vector of channels. The weights of a tap stay in a register while 14
+// multiplications read the stage from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of
+// memory operands; two FMA ports of latency 4 want 8 sums or more. A target is one chain: bias, then its taps in row-major order
+// (backward_input: from the last to the first).
 //
 // The zeros staged for padding meet weights, which must be finite. Channels come in blocks of a vector: a rest leaves lanes idle.
 #include "cpu/kernels/conv2d_depthwise.inl"
@@ -20,6 +20,7 @@ constexpr int kTilePixels = 14;
 struct Tap {
   int64_t offset;  // elements of the stage, from the pixel at the target's place
   int64_t weight;  // elements of the channel block's packed weights
+  int64_t row;     // source rows from the target's place
 };
 
 // The sizes and scratch of one call.
@@ -94,7 +95,8 @@ void fill_taps(const Job<T>& job) {
         const int64_t tap = job.forward ? i : taps_of(s) - 1 - i;
         const int64_t r = tap / s.kernel_w, c = tap % s.kernel_w;
         if (!job.h.has_tap(r, ph) || !job.w.has_tap(c, pw)) continue;
-        job.taps[used++] = {(job.h.offset(r, ph) * job.stage_columns + job.w.offset(c, pw)) * kLanes<T>, tap * kLanes<T>};
+        const int64_t row = job.h.offset(r, ph);
+        job.taps[used++] = {(row * job.stage_columns + job.w.offset(c, pw)) * kLanes<T>, tap * kLanes<T>, row};
       }
     }
   }
@@ -107,76 +109,121 @@ bool pack_weights(const Job<T>& job, const T* weight, int threads) {
   const int64_t multiplier = multiplier_of(job.s), taps = taps_of(job.s);
   int32_t infinite = 0;
   parallel_for(threads, job.blocks * multiplier, [&](int, int64_t i) {
-    const int64_t first = i / multiplier * kLanes<T>, j = i % multiplier;
-    const LaneSet lanes = first_lanes<T>(job.s.groups - first);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const Vec<T> v = load_strided(weight + (first * multiplier + j) * taps + tap, multiplier * taps, lanes, Vec<T>{});
-      store(job.weights + (i * taps + tap) * kLanes<T>, v);
-      if (!is_finite<T>(v)) __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);
+    const int64_t first = i / multiplier * kLanes<T>;
+    const ChannelBlock<const T> channels = {
+        weight + i % multiplier * taps, first * multiplier, multiplier, smaller(kLanes<T>, job.s.groups - first), 0, 1, taps, Layout::nchw};
+    for (int64_t tap = 0; tap < taps; tap += kLanes<T>) {
+      Vec<T> vectors[kLanes<T>];
+      load_pixels<T>(channels, tap, taps - tap, vectors);
+      for (int64_t t = 0; t < smaller(kLanes<T>, taps - tap); ++t) {
+        store(job.weights + (i * taps + tap + t) * kLanes<T>, vectors[t]);
+        if (!is_finite<T>(vectors[t])) __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);
+      }
     }
   });
   return infinite == 0;
 }
 
-// kPixels pixels of one row of one phase, added to `initial`. kStep: distance of their sources in the stage, in vectors, 0 for any.
-template <class T, int kPixels, int kStep>
-void compute_tile(const T* source, int64_t source_step, const Tap* tap, const Tap* last_tap, const T* weights, const T* initial,
-                  int64_t initial_step, T* target, int64_t target_step) {
-  const int64_t step = kStep != 0 ? kStep * kLanes<T> : source_step;
-  Vec<T> sum[kPixels];
-  for (int i = 0; i < kPixels; ++i) sum[i] = load(initial + i * initial_step);
-  for (; tap < last_tap; ++tap) {
+// Where a tile reads and writes. Distances in elements of the stages.
+template <class T>
+struct TileArguments {
+  const T* source;  // at the place of pixel 0
+  int64_t source_step, source_row;
+  const Tap *tap, *last_tap;
+  const T* weights;
+  const T* initial;
+  int64_t initial_step, initial_row;
+  T* target;
+  int64_t target_step, target_row;
+};
+
+// kPixels pixels of kRows rows of one phase, added to `initial`. kStep: distance of their sources in the stage, in vectors, 0 for any.
+template <class T, int kRows, int kPixels, int kStep>
+void compute_tile(const TileArguments<T>& a) {
+  const int64_t step = kStep != 0 ? kStep * kLanes<T> : a.source_step;
+  Vec<T> sum[kRows][kPixels];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kPixels; ++i) sum[r][i] = load(a.initial + r * a.initial_row + i * a.initial_step);
+  }
+  const T *source = a.source, *weights = a.weights;
+  const int64_t source_row = a.source_row;
+  for (const Tap *tap = a.tap, *last = a.last_tap; tap < last; ++tap) {
     const Vec<T> w = load(weights + tap->weight);
     const T* p = source + tap->offset;
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r, p += source_row) {
 #pragma GCC unroll 14
-    for (int i = 0; i < kPixels; ++i) sum[i] = fma(load(p + i * step), w, sum[i]);
+      for (int i = 0; i < kPixels; ++i) sum[r][i] = fma(load(p + i * step), w, sum[r][i]);
+    }
   }
-  for (int i = 0; i < kPixels; ++i) store(target + i * target_step, sum[i]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kPixels; ++i) store(a.target + r * a.target_row + i * a.target_step, sum[r][i]);
+  }
 }
 
 template <class T>
-using Tile = void (*)(const T*, int64_t, const Tap*, const Tap*, const T*, const T*, int64_t, T*, int64_t);
+using Tile = void (*)(const TileArguments<T>&);
 
 template <class T, int kStep>
-Tile<T> tile_of(int64_t pixels) {
-  static constexpr Tile<T> tiles[kTilePixels] = {compute_tile<T, 1, kStep>,  compute_tile<T, 2, kStep>,  compute_tile<T, 3, kStep>,
-                                                 compute_tile<T, 4, kStep>,  compute_tile<T, 5, kStep>,  compute_tile<T, 6, kStep>,
-                                                 compute_tile<T, 7, kStep>,  compute_tile<T, 8, kStep>,  compute_tile<T, 9, kStep>,
-                                                 compute_tile<T, 10, kStep>, compute_tile<T, 11, kStep>, compute_tile<T, 12, kStep>,
-                                                 compute_tile<T, 13, kStep>, compute_tile<T, 14, kStep>};
-  return tiles[pixels - 1];
+Tile<T> tile_of(int64_t rows, int64_t pixels) {
+  static constexpr Tile<T> one_row[kTilePixels] = {
+      compute_tile<T, 1, 1, kStep>,  compute_tile<T, 1, 2, kStep>,  compute_tile<T, 1, 3, kStep>,  compute_tile<T, 1, 4, kStep>,
+      compute_tile<T, 1, 5, kStep>,  compute_tile<T, 1, 6, kStep>,  compute_tile<T, 1, 7, kStep>,  compute_tile<T, 1, 8, kStep>,
+      compute_tile<T, 1, 9, kStep>,  compute_tile<T, 1, 10, kStep>, compute_tile<T, 1, 11, kStep>, compute_tile<T, 1, 12, kStep>,
+      compute_tile<T, 1, 13, kStep>, compute_tile<T, 1, 14, kStep>};
+  static constexpr Tile<T> two_rows[kTilePixels / 2] = {
+      compute_tile<T, 2, 1, kStep>, compute_tile<T, 2, 2, kStep>, compute_tile<T, 2, 3, kStep>, compute_tile<T, 2, 4, kStep>,
+      compute_tile<T, 2, 5, kStep>, compute_tile<T, 2, 6, kStep>, compute_tile<T, 2, 7, kStep>};
+  return (rows == 2 ? two_rows : one_row)[pixels - 1];
 }
 
 template <class T>
-Tile<T> tile_of(int64_t pixels, int64_t source_step) {
-  return source_step == 1 ? tile_of<T, 1>(pixels) : source_step == 2 ? tile_of<T, 2>(pixels) : tile_of<T, 0>(pixels);
+Tile<T> tile_of(int64_t rows, int64_t pixels, int64_t source_step) {
+  return source_step == 1 ? tile_of<T, 1>(rows, pixels) : source_step == 2 ? tile_of<T, 2>(rows, pixels) : tile_of<T, 0>(rows, pixels);
 }
 
-// The columns of one phase in one target row; `initial` as for the tile, but null for the target itself.
+// The columns of one phase in `rows` target rows of one phase; `initial` as for the tile, but null for the target itself.
 template <class T>
-void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t phase_w, const T* initial,
-                   T* target_row) {
+void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t rows, int64_t phase_w,
+                   const T* initial, const Stage<T>& target) {
   const Axis &h = job.h, &w = job.w;
   const int64_t list = h.phase(row) * w.phases() + phase_w;
-  const Tap *first_tap = job.taps + job.list_begin[list], *last_tap = job.taps + job.list_begin[list + 1];
   int64_t column = (phase_w - w.target_pad() % w.phases() + w.phases()) % w.phases();
-  const int64_t target_step = w.phases() * kLanes<T>, source_step = w.source_step() * kLanes<T>;
+  TileArguments<T> a;
+  a.source_step = w.source_step() * kLanes<T>;
+  a.source_row = h.source_step() * source.columns * kLanes<T>;
+  a.tap = job.taps + job.list_begin[list];
+  a.last_tap = job.taps + job.list_begin[list + 1];
+  const int64_t first_place = h.place(row) * h.source_step(), last_place = first_place + (rows - 1) * h.source_step();
+  while (a.tap < a.last_tap && last_place + a.tap->row < 0) ++a.tap;  // the rows of a list ascend; none of these meets the map
+  while (a.tap < a.last_tap && first_place + (a.last_tap - 1)->row >= h.source) --a.last_tap;
+  a.weights = weights;
+  a.target_step = w.phases() * kLanes<T>;
+  a.target_row = h.phases() * target.columns * kLanes<T>;
+  a.initial_step = initial != nullptr ? 0 : a.target_step;
+  a.initial_row = initial != nullptr ? 0 : a.target_row;
   int64_t left = column < w.target ? ceil_div(w.target - column, w.phases()) : 0;
   while (left > 0) {
-    const int64_t pixels = ceil_div(left, ceil_div(left, kTilePixels));  // even shares: 28 = 14 + 14, 20 = 10 + 10
-    T* target = target_row + column * kLanes<T>;
-    tile_of<T>(pixels, w.source_step())(source.at(h.place(row) * h.source_step(), w.place(column) * w.source_step()), source_step,
-                                        first_tap, last_tap, weights, initial != nullptr ? initial : target,
-                                        initial != nullptr ? 0 : target_step, target, target_step);
+    const int64_t pixels = ceil_div(left, ceil_div(left, kTilePixels / rows));  // even shares: 28 = 14 + 14, 20 = 10 + 10
+    a.target = target.at(row, column);
+    a.initial = initial != nullptr ? initial : a.target;
+    a.source = source.at(first_place, w.place(column) * w.source_step());
+    tile_of<T>(rows, pixels, w.source_step())(a);
     column += pixels * w.phases();
     left -= pixels;
   }
 }
 
+// Narrow maps take two rows at a time: fewer than 8 sums would wait for their own additions.
 template <class T>
 void compute_rows(const Job<T>& job, const Stage<T>& source, const T* weights, const T* initial, const Stage<T>& target) {
-  for (int64_t row = target.row; row < target.row + target.rows; ++row) {
-    for (int64_t phase = 0; phase < job.w.phases(); ++phase) compute_phase(job, source, weights, row, phase, initial, target.at(row, 0));
+  const int64_t phases = job.h.phases(), end = target.row + target.rows;
+  const bool narrow = ceil_div(job.w.target, job.w.phases()) <= kTilePixels / 2;
+  for (int64_t start = target.row; start < smaller(end, target.row + phases); ++start) {
+    for (int64_t row = start, rows; row < end; row += rows * phases) {
+      rows = narrow && row + phases < end ? 2 : 1;
+      for (int64_t phase = 0; phase < job.w.phases(); ++phase) compute_phase(job, source, weights, row, rows, phase, initial, target);
+    }
   }
 }
 

@@ -59,6 +59,14 @@ inline bool accepts_depthwise_channels(const Conv2dShape& s) {
   return accepts_depthwise(s) && s.layout == Layout::nhwc && multiplier_of(s) == 1 && s.groups >= lanes;
 }
 
+// nhwc tensors of at least a vector of channels in groups of 2, 4 or 8, as many outputs as inputs.
+inline bool accepts_grouped_channels(const Conv2dShape& s) {
+  if ((s.dtype != DType::float32 && s.dtype != DType::float64) || s.layout != Layout::nhwc) return false;
+  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>, group = s.in_channels / s.groups;
+  return s.groups > 1 && s.in_channels == s.out_channels && s.in_channels >= lanes && group <= lanes &&
+         (group == 2 || group == 4 || group == 8);
+}
+
 // Keeps the compiler from knowing how a pointer came about: it would otherwise hold a sum for every pixel of a tile in a register, spill
 // most of them and load each from the stack, where base + index * scale + displacement of a load costs nothing.
 template <class T>

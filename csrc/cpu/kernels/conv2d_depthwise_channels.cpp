@@ -248,14 +248,6 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
                                    : run_job<double>(s, b, kForward, workspace, threads);
 }
 
-// nhwc tensors of at least a vector of channels in groups of 2, 4 or 8, as many outputs as inputs.
-bool accepts_groups(const Conv2dShape& s) {
-  if ((s.dtype != DType::float32 && s.dtype != DType::float64) || s.layout != Layout::nhwc) return false;
-  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>, group = s.in_channels / s.groups;
-  return s.groups > 1 && s.in_channels == s.out_channels && s.in_channels >= lanes && group <= lanes &&
-         (group == 2 || group == 4 || group == 8);
-}
-
 }  // namespace
 
 extern const Conv2dKernel conv2d_forward_depthwise_channels = {CNN_EXT_KERNEL_NAME("conv2d_forward_depthwise_channels"),
@@ -274,13 +266,13 @@ extern const Conv2dKernel conv2d_backward_input_depthwise_channels = {CNN_EXT_KE
 extern const Conv2dKernel conv2d_forward_grouped_channels = {CNN_EXT_KERNEL_NAME("conv2d_forward_grouped_channels"),
                                                              Isa::CNN_EXT_ISA,
                                                              Conv2dDirection::forward,
-                                                             accepts_groups,
+                                                             accepts_grouped_channels,
                                                              plan<true>,
                                                              run<true>};
 extern const Conv2dKernel conv2d_backward_input_grouped_channels = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_grouped_channels"),
                                                                     Isa::CNN_EXT_ISA,
                                                                     Conv2dDirection::backward_input,
-                                                                    accepts_groups,
+                                                                    accepts_grouped_channels,
                                                                     plan<false>,
                                                                     run<false>};
 
