@@ -192,6 +192,14 @@ def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, group
     return stride, padding, dilation, integer(op, "groups", groups)
 
 
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def check_padding_mode(op: str, mode) -> None:
+    if mode not in PADDING_MODES:
+        raise ValueError(f"{op}() expected padding_mode to be one of {', '.join(PADDING_MODES)}, but got {mode!r}")
+
+
 def check_conv_ranks(op: str, input, weight, axes: int) -> None:
     if input.dim() not in (axes + 1, axes + 2):
         raise RuntimeError(

@@ -66,6 +66,7 @@ Conv2dReluPoolShape = cpu.Conv2dReluPoolShape
 Pool2dShape = cpu.Pool2dShape
 SizedPool2dShape = cpu.SizedPool2dShape
 Layout = cpu.Layout
+PADDING_MODES = dict(cpu.PaddingMode.__members__)
 Conv2dDirection = cpu.Conv2dDirection
 Pool2dOp = cpu.Pool2dOp
 Pool2dDirection = cpu.Pool2dDirection

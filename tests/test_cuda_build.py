@@ -50,7 +50,8 @@ def conv2d_shape():
     sizes = dict(batch=2, in_channels=8, in_h=9, in_w=9, out_channels=8, out_h=9, out_w=9, kernel_h=3, kernel_w=3)
     layouts = dict(layout=_native.Layout.nchw, weight_layout=_native.Layout.nchw)
     policy = {"dtype": _native.DTYPES[torch.float32], "allow_winograd": 0, "allow_tf32": 0}
-    return _native.Conv2dShape(**sizes, **dict.fromkeys(ones, 1), **layouts, **policy)
+    zeros = {"padding_mode": _native.PADDING_MODES["zeros"]}
+    return _native.Conv2dShape(**sizes, **dict.fromkeys(ones, 1), **layouts, **policy, **zeros)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -3,14 +3,16 @@
 import torch
 
 from cnn_ext import autograd, policy
-from cnn_ext._arguments import conv_geometry, fused_pool
+from cnn_ext._arguments import check_padding_mode, conv_geometry, fused_pool
 from cnn_ext.functional.autocast import cast_for_autocast
 from cnn_ext.functional.overridable import overridable
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS, check_conv_tensors, conv_output_size, spec
 
 
 @overridable
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
+def conv2d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None, padding_mode="zeros"
+):
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv2d`.
 
     Args:
@@ -24,6 +26,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         groups: into how many independent convolutions the channels are divided.
         activation: None or 'relu', which is then computed with the convolution: its input is never written, and
             backward reads the output instead.
+        padding_mode: what the padding holds: 'zeros', or values of the input: 'reflect', 'replicate' or 'circular', as
+            torch.nn.Conv2d has them. The input is read through its padding, never copied into a padded one. On the CPU.
 
     Returns:
         [N, K, OH, OW] (or without N) with OH = floor((H + top + bottom - dilation * (R - 1) - 1) / stride) + 1;
@@ -36,11 +40,13 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     """
     input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups, axes=2)
-    return _conv2d("conv2d", input, weight, bias, geometry, activation)
+    return _conv2d("conv2d", input, weight, bias, geometry, activation, padding_mode)
 
 
 @overridable
-def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None):
+def conv1d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation=None, padding_mode="zeros"
+):
     """Cross-correlates ``input`` with ``weight`` and adds ``bias``, as :func:`torch.nn.functional.conv1d`.
 
     It is the convolution over two axes with height 1; the tensors are looked at so, not copied.
@@ -52,7 +58,7 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         stride, dilation: an int or a list of one, at least 1.
         padding: zeros around the input, which never multiply: an int, a list of one, ((left, right),), 'valid',
             'same', 'same_lower' or 'full'.
-        groups, activation: as for :func:`conv2d`.
+        groups, activation, padding_mode: as for :func:`conv2d`.
 
     Returns:
         [N, K, OL] (or without N) with OL = floor((L + left + right - dilation * (R - 1) - 1) / stride) + 1.
@@ -66,7 +72,8 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     conv_output_size(batched.shape, weight.shape, *geometry)
     check_conv_tensors(spec(input), spec(weight), None if bias is None else spec(bias))
     geometry = geometry_of_height_1(geometry)
-    output = _conv2d("conv1d", of_height_1(batched), of_height_1(weight), bias, geometry, activation).squeeze(-2)
+    operands = of_height_1(batched), of_height_1(weight), bias
+    output = _conv2d("conv1d", *operands, geometry, activation, padding_mode).squeeze(-2)
     return output if input.dim() == 3 else output.squeeze(0)
 
 
@@ -81,8 +88,16 @@ def geometry_of_height_1(geometry):
     return (1, stride), (0, 0, *padding), (1, dilation), groups
 
 
-def _conv2d(op, input, weight, bias, geometry, activation):
-    geometry = (*geometry, policy.allowed.winograd)
+def _with_policy(op, geometry, padding_mode):
+    """The geometry with what the operators are told beyond it."""
+    if padding_mode == "zeros":
+        return (*geometry, policy.allowed.winograd)
+    check_padding_mode(op, padding_mode)
+    return (*geometry, policy.allowed.winograd, padding_mode)
+
+
+def _conv2d(op, input, weight, bias, geometry, activation, padding_mode):
+    geometry = _with_policy(op, geometry, padding_mode)
     if activation is not None:
         if activation != "relu":
             raise ValueError(f"{op}() expected activation to be None or 'relu', but got {activation!r}")
@@ -94,15 +109,26 @@ def _conv2d(op, input, weight, bias, geometry, activation):
 
 @overridable
 def conv2d_relu_max_pool2d(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, pool_size=2, pool_stride=None
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    pool_size=2,
+    pool_stride=None,
+    *,
+    padding_mode="zeros",
 ):
     """Max pooling of ``relu(conv2d(input, weight, bias, ...))``, without the tensors in between.
 
     The values are those of the three functions one after the other. For backward it keeps the input, the weight and
-    one byte for each pooled output; a CUDA tensor and a pooling window of more than 255 taps run the three functions.
+    one byte for each pooled output; a CUDA tensor, a pooling window of more than 255 taps and another padding mode than
+    zeros run the three functions.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as for :func:`conv2d`.
+        input, weight, bias, stride, padding, dilation, groups, padding_mode: as for :func:`conv2d`.
         pool_size, pool_stride: of the pooling, which is not padded: an int or a pair (height, width); ``pool_stride``
             is ``pool_size`` if omitted.
 
@@ -117,7 +143,7 @@ def conv2d_relu_max_pool2d(
     op = "conv2d_relu_max_pool2d"
     input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry(op, input, weight, bias, stride, padding, dilation, groups, axes=2)
-    geometry = (*geometry, policy.allowed.winograd)
+    geometry = _with_policy(op, geometry, padding_mode)
     return _conv2d_relu_max_pool2d(input, weight, bias, geometry, fused_pool(op, pool_size, pool_stride))
 
 
@@ -125,7 +151,10 @@ def _conv2d_relu_max_pool2d(input, weight, bias, geometry, pool):
     if input.dim() == 3:
         return _conv2d_relu_max_pool2d(input.unsqueeze(0), weight, bias, geometry, pool).squeeze(0)
     (pool_h, pool_w), _ = pool
-    if input.is_cuda or pool_h * pool_w > MOST_FUSED_TAPS:
+    maps_padding = len(geometry) > 5
+    if input.is_cuda or maps_padding or pool_h * pool_w > MOST_FUSED_TAPS:
         activated = torch.relu(autograd.conv2d(input, weight, bias, geometry))
+        if pool == ((1, 1), (1, 1)):
+            return activated
         return autograd.max_pool2d(activated, (*pool, (0, 0, 0, 0), (1, 1), False), False)[0]
     return autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry, pool)

@@ -45,11 +45,8 @@ class _Conv:
             self.padding = padding
 
     def _conv_forward(self, input, weight, bias):
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return self._compute(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self._compute(*arguments, padding_mode=self.padding_mode)
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):
@@ -59,8 +56,8 @@ class Conv1d(_Conv, torch.nn.Conv1d):
     ``padding_mode='zeros'``.
     """
 
-    def _compute(self, *arguments):
-        return functional.conv1d(*arguments)
+    def _compute(self, *arguments, **keywords):
+        return functional.conv1d(*arguments, **keywords)
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):
@@ -70,8 +67,8 @@ class Conv2d(_Conv, torch.nn.Conv2d):
     ``padding_mode='zeros'``.
     """
 
-    def _compute(self, *arguments):
-        return functional.conv2d(*arguments)
+    def _compute(self, *arguments, **keywords):
+        return functional.conv2d(*arguments, **keywords)
 
 
 class _ConvTranspose:

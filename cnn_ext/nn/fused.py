@@ -33,8 +33,8 @@ class ConvReLUPool2d(Conv2d):
         self.pool_size = pool_size
         self.pool_stride = pool_size if pool_stride is None else pool_stride
 
-    def _compute(self, *arguments):
-        return functional.conv2d_relu_max_pool2d(*arguments, self.pool_size, self.pool_stride)
+    def _compute(self, *arguments, **keywords):
+        return functional.conv2d_relu_max_pool2d(*arguments, self.pool_size, self.pool_stride, **keywords)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, pool_size={self.pool_size}, pool_stride={self.pool_stride}"

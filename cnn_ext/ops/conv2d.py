@@ -16,6 +16,7 @@ from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 POLICY = "bool allow_winograd=False"
+_PADDING_MODE = 'str padding_mode="zeros"'
 
 
 def _layout(memory_format: torch.memory_format):
@@ -23,7 +24,15 @@ def _layout(memory_format: torch.memory_format):
 
 
 def native_shape(
-    input_size, weight_size, output_size, geometry, dtype, memory_format, weight_format, allow_winograd=False
+    input_size,
+    weight_size,
+    output_size,
+    geometry,
+    dtype,
+    memory_format,
+    weight_format,
+    allow_winograd=False,
+    padding_mode="zeros",
 ):
     """The kernels' description of a checked convolution.
 
@@ -52,8 +61,29 @@ def native_shape(
         layout=_layout(memory_format),
         weight_layout=_layout(weight_format),
         allow_winograd=allow_winograd,
+        padding_mode=_native.PADDING_MODES[padding_mode],
         allow_tf32=False,  # the switch is read when a CUDA kernel is called
     )
+
+
+def _check_padding_mode(mode: str, input_size, padding, device: torch.device) -> None:
+    """Refuses a padding that the mode cannot fill from an input of this size."""
+    if mode == "zeros":
+        return
+    if device.type == "cuda":
+        raise NotImplementedError(f"\"conv2d\" not implemented for padding_mode={mode!r} on cuda: expected 'zeros'")
+    for axis, size in enumerate(input_size[2:]):
+        most = max(padding[2 * axis : 2 * axis + 2])
+        if mode == "reflect" and most >= size:
+            raise RuntimeError(
+                "Padding size should be less than the corresponding input dimension, but got: padding "
+                f"{list(padding)} at dimension {axis + 2} of input {list(input_size)}"
+            )
+        if mode == "circular" and most > size:
+            raise RuntimeError(
+                f"Padding value causes wrapping around more than once: got padding {list(padding)} for input "
+                f"{list(input_size)}"
+            )
 
 
 def geometry_key(stride, padding, dilation, groups):
@@ -79,22 +109,41 @@ def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None
 
 @functools.lru_cache(maxsize=1024)
 def prepare_forward(
-    input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, allow_winograd: bool = False
+    input: TensorSpec,
+    weight: TensorSpec,
+    bias: TensorSpec | None,
+    geometry,
+    allow_winograd: bool = False,
+    padding_mode: str = "zeros",
 ):
     """The checked call: kernel shape, output size, layouts, and whether there is anything to compute."""
     output_size, memory_format = _plan_forward(input, weight, bias, geometry)
+    _check_padding_mode(padding_mode, input.size, geometry[1], input.device)
     has_terms = 0 not in (*output_size, input.size[1])
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
-        input.size, weight.size, output_size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+        input.size,
+        weight.size,
+        output_size,
+        geometry,
+        input.dtype,
+        memory_format,
+        weight_format,
+        allow_winograd,
+        padding_mode,
     )
     return shape, output_size, memory_format, weight_format, has_terms
 
 
-def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False):
+def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"):
     bias_spec = None if bias is None else spec(bias)
     shape, output_size, memory_format, weight_format, has_terms = prepare_forward(
-        spec(input), spec(weight), bias_spec, geometry_key(stride, padding, dilation, groups), allow_winograd
+        spec(input),
+        spec(weight),
+        bias_spec,
+        geometry_key(stride, padding, dilation, groups),
+        allow_winograd,
+        padding_mode,
     )
     output = empty(output_size, input, memory_format)
     if not has_terms:  # the bias is all there is
@@ -105,7 +154,8 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winog
     return output
 
 
-def _forward_fake(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False):
+def _forward_fake(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"):
+    _check_padding_mode(padding_mode, input.shape, padding, input.device)
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
     )
@@ -124,9 +174,15 @@ def plan_backward_input(grad_output: TensorSpec, weight: TensorSpec, input_size,
 
 @functools.lru_cache(maxsize=1024)
 def prepare_backward_input(
-    grad_output: TensorSpec, weight: TensorSpec, input_size, geometry, allow_winograd: bool = False
+    grad_output: TensorSpec,
+    weight: TensorSpec,
+    input_size,
+    geometry,
+    allow_winograd: bool = False,
+    padding_mode: str = "zeros",
 ):
     memory_format = plan_backward_input(grad_output, weight, input_size, geometry)
+    _check_padding_mode(padding_mode, input_size, geometry[1], grad_output.device)
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
         input_size,
@@ -137,14 +193,17 @@ def prepare_backward_input(
         memory_format,
         weight_format,
         allow_winograd,
+        padding_mode,
     )
     return shape, memory_format, weight_format
 
 
-def _backward_input(grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False):
+def _backward_input(
+    grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"
+):
     geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_input(
-        spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd
+        spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd, padding_mode
     )
     grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
@@ -155,7 +214,10 @@ def _backward_input(grad_output, weight, input_size, stride, padding, dilation, 
     return grad_input
 
 
-def _backward_input_fake(grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False):
+def _backward_input_fake(
+    grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"
+):
+    _check_padding_mode(padding_mode, input_size, padding, grad_output.device)
     geometry = (stride, padding, dilation, groups)
     memory_format = plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
     return empty(input_size, grad_output, memory_format)
@@ -177,22 +239,46 @@ def weight_format_of(channels_last_weight: bool) -> torch.memory_format:
 
 @functools.lru_cache(maxsize=1024)
 def prepare_backward_weight(
-    grad_output: TensorSpec, input: TensorSpec, weight_size, geometry, channels_last_weight, allow_winograd=False
+    grad_output: TensorSpec,
+    input: TensorSpec,
+    weight_size,
+    geometry,
+    channels_last_weight,
+    allow_winograd=False,
+    padding_mode="zeros",
 ):
     memory_format = _plan_backward_weight(grad_output, input, weight_size, geometry)
+    _check_padding_mode(padding_mode, input.size, geometry[1], input.device)
     weight_format = weight_format_of(channels_last_weight)
     shape = native_shape(
-        input.size, weight_size, grad_output.size, geometry, input.dtype, memory_format, weight_format, allow_winograd
+        input.size,
+        weight_size,
+        grad_output.size,
+        geometry,
+        input.dtype,
+        memory_format,
+        weight_format,
+        allow_winograd,
+        padding_mode,
     )
     return shape, memory_format, weight_format
 
 
 def _backward_weight(
-    grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight, allow_winograd=False
+    grad_output,
+    input,
+    weight_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last_weight,
+    allow_winograd=False,
+    padding_mode="zeros",
 ):
     geometry = geometry_key(stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_weight(
-        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd
+        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd, padding_mode
     )
     grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
@@ -205,8 +291,18 @@ def _backward_weight(
 
 
 def _backward_weight_fake(
-    grad_output, input, weight_size, stride, padding, dilation, groups, channels_last_weight, allow_winograd=False
+    grad_output,
+    input,
+    weight_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last_weight,
+    allow_winograd=False,
+    padding_mode="zeros",
 ):
+    _check_padding_mode(padding_mode, input.shape, padding, input.device)
     _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
     weight_format = weight_format_of(channels_last_weight)
     return empty(weight_size, input, weight_format)
@@ -254,18 +350,19 @@ def _backward_bias_fake(grad_output):
 
 
 conv2d_forward = register(
-    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {POLICY}) -> Tensor",
+    f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, {POLICY}, {_PADDING_MODE}) -> Tensor",
     _forward,
     _forward_fake,
 )
 conv2d_backward_input = register(
-    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}, {POLICY}) -> Tensor",
+    f"conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {GEOMETRY}, {POLICY}, "
+    f"{_PADDING_MODE}) -> Tensor",
     _backward_input,
     _backward_input_fake,
 )
 conv2d_backward_weight = register(
     f"conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[4] weight_size, {GEOMETRY}, "
-    f"bool channels_last_weight, {POLICY}) -> Tensor",
+    f"bool channels_last_weight, {POLICY}, {_PADDING_MODE}) -> Tensor",
     _backward_weight,
     _backward_weight_fake,
 )

@@ -28,7 +28,10 @@ def _window(kernel_size, stride, padding, dilation) -> dict:
     }
 
 
-def _conv2d(input, weight, bias, stride, padding, dilation, groups, *_):
+def _conv2d(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"):
+    if padding_mode != "zeros":  # which are all that a Conv knows
+        top, bottom, left, right = padding
+        input, padding = torch.nn.functional.pad(input, (left, right, top, bottom), mode=padding_mode), (0, 0, 0, 0)
     size = shapes.conv2d_output_size(input.shape, weight.shape, stride, padding, dilation, groups)
     attributes = _window(weight.shape[2:], stride, padding, dilation) | {"group": groups}
     return _node("Conv", (input, weight, bias), attributes, input, size)

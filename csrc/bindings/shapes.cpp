@@ -48,6 +48,7 @@ void visit_fields(Visitor& v, Conv2dShape*) {
   v.set("pad_top", &S::pad_top).set("pad_left", &S::pad_left).set("dilation_h", &S::dilation_h).set("dilation_w", &S::dilation_w);
   v.set("groups", &S::groups).set("dtype", &S::dtype).set("layout", &S::layout).set("weight_layout", &S::weight_layout);
   v.set("allow_winograd", &S::allow_winograd).set("allow_tf32", &S::allow_tf32);
+  v.set("padding_mode", &S::padding_mode);
 }
 
 template <class Visitor>
@@ -116,6 +117,11 @@ void bind_shapes(py::module_& m) {
       .value("float16", DType::float16)
       .value("bfloat16", DType::bfloat16);
   py::enum_<Layout>(m, "Layout").value("nchw", Layout::nchw).value("nhwc", Layout::nhwc);
+  py::enum_<PaddingMode>(m, "PaddingMode")
+      .value("zeros", PaddingMode::zeros)
+      .value("reflect", PaddingMode::reflect)
+      .value("replicate", PaddingMode::replicate)
+      .value("circular", PaddingMode::circular);
   py::enum_<Conv2dDirection>(m, "Conv2dDirection")
       .value("forward", Conv2dDirection::forward)
       .value("backward_input", Conv2dDirection::backward_input)

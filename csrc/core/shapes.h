@@ -20,12 +20,16 @@ enum class Layout : int32_t { nchw, nhwc };
 //   backward_bias    grad_bias   [K]            from grad_output
 enum class Conv2dDirection : int32_t { forward, backward_input, backward_weight, backward_bias };
 
+// What stands in the padding of a convolution's input, in torch's words: zeros, which never multiply, or values of the input, reflected at
+// its edges, repeated from its edges or repeated from its other side.
+enum class PaddingMode : int32_t { zeros, reflect, replicate, circular };
+
 // Cross-correlation of input [batch, in_channels, in_h, in_w] with weight [out_channels, in_channels / groups, kernel_h,
 // kernel_w] into output [batch, out_channels, out_h, out_w]:
 //   output[n, k, oh, ow] = bias[k] + sum over c, r, s of
 //     weight[k, c, r, s] * input[n, c + group offset, oh * stride_h - pad_top + r * dilation_h, (same for w)]
-// with positions outside the input left out of the sum. The padding below and to the right shows in out_h and out_w only; they may
-// also stop before the last window that the input holds.
+// with positions outside the input left out of the sum, or taken from elsewhere in it (core/padding.h). The padding below and to the right
+// shows in out_h and out_w only; they may also stop before the last window that the input holds.
 struct Conv2dShape {
   int64_t batch;
   int64_t in_channels, in_h, in_w;
@@ -39,7 +43,8 @@ struct Conv2dShape {
   Layout layout;           // of input, output and their gradients
   Layout weight_layout;    // of weight and grad_weight
   int32_t allow_winograd;  // 0 or 1: whether a kernel may trade accuracy for speed within Winograd's error bound
-  int32_t allow_tf32;      // 0 or 1: whether a CUDA kernel may round float32 operands to TF32 before it multiplies them
+  PaddingMode padding_mode;
+  int32_t allow_tf32;  // 0 or 1: whether a CUDA kernel may round float32 operands to TF32 before it multiplies them
 };
 
 enum class Pool2dOp : int32_t { max, avg };

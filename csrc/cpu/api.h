@@ -13,6 +13,8 @@ namespace cnn_ext::cpu {
 // Runs the first row of the table that this machine supports and that accepts the shape (or the forced row), on up to `threads` threads.
 // Throws std::invalid_argument where a forced row refuses the shape or no row accepts it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
+// The same by the table alone, for rows that are made of other ones.
+void run_conv2d_unforced(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, int threads);
 // Throws std::runtime_error where an index that it reads is none of the plane.

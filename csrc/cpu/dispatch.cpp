@@ -109,7 +109,7 @@ bool suits(const Conv2dKernel& row, const Conv2dBuffers& buffers) {
 template <class Kernel, class Shape, class Use>
 void offer_table(int slot, const Shape& shape, Isa most, const Kernel* without, const Use& use) {
   for (const Kernel* row : Noun<Kernel>::table()) {
-    if (Noun<Kernel>::slot(*row) == slot && row != without && row->isa <= most && row->accepts(shape) && use(*row)) return;
+    if (Noun<Kernel>::slot(*row) == slot && row != without && row->isa <= most && takes(*row, shape) && use(*row)) return;
   }
   throw std::invalid_argument("no kernel serves this shape and dtype");
 }
@@ -119,7 +119,7 @@ template <class Kernel, class Shape, class Use>
 void offer(int slot, const Shape& shape, const Use& use) {
   const Kernel* forced_row = Noun<Kernel>::forced[slot].load();
   if (forced_row != nullptr) {
-    if (!forced_row->accepts(shape)) throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
+    if (!takes(*forced_row, shape)) throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
     if (use(*forced_row)) return;
   }
   offer_table<Kernel>(slot, shape, best_isa(), forced_row, use);
@@ -185,6 +185,10 @@ std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
 
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads) {
   run<Conv2dKernel>(slot_of(direction), shape, buffers, threads);
+}
+
+void run_conv2d_unforced(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads) {
+  run_table<Conv2dKernel>(slot_of(direction), shape, buffers, best_isa(), threads);
 }
 
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads) {

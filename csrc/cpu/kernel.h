@@ -32,7 +32,8 @@ struct Conv2dKernel {
   Plan (*plan)(const Conv2dShape&, int threads);
   // workspace: plan().workspace_bytes bytes, aligned to 64.
   Outcome (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, int threads);
-  bool adds_bias = false;  // of backward_input: whether it takes a bias, as a transposed convolution has one (forward takes it always)
+  bool adds_bias = false;     // of backward_input: whether it takes a bias, as a transposed convolution has one (forward takes it always)
+  bool maps_padding = false;  // whether it takes other padding modes than zeros
 };
 
 struct Conv2dReluPoolKernel {

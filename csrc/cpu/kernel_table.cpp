@@ -30,6 +30,7 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_winograd)           \
   ROW(conv2d_backward_weight_taps)               \
   ROW(conv2d_backward_weight_direct)             \
+  ROW(conv2d_backward_weight_padded)             \
   ROW(conv2d_forward_converted)                  \
   ROW(conv2d_backward_input_converted)           \
   ROW(conv2d_backward_weight_converted)          \
@@ -102,8 +103,10 @@ extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx;
 }
 #endif
 
-// The fused operator made of the rows of its parts: for every shape that no fused kernel serves.
+// Made of other rows: the fused operator of the rows of its parts, for every shape that no fused kernel serves, and backward_input where
+// the padding holds values of the input.
 namespace composed {
+extern const Conv2dKernel conv2d_backward_input;
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward, conv2d_relu_max_pool2d_backward_input,
     conv2d_relu_max_pool2d_backward_weight, conv2d_relu_max_pool2d_backward_bias;
 }  // namespace composed
@@ -148,8 +151,8 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
     if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx, &avx512::conv2d_backward_input_amx};
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
-    for (const Conv2dKernel* row :
-         {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {
+    for (const Conv2dKernel* row : {&composed::conv2d_backward_input, &naive::conv2d_forward, &naive::conv2d_backward_input,
+                                    &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {
       rows.push_back(row);
     }
     return rows;

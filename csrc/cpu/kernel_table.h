@@ -14,4 +14,13 @@ const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels();
 const std::vector<const Pool2dKernel*>& pool2d_kernels();
 const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels();
 
+// Whether a row serves a shape.
+template <class Kernel, class Shape>
+bool takes(const Kernel& row, const Shape& shape) {
+  return row.accepts(shape);
+}
+inline bool takes(const Conv2dKernel& row, const Conv2dShape& shape) {
+  return (shape.padding_mode == PaddingMode::zeros || row.maps_padding) && row.accepts(shape);
+}
+
 }  // namespace cnn_ext::cpu

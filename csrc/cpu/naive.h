@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/half.h"
+#include "core/padding.h"
 #include "core/shapes.h"
 
 namespace cnn_ext::cpu::naive {
@@ -38,11 +39,11 @@ Compute<T> output_at(const Conv2dShape& s, const Geometry& geo, const T* input, 
   double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
   for (int64_t c = 0; c < geo.group_in; ++c) {
     for (int64_t r = 0; r < s.kernel_h; ++r) {
-      const int64_t ih = oh * s.stride_h - s.pad_top + r * s.dilation_h;
-      if (ih < 0 || ih >= s.in_h) continue;
+      const int64_t ih = source_position(s.padding_mode, oh * s.stride_h - s.pad_top + r * s.dilation_h, s.in_h);
+      if (ih < 0) continue;
       for (int64_t t = 0; t < s.kernel_w; ++t) {
-        const int64_t iw = ow * s.stride_w - s.pad_left + t * s.dilation_w;
-        if (iw < 0 || iw >= s.in_w) continue;
+        const int64_t iw = source_position(s.padding_mode, ow * s.stride_w - s.pad_left + t * s.dilation_w, s.in_w);
+        if (iw < 0) continue;
         sum +=
             static_cast<double>(input[at(geo.in, n, first_in + c, ih, iw)]) * static_cast<double>(weight[at(geo.weight, channel, c, r, t)]);
       }

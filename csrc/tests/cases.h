@@ -77,6 +77,7 @@ inline Conv2dShape conv2d_shape(const Case& c, DType dtype, Layout layout, Layou
           layout,
           weight_layout,
           /*allow_winograd=*/1,
+          PaddingMode::zeros,
           /*allow_tf32=*/1};
 }
 

@@ -99,7 +99,13 @@ def _normalised(fields: dict[str, int]) -> dict[str, int]:
 
 
 def conv2d_shape(
-    case: Conv2dCase, dtype: torch.dtype, layout: str, weight_layout: str, *, allow_winograd: bool = True
+    case: Conv2dCase,
+    dtype: torch.dtype,
+    layout: str,
+    weight_layout: str,
+    *,
+    allow_winograd: bool = True,
+    padding_mode: str = "zeros",
 ) -> _native.Conv2dShape:
     """The struct that the kernels are given for ``case``."""
     fields = (
@@ -111,6 +117,7 @@ def conv2d_shape(
         dtype=_native.DTYPES[dtype],
         layout=getattr(_native.Layout, layout),
         weight_layout=getattr(_native.Layout, weight_layout),
+        padding_mode=_native.PADDING_MODES[padding_mode],
         allow_winograd=allow_winograd,
         allow_tf32=True,
     )

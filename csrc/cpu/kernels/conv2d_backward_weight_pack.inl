@@ -2,6 +2,7 @@
 // side. An NCHW tensor is transposed in registers on the way, a channels_last one is copied.
 #pragma once
 
+#include "core/padding.h"
 #include "cpu/kernel.h"
 #include "cpu/simd/transpose.h"
 
@@ -87,7 +88,23 @@ struct Window {
   int64_t row, rows, column, columns;
 };
 
-// One image's window of channels [channel, channel + channels), zeros outside the image, to destination[row][column][channel].
+// Columns [begin, end) of a window's row that lie outside the image: what the padding mode puts there.
+template <class T>
+inline void pack_padding(const Conv2dShape& s, const T* image, int64_t channel, int64_t channels, int64_t row, int64_t first_column,
+                         int64_t begin, int64_t end, T* destination) {
+  if (s.padding_mode == PaddingMode::zeros) return fill_zeros(destination + begin * channels, (end - begin) * channels);
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t column = source_position(s.padding_mode, first_column + j, s.in_w);
+    T* to = destination + j * channels;
+    if (column < 0) {
+      fill_zeros(to, channels);
+    } else {
+      pack_run<false>(s.layout, image, s.in_channels, s.in_h * s.in_w, channel, channels, row * s.in_w + column, 1, to, channels);
+    }
+  }
+}
+
+// One image's window of channels [channel, channel + channels), padding outside the image, to destination[row][column][channel].
 template <class T>
 inline void pack_window(const Conv2dShape& s, const T* image, int64_t channel, int64_t channels, const Window& window, T* destination) {
   const int64_t plane = s.in_h * s.in_w, row_elements = window.columns * channels;
@@ -101,15 +118,19 @@ inline void pack_window(const Conv2dShape& s, const T* image, int64_t channel, i
   const int64_t end = window.column + window.columns < s.in_w ? window.columns : s.in_w - window.column;
   for (int64_t i = 0; i < window.rows; ++i) {
     T* to = destination + i * row_elements;
-    const int64_t row = window.row + i;
-    if (row < 0 || row >= s.in_h || end <= left) {
+    const int64_t row = source_position(s.padding_mode, window.row + i, s.in_h);
+    if (row < 0) {
       fill_zeros(to, row_elements);
       continue;
     }
-    fill_zeros(to, left * channels);
+    if (end <= left) {
+      pack_padding(s, image, channel, channels, row, window.column, 0, window.columns, to);
+      continue;
+    }
+    pack_padding(s, image, channel, channels, row, window.column, 0, left, to);
     pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, row * s.in_w + window.column + left, end - left,
                     to + left * channels, channels);
-    fill_zeros(to + end * channels, (window.columns - end) * channels);
+    pack_padding(s, image, channel, channels, row, window.column, end, window.columns, to);
   }
 }
 

@@ -8,6 +8,8 @@ extern const Conv2dKernel conv2d_backward_weight_taps = {CNN_EXT_KERNEL_NAME("co
                                                          Conv2dDirection::backward_weight,
                                                          accepts_taps,
                                                          TensorRow<TapTiles>::plan,
-                                                         TensorRow<TapTiles>::run};
+                                                         TensorRow<TapTiles>::run,
+                                                         /*adds_bias=*/false,
+                                                         /*maps_padding=*/true};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

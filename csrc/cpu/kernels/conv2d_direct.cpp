@@ -16,8 +16,14 @@ using BackwardInput = GatherRow<ChannelTile, Conv2dDirection::backward_input>;
 
 }  // namespace
 
-extern const Conv2dKernel conv2d_forward_direct = {
-    CNN_EXT_KERNEL_NAME("conv2d_forward_direct"), Isa::CNN_EXT_ISA, Conv2dDirection::forward, accepts, Forward::plan, Forward::run};
+extern const Conv2dKernel conv2d_forward_direct = {CNN_EXT_KERNEL_NAME("conv2d_forward_direct"),
+                                                   Isa::CNN_EXT_ISA,
+                                                   Conv2dDirection::forward,
+                                                   accepts,
+                                                   Forward::plan,
+                                                   Forward::run,
+                                                   /*adds_bias=*/false,
+                                                   /*maps_padding=*/true};
 extern const Conv2dKernel conv2d_backward_input_direct = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_direct"),
                                                           Isa::CNN_EXT_ISA,
                                                           Conv2dDirection::backward_input,

@@ -7,6 +7,7 @@
 //                    grad_output is read backwards. A phase that no tap reaches has none, and its sums are empty.
 #pragma once
 
+#include "core/padding.h"
 #include "core/shapes.h"
 
 namespace {
@@ -14,6 +15,7 @@ namespace {
 using cnn_ext::Conv2dDirection;
 using cnn_ext::Conv2dShape;
 using cnn_ext::Layout;
+using cnn_ext::PaddingMode;
 
 // One axis. Grid point i is the destination position dest_first + i * dest_step and reads, for every tap t, the source position
 // source_first + i * source_step + t * tap_step, times kernel position kernel_first + t * kernel_step.
@@ -23,6 +25,7 @@ struct Axis {
   int64_t source_size, source_first, source_step;
   int64_t taps, tap_step;
   int64_t kernel_first, kernel_step;
+  PaddingMode padding_mode;  // what is read at positions outside the source
 };
 
 // What may not be cut apart along an axis: `count` pieces in a row are count * step + extra grid points. A piece is a grid point, or, where
@@ -60,6 +63,7 @@ struct TapRange {
 
 // The taps with which grid point i reads inside the source; the others read padding alone.
 inline TapRange taps_inside(const Axis& a, int64_t i) {
+  if (a.padding_mode != PaddingMode::zeros) return {0, a.taps};
   TapRange range{a.taps, 0};
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t position = a.source_first + i * a.source_step + t * a.tap_step;
@@ -78,7 +82,7 @@ inline TapRange united(const TapRange& a, const TapRange& b) {
 }
 
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1};
+  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1, PaddingMode::zeros};
 }
 
 // Input position i is reached from output position o by kernel position r if o * stride = i + pad - r * dilation.
@@ -133,6 +137,7 @@ inline Gather make_gather_of_rows(Conv2dDirection direction, const Conv2dShape& 
     g.weight_output = weight.n, g.weight_channel = weight.c;
     g.h = forward_axis(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h);
     g.w = forward_axis(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w);
+    g.h.padding_mode = g.w.padding_mode = s.padding_mode;
   } else {
     g.channels = group_out, g.outputs = group_in, g.source = out, g.dest = in;
     g.weight_output = weight.c, g.weight_channel = weight.n;

@@ -21,7 +21,9 @@ extern const Conv2dKernel conv2d_forward_pixels = {CNN_EXT_KERNEL_NAME("conv2d_f
                                                    Conv2dDirection::forward,
                                                    accepts<Conv2dDirection::forward>,
                                                    Forward::plan,
-                                                   Forward::run};
+                                                   Forward::run,
+                                                   /*adds_bias=*/false,
+                                                   /*maps_padding=*/true};
 extern const Conv2dKernel conv2d_backward_input_pixels = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_pixels"),
                                                           Isa::CNN_EXT_ISA,
                                                           Conv2dDirection::backward_input,

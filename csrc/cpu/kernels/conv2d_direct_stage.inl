@@ -101,6 +101,18 @@ inline Vec<T> load_strided(const T* src, int64_t step, int64_t first, const Insi
   return v;
 }
 
+// Calls store_column(column of the phase, source column) for what lies outside the source and is not padded with zeros, which the vectors
+// have left there.
+template <class Store>
+inline void stage_padding(const Axis& a, int64_t first, int64_t step, int64_t count, const Inside& cols, const Store& store_column) {
+  if (a.padding_mode == PaddingMode::zeros) return;
+  for (int64_t j = 0; j < count; ++j) {
+    if (j >= cols.begin && j < cols.end) continue;
+    const int64_t x = cnn_ext::source_position(a.padding_mode, first + j * step, a.source_size);
+    if (x >= 0) store_column(j, x);
+  }
+}
+
 // Which part of the source a block reads.
 struct StageTask {
   int64_t n, channel, channels;
@@ -153,15 +165,18 @@ inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask
   const int64_t rows = window_of(g.h, task.rows).span;
   for (int64_t r = 0; r < rows; ++r) {
     if (!is_read(g.h, task.rows, r)) continue;
-    const int64_t y = task.first_row + r;
+    const int64_t y = cnn_ext::source_position(g.h.padding_mode, task.first_row + r, g.h.source_size);
     for (int64_t phase = 0; phase < step; ++phase) {
       if (step > 1 && !is_phase_read(g.w, phase)) continue;
       const int64_t first = task.first_col + phase;
-      const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
+      const Inside cols = y < 0 ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
       T* dst = staged + r * l.row_pitch + phase * l.cols;
       for (int64_t c = 0; c < task.channels; ++c, dst += l.channel_pitch) {
         const T* row = cols.begin < cols.end ? source.row(task.n, task.channel + c, y, line) + first : nullptr;
         for (int64_t j = 0; j < l.cols; j += kLanes<T>) store(dst + j, row != nullptr ? load_strided(row, step, j, cols) : Vec<T>{});
+        if (y < 0) continue;
+        stage_padding(g.w, first, step, l.cols, cols,
+                      [&](int64_t j, int64_t x) { dst[j] = source.row(task.n, task.channel + c, y, line)[x]; });
       }
     }
   }
@@ -175,11 +190,11 @@ inline void stage_channels_last(const Gather& g, const StagedLayout& l, const St
   const int64_t rows = window_of(g.h, task.rows).span;
   for (int64_t r = 0; r < rows; ++r) {
     if (!is_read(g.h, task.rows, r)) continue;
-    const int64_t y = task.first_row + r;
+    const int64_t y = cnn_ext::source_position(g.h.padding_mode, task.first_row + r, g.h.source_size);
     for (int64_t phase = 0; phase < step; ++phase) {
       if (step > 1 && !is_phase_read(g.w, phase)) continue;
       const int64_t first = task.first_col + phase;
-      const Inside cols = y < 0 || y >= g.h.source_size ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
+      const Inside cols = y < 0 ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
       T* dst = staged + r * l.row_pitch + phase * l.cols;
       for (int64_t c = 0; c < task.channels; c += kV) {
         const int lanes = static_cast<int>(clamp(task.channels - c, 0, kV));
@@ -197,6 +212,11 @@ inline void stage_channels_last(const Gather& g, const StagedLayout& l, const St
             if (i < lanes) store(dst + (c + i) * l.channel_pitch + j, square[i]);
           }
         }
+        if (y < 0) continue;
+        stage_padding(g.w, first, step, l.cols, cols, [&](int64_t j, int64_t x) {
+          const Vec<T> pixel = pixels.at(x, lanes);
+          for (int i = 0; i < lanes; ++i) dst[(c + i) * l.channel_pitch + j] = pixel[i];
+        });
       }
     }
   }

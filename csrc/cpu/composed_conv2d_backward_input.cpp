@@ -1,0 +1,137 @@
+// backward_input of a convolution whose padding holds values of the input (PaddingMode other than zeros), made of the row that serves it
+// without padding: the gradient of the padded input is computed in scratch, some images at a time, and folded. An element of the input and
+// its copies in the padding are added up row by row, then column by column, each in ascending order, and rounded once.
+#include <vector>
+
+#include "core/half.h"
+#include "core/padding.h"
+#include "cpu/api.h"
+#include "cpu/parallel.h"
+
+namespace cnn_ext::cpu::composed {
+namespace {
+
+constexpr int64_t kScratchBytes = 8 << 20;  // a level-3 cache's share, unless one image takes more
+
+int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : is_half(dtype) ? 2 : 4; }
+
+// The problem without padding: its input is what the windows read of the padded one.
+Conv2dShape padded_shape(const Conv2dShape& s, int64_t images) {
+  Conv2dShape padded = s;
+  padded.batch = images;
+  padded.in_h = (s.out_h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+  padded.in_w = (s.out_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
+  padded.pad_top = padded.pad_left = 0;
+  padded.padding_mode = PaddingMode::zeros;
+  return padded;
+}
+
+int64_t image_bytes(const Conv2dShape& s) {
+  const Conv2dShape padded = padded_shape(s, 1);
+  return padded.in_channels * padded.in_h * padded.in_w * bytes_of(s.dtype);
+}
+
+int64_t images_at_once(const Conv2dShape& s) {
+  const int64_t images = kScratchBytes / image_bytes(s);
+  return images < 1 ? 1 : images < s.batch ? images : s.batch;
+}
+
+// For every position of one axis of the input the padded positions that hold its value, ascending: those from begin[i] to begin[i + 1] - 1.
+struct Copies {
+  Copies(PaddingMode mode, int64_t size, int64_t pad, int64_t padded_size) {
+    for (int64_t i = 0; i < size; ++i) {
+      begin.push_back(static_cast<int64_t>(positions.size()));
+      for (int64_t p = 0; p < padded_size; ++p) {
+        if (source_position(mode, p - pad, size) == i) positions.push_back(p);
+      }
+    }
+    begin.push_back(static_cast<int64_t>(positions.size()));
+  }
+  std::vector<int64_t> begin, positions;
+};
+
+template <class T>
+class Fold {
+ public:
+  Fold(const Conv2dShape& s, const Conv2dShape& padded)
+      : s_(s),
+        padded_(padded),
+        rows_(s.padding_mode, s.in_h, s.pad_top, padded.in_h),
+        columns_(s.padding_mode, s.in_w, s.pad_left, padded.in_w),
+        pixel_(s.layout == Layout::nchw ? 1 : s.in_channels) {}
+
+  // All planes (channels of images, or images whose pixels have the channels) of the padded problem's batch.
+  void run(const T* from, T* to, int threads) const {
+    const int64_t planes = padded_.batch * s_.in_channels / pixel_;
+    parallel_for(threads, planes, [&](int, int64_t plane) {
+      std::vector<Compute<T>> sums(static_cast<size_t>(padded_.in_w * pixel_));
+      for (int64_t ih = 0; ih < s_.in_h; ++ih) {
+        add_rows(from + plane * padded_.in_h * padded_.in_w * pixel_, ih, sums.data());
+        add_columns(sums.data(), to + (plane * s_.in_h + ih) * s_.in_w * pixel_);
+      }
+    });
+  }
+
+ private:
+  void add_rows(const T* plane, int64_t ih, Compute<T>* sums) const {
+    const int64_t elements = padded_.in_w * pixel_;
+    for (int64_t i = 0; i < elements; ++i) sums[i] = 0;
+    for (int64_t c = rows_.begin[ih]; c < rows_.begin[ih + 1]; ++c) {
+      const T* row = plane + rows_.positions[c] * elements;
+      for (int64_t i = 0; i < elements; ++i) sums[i] += row[i];
+    }
+  }
+
+  void add_columns(const Compute<T>* sums, T* row) const {
+    for (int64_t iw = 0; iw < s_.in_w; ++iw, row += pixel_) {
+      const int64_t first = columns_.begin[iw], last = columns_.begin[iw + 1];
+      for (int64_t i = 0; i < pixel_; ++i) {
+        Compute<T> sum = 0;
+        for (int64_t c = first; c < last; ++c) sum += sums[columns_.positions[c] * pixel_ + i];
+        row[i] = static_cast<T>(sum);
+      }
+    }
+  }
+
+  const Conv2dShape& s_;
+  const Conv2dShape& padded_;
+  const Copies rows_, columns_;
+  const int64_t pixel_;
+};
+
+template <class T>
+void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  const int64_t images = images_at_once(s);
+  const int64_t grad_output_image = s.out_channels * s.out_h * s.out_w, grad_input_image = s.in_channels * s.in_h * s.in_w;
+  for (int64_t n = 0; n < s.batch; n += images) {
+    const Conv2dShape padded = padded_shape(s, images < s.batch - n ? images : s.batch - n);
+    Conv2dBuffers conv{};
+    conv.grad_output = static_cast<const T*>(b.grad_output) + n * grad_output_image;
+    conv.weight = b.weight;
+    conv.grad_input = workspace;
+    run_conv2d_unforced(Conv2dDirection::backward_input, padded, conv, threads);
+    Fold<T>(s, padded).run(static_cast<const T*>(workspace), static_cast<T*>(b.grad_input) + n * grad_input_image, threads);
+  }
+}
+
+bool accepts(const Conv2dShape& s) { return s.padding_mode != PaddingMode::zeros; }
+
+Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch, static_cast<size_t>(images_at_once(s) * image_bytes(s))}; }
+
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  with_scalar(s.dtype, [&](auto scalar) { backward_input<decltype(scalar)>(s, b, workspace, threads); });
+  return Outcome::done;
+}
+
+}  // namespace
+
+extern const Conv2dKernel conv2d_backward_input = {"conv2d_backward_input_folded_baseline",
+                                                   Isa::baseline,
+                                                   Conv2dDirection::backward_input,
+                                                   accepts,
+                                                   plan,
+                                                   run,
+                                                   /*adds_bias=*/false,
+                                                   /*maps_padding=*/true};
+
+}  // namespace cnn_ext::cpu::composed
