@@ -125,8 +125,9 @@ def bilinear_tangent(function: Callable, operands: tuple, tangents: tuple) -> to
 
 
 def needs_backward(*arguments) -> bool:
-    """Whether a derivative may be asked for; under torch.func and in forward mode the tensors at hand do not tell."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    """Whether a derivative may be asked for; under torch.func, in forward mode and while torch.jit traces, the tensors
+    at hand do not tell."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
         return True
     if torch.is_grad_enabled():
         for argument in arguments:
