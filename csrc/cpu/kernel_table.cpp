@@ -21,6 +21,7 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_weight_depthwise)          \
   ROW(conv2d_forward_pointwise)                  \
   ROW(conv2d_backward_input_pointwise)           \
+  ROW(conv2d_backward_input_patches)             \
   ROW(conv2d_forward_winograd)                   \
   ROW(conv2d_backward_input_winograd)            \
   ROW(conv2d_forward_pixels)                     \

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/transpose.h"
 
 namespace {
@@ -112,11 +113,7 @@ class Packer {
     }
   }
 
-  Vec<T> gather(const T* src, int64_t stride) const {
-    Vec<T> v{};
-    for (int o = 0; o < valid_; ++o) v[o] = src[o * stride];
-    return v;
-  }
+  Vec<T> gather(const T* src, int64_t stride) const { return load_strided(src, stride, first_lanes<T>(valid_), Vec<T>{}); }
 
   void write(Vec<T> v, T* dst) {
     residue_ += v - v;  // 0 for a finite number, NaN for others

@@ -9,13 +9,39 @@ namespace {
 
 using cnn_ext::kNoGradient;
 
-// The first `count` lanes to p: as they are, or, if they hold integers, as one byte each.
+// The first `count` lanes to p[0], p[stride], p[2 * stride], ...; what lies between is not touched.
+#if defined(__AVX512F__)
+inline void store_strided(float* p, Vec<float> v, int64_t stride, int count) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (stride == 2) {
+    const uint32_t places = static_cast<uint32_t>((uint64_t{1} << (2 * count)) - 1) & 0x55555555u;
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(places), interleave_lower<float>(v, v));
+    _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(places >> 16), interleave_upper<float>(v, v));
+  } else {
+    const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
+    _mm512_mask_i32scatter_ps(p, static_cast<__mmask16>(first_bits(count)), index, v, 4);
+  }
+}
+inline void store_strided(double* p, Vec<double> v, int64_t stride, int count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i index = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride)));
+  _mm512_mask_i32scatter_pd(p, static_cast<__mmask8>(first_bits(count)), index, v, 8);
+}
+#else
 template <class T>
-inline void store_items(T* p, Vec<T> v, int count) {
-  store_first(p, v, count);
+inline void store_strided(T* p, Vec<T> v, int64_t stride, int count) {
+  for (int i = 0; i < count; ++i) p[i * stride] = v[i];
+}
+#endif
+
+// The first `count` lanes to every stride-th place from p on: as they are, or, if they hold integers, as one byte each, side by side.
+template <class T>
+inline void store_items(T* p, Vec<T> v, int64_t stride, int count) {
+  if (stride == 1) return store_first(p, v, count);
+  store_strided(p, v, stride, count);
 }
 template <class T>
-inline void store_items(uint8_t* p, Vec<T> v, int count) {
+inline void store_items(uint8_t* p, Vec<T> v, int64_t, int count) {
   store_offsets<T>(p, (IntVec<T>)v, first_lanes<T>(count));
 }
 
@@ -26,10 +52,17 @@ inline void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols
   if (col_stride == 1) {
     for (int64_t i = 0; i < rows; ++i) {
       int64_t j = 0;
-      for (; j + kV <= cols; j += kV) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), kV);
-      if (j < cols) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), static_cast<int>(cols - j));
+      for (; j + kV <= cols; j += kV) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), 1, kV);
+      if (j < cols) store_items<T>(dst + i * row_stride + j, load(src + i * pitch + j), 1, static_cast<int>(cols - j));
     }
-  } else if (row_stride == 1) {
+  } else if (sizeof(Out) == sizeof(T) && col_stride < row_stride) {  // every col_stride-th element of a row
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; j += kV) {
+        store_items<T>(dst + i * row_stride + j * col_stride, load(src + i * pitch + j), col_stride,
+                       static_cast<int>(cols - j < kV ? cols - j : kV));
+      }
+    }
+  } else {
     for (int64_t j = 0; j < cols; j += kV) {
       for (int64_t i = 0; i < rows; i += kV) {
         const int items = static_cast<int>(rows - i < kV ? rows - i : kV);
@@ -39,13 +72,9 @@ inline void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols
         transpose<T>(square);
 #pragma GCC unroll 16
         for (int k = 0; k < kV; ++k) {
-          if (j + k < cols) store_items<T>(dst + (j + k) * col_stride + i, square[k], items);
+          if (j + k < cols) store_items<T>(dst + (j + k) * col_stride + i * row_stride, square[k], row_stride, items);
         }
       }
-    }
-  } else if constexpr (sizeof(Out) == sizeof(T)) {  // every stride-th column: bytes are never written so
-    for (int64_t j = 0; j < cols; ++j) {
-      for (int64_t i = 0; i < rows; ++i) dst[i * row_stride + j * col_stride] = src[i * pitch + j];
     }
   }
 }

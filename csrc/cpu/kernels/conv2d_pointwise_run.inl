@@ -196,7 +196,10 @@ class PointwiseRun {
         tile.source = line + begin * source.point;
         fetch_ahead(ahead, tile);
         tile.out = in_place ? place : sums;
-        if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
+        if constexpr (Tile::kPointsInLanes) {
+          tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
+          tile.out_ahead = channel_block == 0 ? place + points - 1 : nullptr;
+        }
         Tile::run(tile, Tile::width(p_.outputs, unit), points);
         if (in_place) continue;
         if (channel_block == b_.channel_blocks - 1)

@@ -31,6 +31,8 @@ struct PointwiseTile {
   // with points in the lanes, after kAheadRun steps `ahead_jump` more, to the next plane.
   const T* ahead;
   int64_t ahead_step, ahead_jump;
+  // With points in the lanes, also where this tile's own sums will go: the last line of each output, `pitch` apart; null: they are there.
+  const T* out_ahead;
 };
 
 // A function that takes sums by reference must vanish into its caller, or the sums live in memory.
@@ -185,7 +187,11 @@ void point_lanes(const PointwiseTile<T>& tile) {
   const T* source = tile.source;
   const T* ahead = tile.ahead;
   const int last = tile.last;
+  const bool fetches_out = tile.out_ahead != nullptr;
+  const T* out_ahead = fetches_out ? tile.out_ahead : tile.weights;
+  int64_t out_step = fetches_out ? tile.pitch : 0, out_runs = fetches_out ? (kWidth + kAheadRun - 1) / kAheadRun : 0;
   for (int64_t left = tile.channels; left > 0; left -= kAheadRun) {
+    if (out_runs-- <= 0) out_step = 0;
     for (int64_t c = left < kAheadRun ? left : kAheadRun; c > 0; --c) {
       Vec<T> x[kVectors];
 #pragma GCC unroll 2
@@ -198,6 +204,8 @@ void point_lanes(const PointwiseTile<T>& tile) {
       }
       __builtin_prefetch(ahead, 0, 2);
       ahead += tile.ahead_step;
+      __builtin_prefetch(out_ahead, 0, 2);
+      out_ahead += out_step;
       weights += kWidth;
       source += tile.source_channel;
     }
