@@ -50,6 +50,11 @@ struct Job {
   int64_t tile_columns() const { return vectors * kLanes<T>; }
   int64_t masks_of_tile() const { return s.kernel_w * vectors * p.step; }
   int64_t weights_of_map() const { return source_maps * taps_of(s); }
+  // Elements of a worker's reversed weights: whole pairs of cache lines, which no two workers share.
+  int64_t reversed_size() const {
+    constexpr int64_t kPair = 128 / static_cast<int64_t>(sizeof(T));
+    return forward ? 0 : ceil_div(weights_of_map(), kPair) * kPair;
+  }
 };
 
 // Whether in tiles of up to `most` vectors every lane of the inner ones has a source, in every tap column.
@@ -92,7 +97,7 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.vectors = ceil_div(vectors, job.tiles);
   job.row_step = forward ? s.dilation_h / greatest_common_divisor(s.stride_h, s.dilation_h) : s.dilation_h;
   share_out(job, threads);
-  const int64_t reversed = forward ? 0 : job.weights_of_map() * threads * static_cast<int64_t>(sizeof(T));
+  const int64_t reversed = job.reversed_size() * threads * static_cast<int64_t>(sizeof(T));
   const int64_t sizes[] = {align_64(job.tiles * job.masks_of_tile() * 4), align_64(job.tiles * job.vectors * 4), reversed};
   char* at = static_cast<char*>(workspace);
   if (at != nullptr) {
@@ -181,7 +186,7 @@ void compute_rows(const Job<T>& job, const Maps<T>& m, int64_t row, int64_t rows
 template <class T>
 const T* order_weights(const Job<T>& job, const T* weights, int worker) {
   if (job.forward) return weights;
-  T* reversed = job.reversed + worker * job.weights_of_map();
+  T* reversed = job.reversed + worker * job.reversed_size();
   const int64_t taps = taps_of(job.s);
   for (int64_t map = 0; map < job.source_maps; ++map) {
     for (int64_t tap = 0; tap < taps; ++tap) reversed[map * taps + tap] = weights[map * taps + taps - 1 - tap];
