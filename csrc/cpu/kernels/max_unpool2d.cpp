@@ -17,7 +17,7 @@ struct Part {
 int64_t channels_per_part(const SizedPool2dShape& s, int threads) {
   constexpr int64_t kLine = 16;
   if (s.layout == Layout::nchw) return 1;
-  const int64_t shares = threads > 1 ? (4 * static_cast<int64_t>(threads) + s.batch - 1) / s.batch : 1;
+  const int64_t shares = threads > 1 && s.batch > 0 ? (4 * static_cast<int64_t>(threads) + s.batch - 1) / s.batch : 1;
   const int64_t channels = (s.channels + shares - 1) / shares;
   return (channels + kLine - 1) / kLine * kLine;
 }
