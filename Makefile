@@ -11,6 +11,8 @@ OUT ?= runs/mnist
 export CNN_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,off)
 
 BIN := $(VENV)/bin
+# A process for each core, a module of tests at a time, for its fixtures are shared.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist loadscope
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml $(wildcard benchmarks/results/rows_cuda.json)
 COMPUTE_SANITIZER := $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 
@@ -23,10 +25,10 @@ train: $(VENV)/.installed  ## train the lecture's CNN; results in $(OUT)
 	$(BIN)/cnn-ext train --out $(OUT) $(if $(DATA),--data-dir $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 test: $(VENV)/.installed  ## the test suite
-	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q
+	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(PYTEST)
 
 test-all: $(VENV)/.installed  ## also what takes minutes: every CUDA kernel on every case without a GPU, and builds with sanitizers
-	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q --everything
+	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(PYTEST) --everything
 
 test-cuda: $(VENV)/.installed  ## on a machine with a GPU: the test suite, then every kernel under compute-sanitizer where it exists
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-cuda: torch sees no GPU on this machine")'

@@ -10,6 +10,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, each with a core of its own
+        torch.set_num_threads(1)
     config.addinivalue_line("markers", "slow: more than five seconds; deselect with -m 'not slow'")
     config.addinivalue_line("markers", "everything: minutes; only with --everything, as `make test-all` runs it")
 

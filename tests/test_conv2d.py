@@ -20,7 +20,7 @@ def per_side(case: Conv2dCase):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", conv2d_cases(), ids=str)
+@pytest.mark.parametrize("case", [case for case in conv2d_cases() if min(case.padding) >= 0], ids=str)
 def test_forward_and_gradients(case, dtype):
     t = case.tensors(dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (t.input, t.weight, t.bias)]

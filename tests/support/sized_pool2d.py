@@ -1,5 +1,6 @@
 """Adaptive pooling and unpooling for the tests: cases (the sizes of every pooling of the list), shape and truth."""
 
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -62,16 +63,18 @@ class SizedPool2dCase:
         )
 
 
-def _windows(in_size: int, out_size: int) -> list[tuple[int, int]]:
-    return [(o * in_size // out_size, -(-(o + 1) * in_size // out_size)) for o in range(out_size)]
+def _covered(in_size: int, out_size: int) -> torch.Tensor:
+    """[out, in]: whether a position lies in the window of an output over one axis."""
+    outputs, positions = torch.arange(out_size)[:, None], torch.arange(in_size)
+    first, last = outputs * in_size // out_size, -(-(outputs + 1) * in_size // out_size)
+    return (first <= positions) & (positions < last)
 
 
+@functools.cache
 def _membership(case: SizedPool2dCase) -> torch.Tensor:
     """[OH, OW, H, W]: whether an element lies in a window."""
     (_, _, h, w), (_, _, oh, ow) = case.large_size, case.small_size
-    rows = torch.tensor([[a <= i < b for i in range(h)] for a, b in _windows(h, oh)])
-    columns = torch.tensor([[a <= i < b for i in range(w)] for a, b in _windows(w, ow)])
-    return rows[:, None, :, None] & columns[None, :, None, :]
+    return _covered(h, oh)[:, None, :, None] & _covered(w, ow)[None, :, None, :]
 
 
 def _adaptive_avg(case: SizedPool2dCase, backward: bool, tensor: torch.Tensor) -> Truth:
