@@ -1,7 +1,6 @@
 """``python -m benchmarks conv2d | pooling | mnist | all | rows | models | memory | overhead | install | report``."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.write(options.results, options.readme)
             return 0
         if options.command == "models":
-            return models.measure(options.out, lambda name: bool(re.search(options.only, name)))
+            return models.measure(options.out, options.only)
         if options.command == "overhead":
             overhead.measure(options.out)
             return 0

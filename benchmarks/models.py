@@ -13,6 +13,8 @@ import gc
 import importlib
 import json
 import math
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,16 +57,16 @@ class Row:
         return max(self.logits_error, self.gradient_error) <= self.tolerance
 
 
-def measure(results: Path, only: Callable[[str], bool]) -> int:
+def measure(results: Path, pattern: str) -> int:
     """Writes ``results``/models_cpu.json and docs/models.md; 1 where a model differs."""
     started, rows = time.perf_counter(), []
-    for library, name, build, size in _architectures(only):
+    for library, name, build, size in _architectures(re.compile(pattern).search):
         rows.append(_compare(library, name, build, size))
         _progress(rows[-1])
     if not rows:
         raise BenchmarkError("models: neither torchvision nor timm has a model of that name here, or can be imported")
     document = machine.describe("cpu") | {
-        "command": "python -m benchmarks models",
+        "command": shlex.join(["python", "-m", "benchmarks", "models", *(["--only", pattern] if pattern else [])]),
         "seconds": time.perf_counter() - started,
         "rows": [asdict(row) | {"equal": row.equal} for row in rows],
     }
@@ -81,7 +83,7 @@ def _progress(row: Row) -> None:
     print(f"models: {row.library} {row.name}: {verdict}, {row.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def _architectures(only: Callable[[str], bool]) -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
+def _architectures(only: Callable[[str], object]) -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
     """(library, name, what builds it, height and width of its input)"""
     torchvision = _imported("torchvision")
     if torchvision is not None:

@@ -7,21 +7,35 @@
 
 namespace {
 
+// One thread's share of the work: the next index to run, on a cache line of its own.
+struct alignas(64) Share {
+  int64_t next, end;
+};
+constexpr int kMaxShares = 256;
+
 // body(worker, i) for every i in [0, count), on up to `threads` threads; each i runs whole on one thread, in no particular order.
 // 0 <= worker < threads, and no two bodies that run at the same time share a worker number, so it may index per-thread scratch.
 // With one thread or one piece of work no OpenMP region is entered.
+//
+// Each thread first runs its own share of neighbouring indices, the same in every call, so that it finds in its caches what it wrote there
+// in the call before; then it takes what is left of the others'.
 template <class Body>
 inline void parallel_for(int threads, int64_t count, const Body& body) {
   if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(0, i);
     return;
   }
-  const int team = count < threads ? static_cast<int>(count) : threads;
+  const int64_t most = threads < kMaxShares ? threads : kMaxShares;
+  const int team = static_cast<int>(count < most ? count : most);
+  Share shares[kMaxShares];
+  for (int i = 0; i < team; ++i) shares[i] = {count * i / team, count * (i + 1) / team};
 #pragma omp parallel num_threads(team)
   {
     const int worker = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) body(worker, i);
+    for (int other = 0; other < team; ++other) {
+      Share& share = shares[(worker + other) % team];
+      for (int64_t i; (i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.end;) body(worker, i);
+    }
   }
 }
 
