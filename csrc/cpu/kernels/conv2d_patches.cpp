@@ -18,7 +18,7 @@ bool accepts(const Conv2dShape& s) {
   return is_served && tiles && s.groups == 1 && s.kernel_h * s.kernel_w > 1 && s.weight_layout == s.layout;
 }
 
-Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1}; }
+Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1, PaddingMode::zeros}; }
 
 Gather make_patch_gather(const Conv2dShape& s) {
   Gather g{};
