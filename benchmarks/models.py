@@ -5,9 +5,9 @@ is far below what a wrong value would show (float32 for the largest, for the mem
 
     eps * 2 * layers * sqrt(terms)    relative to the largest of the logits, or of all gradients,
 
-``layers`` (there and back) being the layers with weights and ``terms`` the largest sum that one of them adds up: a layer adds errors of
-eps * sqrt(terms), and the layers after it carry them on. (Of all gradients: those of a bias that a normalisation takes
-out again are nothing but rounding.)
+``layers`` (there and back) being the layers with weights and ``terms`` the largest sum that one of them adds up: a
+layer adds errors of eps * sqrt(terms), and the layers after it carry them on. (Of all gradients: those of a bias that a
+normalisation takes out again are nothing but rounding.)
 """
 
 import gc
