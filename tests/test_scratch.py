@@ -1,6 +1,6 @@
 """Scratch is bounded: over the layers of the benchmark, a call takes at most its packed weights, 2 MB for each thread
 and a quarter of its larger activation (64 MB at most). Winograd's packed weights are its transformed ones. With two
-threads: backward_weight cuts its work into the same parts for one, which then keeps them all.
+threads: on one, backward_weight exceeds it for two of these layers (DESIGN.md, known limits).
 """
 
 import pytest
