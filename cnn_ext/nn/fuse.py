@@ -1,7 +1,11 @@
-"""Chains Conv2d - ReLU (- MaxPool2d) of a model, computed by one fused layer each.
+"""Chains Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) of a model, computed by one fused layer each.
 
 Nothing is taken out of the model: the convolution's class becomes one that computes the whole chain, and those of the
-ReLU and the pool become ones that pass on what they get. So names, parameters and ``state_dict`` keys stay.
+others become ones that pass on what they get. So names, parameters and ``state_dict`` keys stay.
+
+A batch normalisation in evaluation mode is a factor and a summand for each channel, which are multiplied into the
+weight and the bias at every call: nothing is kept, and the gradients of all parameters are as before. In training mode
+it needs the convolution's output, so the layers run one after the other.
 
 A chain lies in one ``torch.nn.Sequential``: the only place where the order of layers is certain.
 """
@@ -12,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cnn_ext import functional
 from cnn_ext._arguments import fused_pool
 from cnn_ext.nn.conv import Conv2d
 from cnn_ext.nn.fused import ConvReLUPool2d
@@ -21,6 +26,39 @@ from cnn_ext.ops.shapes import MOST_FUSED_TAPS
 
 class FusedConv2d(ConvReLUPool2d):
     """A Conv2d that computes the chain which starts with it."""
+
+    norms: tuple[torch.nn.BatchNorm2d, ...] = ()  # at most one; in a tuple it is not registered here a second time
+
+    def _compute(self, input, weight, bias, *geometry):
+        for norm in self.norms:
+            if norm.training or norm.running_mean is None:
+                output = functional.conv2d(input, weight, bias, *geometry)
+                output = torch.relu(torch.nn.BatchNorm2d.forward(norm, output))
+                if (self.pool_size, self.pool_stride) == (1, 1):
+                    return output
+                return functional.max_pool2d(output, self.pool_size, self.pool_stride)
+            weight, bias = _folded(weight, bias, norm)
+        return super()._compute(input, weight, bias, *geometry)
+
+
+def _folded(weight, bias, norm: torch.nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution whose output is the normalised one."""
+    scale, shift = torch.rsqrt(norm.running_var + norm.eps), -norm.running_mean
+    if bias is not None:
+        shift = shift + bias
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = shift * scale
+    if norm.affine:
+        shift = shift + norm.bias
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+class FusedBatchNorm2d(torch.nn.BatchNorm2d):
+    """A batch normalisation that the convolution before it has applied."""
+
+    def forward(self, input):
+        return input
 
 
 class FusedReLU(torch.nn.ReLU):
@@ -45,6 +83,7 @@ class Chain:
     """Layers that follow each other in a Sequential."""
 
     conv: Named
+    norm: Named | None
     relu: Named
     pool: Named | None
     obstacle: str  # why it cannot be fused, or empty
@@ -53,6 +92,9 @@ class Chain:
         conv = self.conv[1]
         conv.__class__ = FusedConv2d
         conv.pool_size = conv.pool_stride = 1
+        if self.norm is not None:
+            conv.norms = (self.norm[1],)
+            self.norm[1].__class__ = FusedBatchNorm2d
         self.relu[1].__class__ = FusedReLU
         if self.pool is not None:
             pool = self.pool[1]
@@ -64,14 +106,17 @@ def unfuse(layer: torch.nn.Module) -> None:
     """Gives a layer of a fused chain the class of torch's that it was made of."""
     if type(layer) is FusedConv2d:
         del layer.pool_size, layer.pool_stride
+        layer.__dict__.pop("norms", None)
         layer.__class__ = torch.nn.Conv2d
+    elif type(layer) is FusedBatchNorm2d:
+        layer.__class__ = torch.nn.BatchNorm2d
     elif type(layer) is FusedReLU:
         layer.__class__ = torch.nn.ReLU
     elif type(layer) is FusedMaxPool2d:
         layer.__class__ = torch.nn.MaxPool2d
 
 
-FUSED = (FusedConv2d, FusedReLU, FusedMaxPool2d)
+FUSED = (FusedConv2d, FusedBatchNorm2d, FusedReLU, FusedMaxPool2d)
 
 
 def _has_hooks(layer: torch.nn.Module, *, before: bool) -> bool:
@@ -96,10 +141,10 @@ def _is_fusable_pool(layer: torch.nn.Module) -> bool:
     return pool_h * pool_w <= MOST_FUSED_TAPS
 
 
-def _obstacle(conv: Named, relu: Named, uses: Counter) -> str:
+def _obstacle(conv: Named, followers: list[Named], uses: Counter) -> str:
     """Why a chain is to be left alone, or an empty string."""
-    for (name, layer), before in ((conv, False), (relu, True)):
-        if _has_hooks(layer, before=before):
+    for name, layer in (conv, *followers):
+        if _has_hooks(layer, before=layer is not conv[1]):
             return f"{name} has hooks"
         if uses[id(layer)] > 1:
             return f"{name} is used in several places"
@@ -110,11 +155,20 @@ def find_chains(model: torch.nn.Module, is_selected: Callable[[str, torch.nn.Mod
     """The chains of this package's layers in ``model``; every layer of a chain is selected."""
     uses = Counter(id(layer) for _, layer in model.named_modules(remove_duplicate=False))
     for run in _runs(model):
-        for conv, relu, pool in zip(run, run[1:], [*run[2:], None], strict=False):
-            if type(conv[1]) is not Conv2d or type(relu[1]) is not torch.nn.ReLU:
+        for i, conv in enumerate(run):
+            norm, relu, pool = _followers(run[i + 1 : i + 4])
+            if type(conv[1]) is not Conv2d or relu is None:
                 continue
-            if not is_selected(*conv) or not is_selected(*relu):
+            followers = [layer for layer in (norm, relu) if layer is not None]
+            if not all(is_selected(*layer) for layer in (conv, *followers)):
                 continue
             if pool is None or not _is_fusable_pool(pool[1]) or uses[id(pool[1])] > 1 or not is_selected(*pool):
                 pool = None
-            yield Chain(conv, relu, pool, _obstacle(conv, relu, uses))
+            yield Chain(conv, norm, relu, pool, _obstacle(conv, followers, uses))
+
+
+def _followers(layers: list[Named]) -> tuple[Named | None, Named | None, Named | None]:
+    """The batch normalisation, the ReLU and what comes behind it, of the layers behind a convolution."""
+    norm = layers.pop(0) if layers and type(layers[0][1]) is torch.nn.BatchNorm2d else None
+    relu = layers.pop(0) if layers and type(layers[0][1]) is torch.nn.ReLU else None
+    return norm, relu, layers[0] if layers else None

@@ -1,0 +1,115 @@
+"""convert(fuse=True) with batch normalisation: folded in evaluation mode, by itself in training mode, and back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import cnn_ext
+from cnn_ext import _native
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def chains(bias=True, affine=True):
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 3, 3, bias=bias), nn.BatchNorm2d(3, affine=affine), nn.ReLU(inplace=True)),
+    ).double()
+    for norm in (net[1], net[5]):
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        if affine:
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return net
+
+
+def outcome(net, images):
+    output = net(images)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), list(net.parameters()))]
+
+
+def assert_close(got, wanted):
+    for one, other in zip(got, wanted, strict=True):  # sums of up to 200 terms, two layers and their normalisations
+        tolerance = torch.finfo(other.dtype).eps * 1000 * max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    calls = []
+    for name in ("conv2d_forward", "conv2d_relu_max_pool2d_forward", "max_pool2d_forward"):
+        kernel = getattr(_native, name)
+        monkeypatch.setattr(_native, name, lambda *a, n=name, k=kernel: calls.append(n) or k(*a))
+    return calls
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_in_evaluation_mode_alone(bias, affine, forwards):
+    theirs = chains(bias, affine)
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for training, kernels in (
+        (False, ["conv2d_relu_max_pool2d_forward"] * 2),
+        (True, ["conv2d_forward", "max_pool2d_forward", "conv2d_forward"]),
+        (False, ["conv2d_relu_max_pool2d_forward"] * 2),  # with the statistics that the training mode has changed
+    ):
+        forwards.clear()
+        assert_close(outcome(ours.train(training), images), outcome(theirs.train(training), images))
+        assert forwards == kernels
+        for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert_close([one.double()], [other.double()])
+
+
+def test_frozen_statistics_in_a_model_that_trains(forwards):
+    """The mode of the normalisation counts, as in fine-tuning with frozen statistics."""
+    ours = cnn_ext.convert(chains(), fuse=True).train()
+    ours[1].eval(), ours[5].eval()
+    ours(torch.randn(1, 2, 8, 8, dtype=torch.float64))
+    assert forwards == ["conv2d_relu_max_pool2d_forward"] * 2
+
+
+def test_there_and_back():
+    net = chains().eval()
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    types, wanted = [type(m) for m in net.modules()], net(images)
+    for twin in (cnn_ext.convert(net, fuse=True), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with torch.no_grad():
+            twin[1].weight.mul_(2), twin[1].bias.add_(1)
+            changed = twin(images)
+            twin[1].weight.div_(2), twin[1].bias.sub_(1)
+        assert not torch.allclose(changed, wanted)  # each copy reads the normalisation of its own
+        assert_close([twin(images)], [wanted])
+    assert "fused" in str(cnn_ext.conversion_report(net))
+    cnn_ext.revert(net)
+    assert [type(m) for m in net.modules()] == types
+    assert not hasattr(net[0], "norms")
+    assert_close([net(images)], [wanted])
+
+
+def test_what_stands_in_the_way():
+    hooked = chains()
+    hooked[1].register_forward_hook(lambda *_: None)
+    cnn_ext.convert(hooked, fuse=True)
+    assert type(hooked[0]) is cnn_ext.Conv2d and type(hooked[1]) is nn.BatchNorm2d
+    assert "1 has hooks" in str(cnn_ext.conversion_report(hooked))
+    skipped = cnn_ext.convert(chains(), fuse=True, skip={"1"})
+    assert type(skipped[0]) is cnn_ext.Conv2d and type(skipped[4]) is not cnn_ext.Conv2d
+    without_relu = cnn_ext.convert(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), fuse=True)
+    assert type(without_relu[0]) is cnn_ext.Conv2d
+
+
+def test_statistics_of_the_batch_where_none_are_kept():
+    theirs = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU()).double().eval()
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    assert_close(outcome(ours, images), outcome(theirs, images))
+
+
+def test_half_precision_keeps_its_dtype():
+    net = cnn_ext.convert(chains(), fuse=True).eval().float()
+    net[0].bfloat16(), net[4].bfloat16()
+    assert net(torch.randn(1, 2, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
