@@ -13,10 +13,12 @@ from cnn_ext import _native
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def chains(bias=True, affine=True):
+def chains(bias=True, affine=True, padding_mode="zeros"):
+    first = nn.Conv2d(2, 4, 3, padding=1, bias=bias, padding_mode=padding_mode)
+    second = nn.Conv2d(4, 3, 3, bias=bias)
     net = nn.Sequential(
-        *(nn.Conv2d(2, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(4, 3, 3, bias=bias), nn.BatchNorm2d(3, affine=affine), nn.ReLU(inplace=True)),
+        *(first, nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.MaxPool2d(2)),
+        *(second, nn.BatchNorm2d(3, affine=affine), nn.ReLU(inplace=True)),
     ).double()
     for norm in (net[1], net[5]):
         norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
@@ -98,8 +100,42 @@ def test_what_stands_in_the_way():
     assert "1 has hooks" in str(cnn_ext.conversion_report(hooked))
     skipped = cnn_ext.convert(chains(), fuse=True, skip={"1"})
     assert type(skipped[0]) is cnn_ext.Conv2d and type(skipped[4]) is not cnn_ext.Conv2d
-    without_relu = cnn_ext.convert(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), fuse=True)
-    assert type(without_relu[0]) is cnn_ext.Conv2d
+    norm = nn.BatchNorm2d(2)
+    shared = cnn_ext.convert(nn.Sequential(nn.Conv2d(2, 2, 3), norm, nn.ReLU(), nn.Conv2d(2, 2, 3), norm), fuse=True)
+    assert type(shared[0]) is type(shared[3]) is cnn_ext.Conv2d and type(norm) is nn.BatchNorm2d
+    transposed = cnn_ext.convert(nn.Sequential(nn.ConvTranspose2d(1, 1, 3), nn.BatchNorm2d(1), nn.ReLU()), fuse=True)
+    assert [type(m) for m in transposed] == [cnn_ext.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_relu(training, padding_mode, forwards):
+    """What follows may be another activation, or the sum of a residual block."""
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding_mode)
+    theirs = nn.Sequential(conv, nn.BatchNorm2d(3), nn.ReLU6(), nn.MaxPool2d(2)).double().train(training)
+    nn.init.normal_(theirs[1].weight), theirs[1].running_mean.normal_(), theirs[1].running_var.uniform_(0.5, 2)
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    assert_close(outcome(ours, images), outcome(theirs, images))
+    assert forwards == ["conv2d_forward", "max_pool2d_forward"]
+    assert "fused" in str(cnn_ext.conversion_report(ours))
+    assert [type(m) for m in cnn_ext.revert(ours)] == [type(m) for m in theirs]
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+def test_with_a_padding_mode(padding_mode):
+    theirs = chains(padding_mode=padding_mode)
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    for training in (False, True):
+        assert_close(outcome(ours.train(training), images), outcome(theirs.train(training), images))
+
+
+def test_compiled_and_traced():
+    net = cnn_ext.convert(chains(), fuse=True).eval()
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    for twin in (torch.compile(net, fullgraph=True, backend="aot_eager"), torch.fx.symbolic_trace(net)):
+        assert_close([twin(images)], [net(images)])
 
 
 def test_statistics_of_the_batch_where_none_are_kept():
@@ -109,7 +145,19 @@ def test_statistics_of_the_batch_where_none_are_kept():
     assert_close(outcome(ours, images), outcome(theirs, images))
 
 
-def test_half_precision_keeps_its_dtype():
-    net = cnn_ext.convert(chains(), fuse=True).eval().float()
-    net[0].bfloat16(), net[4].bfloat16()
-    assert net(torch.randn(1, 2, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+@pytest.mark.parametrize("all_half", [True, False])
+def test_half_precision(all_half):
+    """A weight is rounded once with its factor in it: half an ulp of each term, and one of the result."""
+    theirs = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    nn.init.normal_(theirs[1].weight), theirs[1].running_mean.normal_(), theirs[1].running_var.uniform_(0.5, 2)
+    (theirs if all_half else theirs[0]).bfloat16()
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    exact = copy.deepcopy(theirs).double()
+    images = torch.randn(3, 2, 8, 8, dtype=torch.bfloat16)
+    output, wanted = ours(images), exact(images.double())
+    assert output.dtype == torch.bfloat16
+    with torch.no_grad():
+        scale = exact[1].weight * torch.rsqrt(exact[1].running_var + exact[1].eps)
+        weight, bias = (exact[0].weight * scale.view(-1, 1, 1, 1)).abs(), (exact[1](exact[0].bias.view(1, -1, 1, 1)))
+        terms = nn.functional.conv2d(images.double().abs(), weight, bias.flatten().abs(), padding=1)
+    assert torch.all((output.double() - wanted).abs() <= 2**-8 * (terms + wanted))

@@ -11,6 +11,7 @@ import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map_only
 
 from cnn_ext.ops.shapes import is_channels_last, spec
 
@@ -101,6 +102,11 @@ def _distinct(args: tuple) -> list:
     ]
 
 
+def _as_traced(arg):
+    """While torch.jit traces, sizes come as tensors; it records a call of a Function with numbers."""
+    return arg if isinstance(arg, torch.Tensor) else tree_map_only(torch.Tensor, int, arg)
+
+
 def save(ctx, tensors: tuple, needed: tuple) -> None:
     """Keeps, of ``tensors``, those that backward needs; ``jvp``, which torch calls at once if at all, finds them all.
 
@@ -162,6 +168,8 @@ def differentiable(function: type[Function]) -> Callable:
             return traced.apply(*_distinct(args))
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*(_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args))
+        if torch._C._get_tracing_state():
+            args = tuple(map(_as_traced, args))
         try:
             return apply_eagerly(*args) if needs_backward(*args) else compute(*args)
         except RuntimeError:

@@ -4,11 +4,12 @@ import torch
 
 from cnn_ext import functional
 from cnn_ext._arguments import CONV_WORDS, is_per_side
+from cnn_ext.nn.scripting import Unscriptable
 
 _EXTENDED_WORDS = tuple(word for word in CONV_WORDS if word not in ("valid", "same"))
 
 
-class _Conv:
+class _Conv(Unscriptable):
     """What the layers over one axis and two share; stands before torch's class among their bases."""
 
     def __init__(
@@ -71,7 +72,7 @@ class Conv2d(_Conv, torch.nn.Conv2d):
         return functional.conv2d(*arguments, **keywords)
 
 
-class _ConvTranspose:
+class _ConvTranspose(Unscriptable):
     """What the transposed layers over one axis and two share; stands before torch's class among their bases."""
 
     def __init__(

@@ -43,11 +43,12 @@ def convert(
 
     Torch's classes and their subclasses are swapped; one with a forward of its own is left alone.
 
-    With ``fuse``, the first layer of a chain Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) in a ``torch.nn.Sequential``
-    computes all of it, and the others pass on what they get: what a convolution alone gives is then not to be seen. A
-    batch normalisation is multiplied into the weight in evaluation mode and runs by itself in training mode; it is to
-    be the layer that it was at the conversion. A chain in which a layer before the pool has hooks, or is used in
-    several places, is left alone and reported; a pool with hooks, padding, dilation, ``ceil_mode`` or
+    With ``fuse``, the first layer of a chain Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) or Conv2d - BatchNorm2d in a
+    ``torch.nn.Sequential`` computes all of it, and the others pass on what they get: what a convolution alone gives is
+    then not to be seen. A batch normalisation is multiplied into the weight in evaluation mode and runs by itself in
+    training mode; it is to be the layer that it was at the conversion. Where the weight's dtype is half, its product
+    with the normalisation's factor is rounded to it once more. A chain in which a layer before the pool has hooks, or
+    is used in several places, is left alone and reported; a pool with hooks, padding, dilation, ``ceil_mode`` or
     ``return_indices`` stays a layer of its own.
 
     Args:

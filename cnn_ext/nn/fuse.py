@@ -1,4 +1,4 @@
-"""Chains Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) of a model, computed by one fused layer each.
+"""Chains Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) and Conv2d - BatchNorm2d, computed by one fused layer each.
 
 Nothing is taken out of the model: the convolution's class becomes one that computes the whole chain, and those of the
 others become ones that pass on what they get. So names, parameters and ``state_dict`` keys stay.
@@ -28,22 +28,30 @@ class FusedConv2d(ConvReLUPool2d):
     """A Conv2d that computes the chain which starts with it."""
 
     norms: tuple[torch.nn.BatchNorm2d, ...] = ()  # at most one; in a tuple it is not registered here a second time
+    has_relu = True
 
-    def _compute(self, input, weight, bias, *geometry):
+    def _compute(self, input, weight, bias, *geometry, padding_mode):
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
-                output = functional.conv2d(input, weight, bias, *geometry)
-                output = torch.relu(torch.nn.BatchNorm2d.forward(norm, output))
-                if (self.pool_size, self.pool_stride) == (1, 1):
-                    return output
-                return functional.max_pool2d(output, self.pool_size, self.pool_stride)
+                output = functional.conv2d(input, weight, bias, *geometry, padding_mode=padding_mode)
+                return self._compute_behind(torch.nn.BatchNorm2d.forward(norm, output))
             weight, bias = _folded(weight, bias, norm)
-        return super()._compute(input, weight, bias, *geometry)
+        if self.has_relu:
+            return super()._compute(input, weight, bias, *geometry, padding_mode=padding_mode)
+        return functional.conv2d(input, weight, bias, *geometry, padding_mode=padding_mode)
+
+    def _compute_behind(self, normalised):
+        """What the chain does with the output of its normalisation, which nobody else sees."""
+        output = torch.relu_(normalised) if self.has_relu else normalised
+        if (self.pool_size, self.pool_stride) == (1, 1):
+            return output
+        return functional.max_pool2d(output, self.pool_size, self.pool_stride)
 
 
 def _folded(weight, bias, norm: torch.nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the convolution whose output is the normalised one."""
-    scale, shift = torch.rsqrt(norm.running_var + norm.eps), -norm.running_mean
+    """Weight and bias of the convolution whose output is the normalised one; half types are rounded once."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale, shift = torch.rsqrt(norm.running_var.to(dtype) + norm.eps), -norm.running_mean.to(dtype)
     if bias is not None:
         shift = shift + bias
     if norm.affine:
@@ -84,7 +92,7 @@ class Chain:
 
     conv: Named
     norm: Named | None
-    relu: Named
+    relu: Named | None
     pool: Named | None
     obstacle: str  # why it cannot be fused, or empty
 
@@ -92,10 +100,12 @@ class Chain:
         conv = self.conv[1]
         conv.__class__ = FusedConv2d
         conv.pool_size = conv.pool_stride = 1
+        conv.has_relu = self.relu is not None
         if self.norm is not None:
             conv.norms = (self.norm[1],)
             self.norm[1].__class__ = FusedBatchNorm2d
-        self.relu[1].__class__ = FusedReLU
+        if self.relu is not None:
+            self.relu[1].__class__ = FusedReLU
         if self.pool is not None:
             pool = self.pool[1]
             conv.pool_size, conv.pool_stride = pool.kernel_size, pool.stride
@@ -105,8 +115,8 @@ class Chain:
 def unfuse(layer: torch.nn.Module) -> None:
     """Gives a layer of a fused chain the class of torch's that it was made of."""
     if type(layer) is FusedConv2d:
-        del layer.pool_size, layer.pool_stride
-        layer.__dict__.pop("norms", None)
+        for name in ("pool_size", "pool_stride", "has_relu", "norms"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = torch.nn.Conv2d
     elif type(layer) is FusedBatchNorm2d:
         layer.__class__ = torch.nn.BatchNorm2d
@@ -157,12 +167,12 @@ def find_chains(model: torch.nn.Module, is_selected: Callable[[str, torch.nn.Mod
     for run in _runs(model):
         for i, conv in enumerate(run):
             norm, relu, pool = _followers(run[i + 1 : i + 4])
-            if type(conv[1]) is not Conv2d or relu is None:
-                continue
             followers = [layer for layer in (norm, relu) if layer is not None]
+            if type(conv[1]) is not Conv2d or not followers:
+                continue
             if not all(is_selected(*layer) for layer in (conv, *followers)):
                 continue
-            if pool is None or not _is_fusable_pool(pool[1]) or uses[id(pool[1])] > 1 or not is_selected(*pool):
+            if None in (relu, pool) or not _is_fusable_pool(pool[1]) or uses[id(pool[1])] > 1 or not is_selected(*pool):
                 pool = None
             yield Chain(conv, norm, relu, pool, _obstacle(conv, followers, uses))
 

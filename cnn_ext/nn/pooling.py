@@ -4,9 +4,10 @@ import torch
 
 from cnn_ext import functional
 from cnn_ext._arguments import is_per_side
+from cnn_ext.nn.scripting import Unscriptable
 
 
-class MaxPool1d(torch.nn.MaxPool1d):
+class MaxPool1d(Unscriptable, torch.nn.MaxPool1d):
     """:class:`torch.nn.MaxPool1d` computed by this package."""
 
     def forward(self, input):
@@ -21,7 +22,7 @@ class MaxPool1d(torch.nn.MaxPool1d):
         )
 
 
-class AvgPool1d(torch.nn.AvgPool1d):
+class AvgPool1d(Unscriptable, torch.nn.AvgPool1d):
     """:class:`torch.nn.AvgPool1d` computed by this package."""
 
     def __init__(self, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
@@ -36,7 +37,7 @@ class AvgPool1d(torch.nn.AvgPool1d):
         )
 
 
-class MaxPool2d(torch.nn.MaxPool2d):
+class MaxPool2d(Unscriptable, torch.nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` computed by this package."""
 
     def forward(self, input):
@@ -51,7 +52,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
-class AvgPool2d(torch.nn.AvgPool2d):
+class AvgPool2d(Unscriptable, torch.nn.AvgPool2d):
     """:class:`torch.nn.AvgPool2d` computed by this package."""
 
     def forward(self, input):
@@ -66,21 +67,21 @@ class AvgPool2d(torch.nn.AvgPool2d):
         )
 
 
-class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+class AdaptiveAvgPool2d(Unscriptable, torch.nn.AdaptiveAvgPool2d):
     """:class:`torch.nn.AdaptiveAvgPool2d` computed by this package."""
 
     def forward(self, input):
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
-class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
+class AdaptiveMaxPool2d(Unscriptable, torch.nn.AdaptiveMaxPool2d):
     """:class:`torch.nn.AdaptiveMaxPool2d` computed by this package."""
 
     def forward(self, input):
         return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-class MaxUnpool2d(torch.nn.MaxUnpool2d):
+class MaxUnpool2d(Unscriptable, torch.nn.MaxUnpool2d):
     """:class:`torch.nn.MaxUnpool2d` computed by this package."""
 
     def forward(self, input, indices, output_size=None):
