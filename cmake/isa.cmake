@@ -6,6 +6,11 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND CNN_EXT_ISAS avx2 avx512)
   set(CNN_EXT_FLAGS_avx2 -mavx2 -mfma)
   set(CNN_EXT_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  # Beside these, baseline has the rows alone that serve every shape: those that csrc/cpu/kernel_table.cpp does not call special.
+  set(CNN_EXT_BASELINE_KERNELS
+      adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d_backward avg_pool2d_forward conv2d_backward_bias_direct conv2d_backward_weight_direct
+      conv2d_backward_weight_padded conv2d_converted conv2d_depthwise conv2d_depthwise_weight conv2d_direct conv2d_relu_max_pool2d_backward_bias
+      fma_peak max_pool2d_backward max_pool2d_forward max_pool2d_gather max_unpool2d pool2d_converted)
 endif()
 
 # Rows for the matrix unit (AMX) have sources of their own, compiled once, where the compiler knows it; they count as avx512.
@@ -24,15 +29,18 @@ function(cnn_ext_add_amx_objects target sources)
   target_compile_definitions(${target} PRIVATE CNN_EXT_HAS_AMX)
 endfunction()
 
-# Compiles each source once per instruction set, with CNN_EXT_ISA naming it, and adds the objects to the target.
+# Compiles each source once per instruction set that has its rows, with CNN_EXT_ISA naming it, and adds the objects to the target.
 function(cnn_ext_add_isa_objects target sources)
   foreach(isa IN LISTS CNN_EXT_ISAS)
-    if(sources)
-      add_library(${target}_${isa} OBJECT ${sources})
-      target_link_libraries(${target}_${isa} PRIVATE cnn_ext_options)
-      target_compile_definitions(${target}_${isa} PRIVATE CNN_EXT_ISA=${isa})
-      target_compile_options(${target}_${isa} PRIVATE -O3 ${CNN_EXT_FLAGS_${isa}} -fno-predictive-commoning -fno-exceptions)
-      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
+    set(sources_of_isa ${sources})
+    if(isa STREQUAL "baseline" AND CNN_EXT_BASELINE_KERNELS)
+      list(JOIN CNN_EXT_BASELINE_KERNELS "|" kernels)
+      list(FILTER sources_of_isa INCLUDE REGEX "/(${kernels})\\.cpp$")
     endif()
+    add_library(${target}_${isa} OBJECT ${sources_of_isa})
+    target_link_libraries(${target}_${isa} PRIVATE cnn_ext_options)
+    target_compile_definitions(${target}_${isa} PRIVATE CNN_EXT_ISA=${isa})
+    target_compile_options(${target}_${isa} PRIVATE -O3 ${CNN_EXT_FLAGS_${isa}} -fno-predictive-commoning -fno-exceptions)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
   endforeach()
 endfunction()

@@ -4,71 +4,72 @@
 
 namespace cnn_ext::cpu {
 
-// The rows that each instruction set has, the most special first. (Declared and listed by macros, for the same lines hold for each of
-// them.)
-#define CNN_EXT_CONV2D_ROWS(ROW)                 \
-  ROW(conv2d_forward_depthwise_channels)         \
-  ROW(conv2d_backward_input_depthwise_channels)  \
-  ROW(conv2d_backward_weight_depthwise_channels) \
-  ROW(conv2d_forward_grouped_channels)           \
-  ROW(conv2d_backward_input_grouped_channels)    \
-  ROW(conv2d_backward_weight_grouped_channels)   \
-  ROW(conv2d_forward_depthwise_planes)           \
-  ROW(conv2d_backward_input_depthwise_planes)    \
-  ROW(conv2d_forward_depthwise)                  \
-  ROW(conv2d_backward_input_depthwise)           \
-  ROW(conv2d_backward_weight_depthwise_planes)   \
-  ROW(conv2d_backward_weight_depthwise)          \
-  ROW(conv2d_forward_pointwise)                  \
-  ROW(conv2d_backward_input_pointwise)           \
-  ROW(conv2d_backward_input_patches)             \
-  ROW(conv2d_forward_winograd)                   \
-  ROW(conv2d_backward_input_winograd)            \
-  ROW(conv2d_forward_pixels)                     \
-  ROW(conv2d_backward_input_pixels)              \
-  ROW(conv2d_forward_direct)                     \
-  ROW(conv2d_backward_input_direct)              \
-  ROW(conv2d_backward_weight_winograd)           \
-  ROW(conv2d_backward_weight_taps)               \
-  ROW(conv2d_backward_weight_direct)             \
-  ROW(conv2d_backward_weight_padded)             \
-  ROW(conv2d_forward_converted)                  \
-  ROW(conv2d_backward_input_converted)           \
-  ROW(conv2d_backward_weight_converted)          \
+// The rows that instruction sets have, the most special first. (Declared and listed by macros, for the same lines hold for each of them.)
+// On x86-64, where hardly a processor is left that has no more than baseline, that has the rows alone that serve every shape, and not
+// those marked SPECIAL, which are faster for some of them: cmake/isa.cmake compiles none of these.
+#define CNN_EXT_CONV2D_ROWS(ROW, SPECIAL)            \
+  SPECIAL(conv2d_forward_depthwise_channels)         \
+  SPECIAL(conv2d_backward_input_depthwise_channels)  \
+  SPECIAL(conv2d_backward_weight_depthwise_channels) \
+  SPECIAL(conv2d_forward_grouped_channels)           \
+  SPECIAL(conv2d_backward_input_grouped_channels)    \
+  SPECIAL(conv2d_backward_weight_grouped_channels)   \
+  SPECIAL(conv2d_forward_depthwise_planes)           \
+  SPECIAL(conv2d_backward_input_depthwise_planes)    \
+  ROW(conv2d_forward_depthwise)                      \
+  ROW(conv2d_backward_input_depthwise)               \
+  SPECIAL(conv2d_backward_weight_depthwise_planes)   \
+  ROW(conv2d_backward_weight_depthwise)              \
+  SPECIAL(conv2d_forward_pointwise)                  \
+  SPECIAL(conv2d_backward_input_pointwise)           \
+  SPECIAL(conv2d_backward_input_patches)             \
+  SPECIAL(conv2d_forward_winograd)                   \
+  SPECIAL(conv2d_backward_input_winograd)            \
+  SPECIAL(conv2d_forward_pixels)                     \
+  SPECIAL(conv2d_backward_input_pixels)              \
+  ROW(conv2d_forward_direct)                         \
+  ROW(conv2d_backward_input_direct)                  \
+  SPECIAL(conv2d_backward_weight_winograd)           \
+  SPECIAL(conv2d_backward_weight_taps)               \
+  ROW(conv2d_backward_weight_direct)                 \
+  ROW(conv2d_backward_weight_padded)                 \
+  ROW(conv2d_forward_converted)                      \
+  ROW(conv2d_backward_input_converted)               \
+  ROW(conv2d_backward_weight_converted)              \
   ROW(conv2d_backward_bias_direct)
 
-#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)              \
-  ROW(conv2d_relu_max_pool2d_forward_winograd)          \
-  ROW(conv2d_relu_max_pool2d_backward_input_winograd)   \
-  ROW(conv2d_relu_max_pool2d_backward_weight_winograd)  \
-  ROW(conv2d_relu_max_pool2d_forward_pixels)            \
-  ROW(conv2d_relu_max_pool2d_backward_input_pixels)     \
-  ROW(conv2d_relu_max_pool2d_forward_direct)            \
-  ROW(conv2d_relu_max_pool2d_backward_input_direct)     \
-  ROW(conv2d_relu_max_pool2d_backward_weight_taps)      \
-  ROW(conv2d_relu_max_pool2d_backward_weight_direct)    \
-  ROW(conv2d_relu_max_pool2d_forward_converted)         \
-  ROW(conv2d_relu_max_pool2d_backward_input_converted)  \
-  ROW(conv2d_relu_max_pool2d_backward_weight_converted) \
+#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW, SPECIAL)        \
+  SPECIAL(conv2d_relu_max_pool2d_forward_winograd)         \
+  SPECIAL(conv2d_relu_max_pool2d_backward_input_winograd)  \
+  SPECIAL(conv2d_relu_max_pool2d_backward_weight_winograd) \
+  SPECIAL(conv2d_relu_max_pool2d_forward_pixels)           \
+  SPECIAL(conv2d_relu_max_pool2d_backward_input_pixels)    \
+  SPECIAL(conv2d_relu_max_pool2d_forward_direct)           \
+  SPECIAL(conv2d_relu_max_pool2d_backward_input_direct)    \
+  SPECIAL(conv2d_relu_max_pool2d_backward_weight_taps)     \
+  SPECIAL(conv2d_relu_max_pool2d_backward_weight_direct)   \
+  ROW(conv2d_relu_max_pool2d_forward_converted)            \
+  ROW(conv2d_relu_max_pool2d_backward_input_converted)     \
+  ROW(conv2d_relu_max_pool2d_backward_weight_converted)    \
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
-#define CNN_EXT_POOL2D_ROWS(ROW)     \
-  ROW(max_pool2d_forward_2x2)        \
-  ROW(max_pool2d_forward_strips)     \
-  ROW(max_pool2d_forward_separable)  \
-  ROW(max_pool2d_forward_direct)     \
-  ROW(max_pool2d_forward_converted)  \
-  ROW(max_pool2d_backward_2x2)       \
-  ROW(max_pool2d_backward_scatter)   \
-  ROW(max_pool2d_backward_direct)    \
-  ROW(max_pool2d_backward_converted) \
-  ROW(max_pool2d_gather_direct)      \
-  ROW(max_pool2d_gather_converted)   \
-  ROW(avg_pool2d_forward_2x2)        \
-  ROW(avg_pool2d_forward_direct)     \
-  ROW(avg_pool2d_forward_converted)  \
-  ROW(avg_pool2d_backward_2x2)       \
-  ROW(avg_pool2d_backward_direct)    \
+#define CNN_EXT_POOL2D_ROWS(ROW, SPECIAL) \
+  SPECIAL(max_pool2d_forward_2x2)         \
+  SPECIAL(max_pool2d_forward_strips)      \
+  SPECIAL(max_pool2d_forward_separable)   \
+  ROW(max_pool2d_forward_direct)          \
+  ROW(max_pool2d_forward_converted)       \
+  SPECIAL(max_pool2d_backward_2x2)        \
+  SPECIAL(max_pool2d_backward_scatter)    \
+  ROW(max_pool2d_backward_direct)         \
+  ROW(max_pool2d_backward_converted)      \
+  ROW(max_pool2d_gather_direct)           \
+  ROW(max_pool2d_gather_converted)        \
+  SPECIAL(avg_pool2d_forward_2x2)         \
+  ROW(avg_pool2d_forward_direct)          \
+  ROW(avg_pool2d_forward_converted)       \
+  SPECIAL(avg_pool2d_backward_2x2)        \
+  ROW(avg_pool2d_backward_direct)         \
   ROW(avg_pool2d_backward_converted)
 
 #define CNN_EXT_SIZED_POOL2D_ROWS(ROW)     \
@@ -81,20 +82,23 @@ namespace cnn_ext::cpu {
 
 #if defined(__x86_64__)
 #define CNN_EXT_FOR_EACH_ISA(DO) DO(avx512) DO(avx2) DO(baseline)
+constexpr Isa kLeastWithSpecialRows = Isa::avx2;
 #else
 #define CNN_EXT_FOR_EACH_ISA(DO) DO(baseline)
+constexpr Isa kLeastWithSpecialRows = Isa::baseline;
 #endif
 
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
 #define CNN_EXT_DECLARE_CONV2D_RELU_POOL(row) extern const Conv2dReluPoolKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
 #define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
-#define CNN_EXT_DECLARE(isa)                                      \
-  namespace isa {                                                 \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)                     \
-  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL) \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)                     \
-  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)         \
+#define CNN_EXT_DECLARE(isa)                                                                        \
+  namespace isa {                                                                                   \
+  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows;                               \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                               \
+  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL) \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                               \
+  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                           \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
@@ -123,20 +127,22 @@ extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_
 }  // namespace naive
 
 #define CNN_EXT_ADD(row) rows.push_back(&row);
-#define CNN_EXT_ADD_CONV2D(isa)      \
-  {                                  \
-    using namespace isa;             \
-    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD) \
+#define CNN_EXT_ADD_SPECIAL(row) \
+  if constexpr (kHasSpecialRows) rows.push_back(&row);
+#define CNN_EXT_ADD_CONV2D(isa)                           \
+  {                                                       \
+    using namespace isa;                                  \
+    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
   }
-#define CNN_EXT_ADD_CONV2D_RELU_POOL(isa)      \
-  {                                            \
-    using namespace isa;                       \
-    CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADD) \
+#define CNN_EXT_ADD_CONV2D_RELU_POOL(isa)                           \
+  {                                                                 \
+    using namespace isa;                                            \
+    CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
   }
-#define CNN_EXT_ADD_POOL2D(isa)      \
-  {                                  \
-    using namespace isa;             \
-    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD) \
+#define CNN_EXT_ADD_POOL2D(isa)                           \
+  {                                                       \
+    using namespace isa;                                  \
+    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
   }
 
 #define CNN_EXT_ADD_SIZED_POOL2D(isa)      \
