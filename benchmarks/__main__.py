@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks import install, memory, models, overhead, report, rows, runner
 from benchmarks.conv2d import DIRECTIONS
-from benchmarks.harness import BenchmarkError, Effort
+from benchmarks.harness import BenchmarkError
 from benchmarks.machine import ALLOCATORS
-from benchmarks.options import DTYPES, LAYOUTS, require_device
+from benchmarks.options import DTYPES, EFFORTS, LAYOUTS, require_device
 
 BENCHMARKS = ("conv2d", "pooling", "mnist")
 RESULTS = Path(__file__).parent / "results"
@@ -20,7 +20,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name in (*BENCHMARKS, "all"):
         measure = commands.add_parser(name, help=f"measure {name}")
         measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        measure.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of conv2d and pooling")
+        measure.add_argument(
+            "--dtype",
+            choices=tuple(DTYPES),
+            action="append",
+            help="of conv2d and pooling; default: float32, on a GPU (as TF32) and bfloat16",
+        )
         measure.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (%(default)s)")
         measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
         measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")
@@ -30,14 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         measure.add_argument("--allocator", choices=(*ALLOCATORS, "both"), default="nofault")
         measure.add_argument("--runs", type=int, default=1, help="the middle one is quoted (%(default)s)")
-        measure.add_argument("--repeats", type=int, default=Effort.repeats, help="rounds of a comparison (%(default)s)")
-        measure.add_argument("--seconds", type=float, default=Effort.seconds, help="limit of one (%(default)s)")
+        cpu, cuda = EFFORTS["cpu"], EFFORTS["cuda"]
+        measure.add_argument("--repeats", type=int, help=f"rounds of a comparison ({cpu.repeats}, GPU: {cuda.repeats})")
+        measure.add_argument("--seconds", type=float, help=f"limit of one ({cpu.seconds}, GPU: {cuda.seconds})")
         measure.add_argument("--data-dir", help="where MNIST/raw is; default: $CNN_EXT_DATA, ./data, ../shared/data")
-        measure.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+        measure.add_argument("--worker", nargs=2, metavar=("FILE", "DTYPE"), help=argparse.SUPPRESS)
     checker = commands.add_parser("rows", help="check every kernel against float64")
     checker.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     checker.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     checker.add_argument("--only", metavar="REGEX", help="kernels whose name matches")
+    checker.add_argument("--processes", type=int, help="default: one for each core, where pytest-xdist is installed")
     keeper = commands.add_parser("memory", help="measure what training whole networks keeps and its peak memory")
     keeper.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     installer = commands.add_parser("install", help="measure building and installing from a clone")
@@ -73,22 +80,26 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         require_device(options.device)
         if options.command == "rows":
-            return rows.measure(options.device, options.out, options.only, arguments[1:])
+            return rows.measure(options.device, options.out, options.only, options.processes, arguments[1:])
         if options.worker:
             runner.work(options)
             return 0
         if (
             options.command == "all"
             and options.device == "cuda"
-            and rows.measure("cuda", options.out, None, arguments[1:])
+            and rows.measure("cuda", options.out, None, None, arguments[1:])
         ):
             return 1  # a wrong kernel's speed is no figure
-        for benchmark in BENCHMARKS if options.command == "all" else [options.command]:
-            runner.measure(benchmark, arguments[1:], options)
+        failures = [
+            failure
+            for benchmark in (BENCHMARKS if options.command == "all" else [options.command])
+            for failure in runner.measure(benchmark, arguments[1:], options)
+        ]
+        print("".join(f"benchmarks: not measured: {failure}\n" for failure in failures), end="", file=sys.stderr)
+        return 1 if failures else 0
     except BenchmarkError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

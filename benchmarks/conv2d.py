@@ -1,6 +1,7 @@
 """Convolution: every direction and layout of shapes/conv2d.csv against torch's own."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import cnn_ext
 from benchmarks.cases import Conv2dCase, conv2d_cases
-from benchmarks.harness import BenchmarkError, Call, Comparison, check_close, compare
+from benchmarks.harness import BenchmarkError, Call, Comparison, check_close
 from benchmarks.options import LAYOUTS, Bench
 
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
@@ -41,9 +42,8 @@ class Tensors:
 
 
 def random_tensors(case: Conv2dCase, bench: Bench) -> Tensors:
-    generator = torch.Generator().manual_seed(1)
     sizes = (case.input_size, case.weight_size, case.output_size)
-    return Tensors(*(torch.randn(size, generator=generator).to(bench.device, bench.dtype) for size in sizes))
+    return Tensors(*(bench.random(size, seed) for seed, size in enumerate(sizes, 1)))
 
 
 def ours(direction: str, case: Conv2dCase, t: Tensors, winograd: bool = False) -> Call:
@@ -89,8 +89,8 @@ def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
                 if bench.winograd and "_winograd_" not in _kernel(case, direction, tensors):
                     continue
                 bench.progress(f"conv2d {number}/{len(cases)} {case.name} {direction}")
-                rows += _rows_of(case, direction, tensors, bench)
-    if not rows:
+                rows += bench.rows_of(lambda: _rows_of(case, direction, tensors, bench))  # noqa: B023 - called at once
+    if not rows and not bench.failures:
         raise BenchmarkError("--winograd: none of these layers takes it")
     return rows
 
@@ -103,7 +103,7 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
     contenders |= {
         ("cnn_ext", layout): ours(direction, case, in_layout[layout], bench.winograd) for layout in bench.layouts
     }
-    comparison = compare(contenders, bench.timer, bench.peak, bench.effort)
+    comparison = bench.compare(contenders)
     kernels = {layout: _kernel(case, direction, in_layout[layout]) for layout in bench.layouts}
     moved = case.elements * bench.dtype.itemsize
     return [
@@ -114,9 +114,8 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
 def _row(
     case: Conv2dCase, direction: str, layout: str, moved: int, times: Comparison, kernel: str, error: float
 ) -> dict:
-    own, same = times.lower_quartile(("cnn_ext", layout)), times.lower_quartile(("torch", layout))
-    best = min(times.lower_quartile(("torch", other)) for other in LAYOUTS)
-    gflops = 1e-9 * case.flops / own
+    speeds = times.against_torch(layout, LAYOUTS)
+    gflops = 1e-6 * case.flops / speeds["ms"]
     return {
         "name": case.name,
         "class": case.category,
@@ -126,15 +125,11 @@ def _row(
         "flops": case.flops,
         "bytes": moved,
         "kernel": kernel,
-        "ms": 1e3 * own,
-        "torch_ms": 1e3 * same,
-        "torch_best_ms": 1e3 * best,
+        **speeds,
         "gflops": gflops,
-        "torch_gflops": 1e-9 * case.flops / same,
+        "torch_gflops": 1e-6 * case.flops / speeds["torch_ms"],
         "peak_gflops": times.peak(),
         "share_of_peak": gflops / times.peak(),
-        "speed_vs_torch": same / own,
-        "speed_vs_best": best / own,
         "max_error": error,
         **times.quality(),
     }
@@ -147,12 +142,24 @@ def _kernel(case: Conv2dCase, direction: str, t: Tensors) -> str:
     return explanation.kernel
 
 
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Inside, torch uses convolutions of its own on a GPU."""
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
 def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], bench: Bench) -> dict[str, float]:
     """The largest error of each layout against torch in float64, on the first samples."""
     samples = max(1, min(case.batch, int(CHECKED_FLOPS * case.batch / case.flops)))
     first = {layout: t.first_samples(samples) for layout, t in in_layout.items()}
     some = next(iter(first.values()))
-    reference = torchs(direction, case, some.double())()
+    with _without_cudnn():  # which searches long in float64
+        reference = torchs(direction, case, some.double())()
     tolerance = _tolerance(case, direction, some, bench.unit_roundoff)
     tolerance += bench.result_roundoff * float(reference.abs().max())
     return {

@@ -1,9 +1,11 @@
-"""The protocol: contenders alternate in one process, rounds under foreign load are rejected, lower quartiles count."""
+"""The protocol: contenders alternate in one process, rounds under foreign load are rejected, lower quartiles count.
+
+The times are a CPU's; ``cuda_timer.py`` has those of a GPU."""
 
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,31 +43,6 @@ class CpuTimer:
         return (time.perf_counter() - start) / calls
 
 
-class CudaTimer:
-    """Events around each call, with the level 2 cache overwritten before it. Not run yet on a machine with a GPU."""
-
-    device = "cuda"
-
-    def __init__(self) -> None:
-        cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        self._flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device="cuda")
-
-    def seconds(self, call: Call, calls: int) -> float:
-        total_ms = 0.0
-        for _ in range(calls):
-            self._flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            total_ms += start.elapsed_time(end)
-        return 1e-3 * total_ms / calls
-
-
-Timer = CpuTimer | CudaTimer
-
-
 class ForeignLoad:
     """The share of all cores that others had since this was made: busy time of the machine less this process's own.
 
@@ -96,15 +73,27 @@ def _busy_seconds() -> float:
 
 @dataclass
 class Comparison:
-    """What the contenders took, sample by sample, and the peak rates that were measured between them."""
+    """What the contenders took, sample by sample, and the peak rates that were measured between them.
+
+    ``flushed``: on a GPU, the same after the level 2 cache was overwritten.
+    """
 
     seconds: dict[Hashable, list[float]]
     peak_gflops: list[float] = field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
+    flushed: dict[Hashable, list[float]] = field(default_factory=dict)
 
     def lower_quartile(self, name: Hashable) -> float:
         return lower_quartile(self.seconds[name])
+
+    def against_torch(self, layout: str, layouts: Iterable[str]) -> dict[str, float]:
+        """The fields of a row: cnn_ext in ``layout`` against torch in the same one and in its best of ``layouts``."""
+        fields = _against_torch(self.seconds, layout, layouts)
+        if self.flushed:
+            flushed = _against_torch(self.flushed, layout, layouts)
+            fields |= {f"flushed_{name}": value for name, value in flushed.items()}
+        return fields
 
     def peak(self) -> float:
         """The lower quartile of the time is the upper one of a rate."""
@@ -114,11 +103,23 @@ class Comparison:
         return {"rounds_accepted": self.accepted, "rounds_rejected": self.rejected}
 
 
+def _against_torch(seconds: dict[Hashable, list[float]], layout: str, layouts: Iterable[str]) -> dict[str, float]:
+    own, same = (lower_quartile(seconds[backend, layout]) for backend in ("cnn_ext", "torch"))
+    best = min(lower_quartile(seconds["torch", other]) for other in layouts)
+    return {
+        "ms": 1e3 * own,
+        "torch_ms": 1e3 * same,
+        "torch_best_ms": 1e3 * best,
+        "speed_vs_torch": same / own,
+        "speed_vs_best": best / own,
+    }
+
+
 def lower_quartile(samples: list[float]) -> float:
     return samples[0] if len(samples) == 1 else statistics.quantiles(samples, n=4, method="inclusive")[0]
 
 
-def compare(contenders: dict[Hashable, Call], timer: Timer, peak: Callable[[], float], effort: Effort) -> Comparison:
+def compare(contenders: dict[Hashable, Call], timer: CpuTimer, peak: Callable[[], float], effort: Effort) -> Comparison:
     """Times the contenders in turn, with the peak beside them, round after round.
 
     If not one window was quiet, the samples taken under load are kept, and ``accepted`` is 0: the reader is told.
@@ -137,7 +138,7 @@ def compare(contenders: dict[Hashable, Call], timer: Timer, peak: Callable[[], f
     return result
 
 
-def _calls_per_sample(call: Call, timer: Timer) -> int:
+def _calls_per_sample(call: Call, timer: CpuTimer) -> int:
     call()  # warm up: memory, threads, torch's primitive cache
     return max(1, min(1000, round(SAMPLE_SECONDS / timer.seconds(call, 1))))
 
@@ -164,7 +165,7 @@ def check_close(what: str, ours: torch.Tensor, reference: torch.Tensor, toleranc
     """The largest absolute error against a float64 reference; BenchmarkError where it is above the tolerance or NaN."""
     if ours.shape != reference.shape:
         raise BenchmarkError(f"{what}: shape {tuple(ours.shape)}, torch has {tuple(reference.shape)}")
-    error = float((ours.detach().to("cpu", torch.float64) - reference.to("cpu")).abs().max())
+    error = float((ours.detach().double() - reference).abs().max())
     if not error <= tolerance:
         raise BenchmarkError(f"{what}: differs from torch in float64 by {error:.3g}, allowed are {tolerance:.3g}")
     return error

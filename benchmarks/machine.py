@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,24 @@ def describe(device: str) -> dict:
     }
 
 
+def headline(document: dict) -> str:
+    """What a result was measured with, in a line."""
+    machine, versions = document["machine"], document["versions"]
+    if document["device"] == "cuda":
+        where = f"{machine['gpu']}, {arithmetic(document)}, torch {versions['torch']}, cuDNN {versions['cudnn']}"
+    else:
+        where = (
+            f"{machine['cpu']}, {document['threads']} threads, {machine['isa']}, torch {versions['torch']}, "
+            f"allocator {document['allocator']}"
+        )
+    return f"{where}, {document['date'][:10]}"
+
+
+def arithmetic(document: dict) -> str:
+    """The dtype of a result; on a GPU both contenders may round the operands of float32 products."""
+    return "float32 (TF32)" if (document["device"], document["dtype"]) == ("cuda", "float32") else document["dtype"]
+
+
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -67,7 +86,9 @@ def _caches() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of this clone, marked where files differ from it; None outside a clone."""
+    """The commit of this clone, marked where files differ from it; None outside a clone, or without git."""
+    if shutil.which("git") is None:
+        return None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

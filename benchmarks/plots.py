@@ -8,7 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from benchmarks.machine import arithmetic, headline
+
 OURS, TORCH, ROOF = "tab:blue", "0.55", "0.25"
+ROOFLINE_LAYOUT = {"cpu": "nchw", "cuda": "channels_last"}  # where it was measured
 LAYOUT_COLORS = {"nchw": "tab:blue", "channels_last": "tab:orange"}
 SPEED_TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
 DIRECTION_TITLES = {
@@ -34,24 +37,17 @@ def draw(document: dict, stem: Path) -> list[Path]:
     return paths
 
 
-def _subtitle(document: dict) -> str:
-    machine = document["machine"]
-    return (
-        f"{machine['gpu'] or machine['cpu']}, {document['threads']} threads, {machine['isa']}, "
-        f"torch {document['versions']['torch']}, allocator {document['allocator']}, {document['date'][:10]}"
-    )
-
-
 def roofline(document: dict) -> Figure:
     """GFLOP/s over FLOP per byte, a panel per direction: a dot in its class's colour, a thin line to torch's cross."""
-    layout = "nchw" if any(row["layout"] == "nchw" for row in document["rows"]) else "channels_last"
+    layouts = {row["layout"] for row in document["rows"]}
+    layout = ROOFLINE_LAYOUT[document["device"]] if len(layouts) > 1 else layouts.pop()
     rows = [row for row in document["rows"] if row["layout"] == layout]
     directions = _in_order(row["direction"] for row in rows)
     classes = sorted({row["class"] for row in rows})
     colors = {name: f"C{i % 10}" for i, name in enumerate(classes)}
 
     figure = Figure(figsize=(4.6 * len(directions) + 2.2, 5.4), layout="constrained")
-    figure.suptitle(f"conv2d in float32, {layout}: the roofline\n{_subtitle(document)}", size=11)
+    figure.suptitle(f"conv2d in {arithmetic(document)}, {layout}: the roofline\n{headline(document)}", size=11)
     panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
     for axes, direction in zip(panels, directions, strict=True):
         members = [row for row in rows if row["direction"] == direction]
@@ -97,7 +93,7 @@ def speed_by_class(document: dict) -> Figure:
     columns = 3
     lines = -(-len(panels_of) // columns)
     figure = Figure(figsize=(14, (1.6 + 0.46 * max(heights)) * lines + 0.4), layout="constrained")
-    figure.suptitle(f"Speed of cnn_ext against torch in the same layout (1 = torch's)\n{_subtitle(document)}", size=11)
+    figure.suptitle(f"Speed of cnn_ext against torch in the same layout (1 = torch's)\n{headline(document)}", size=11)
     grid = figure.subplots(lines, columns, squeeze=False)
     speeds = [row["speed_vs_torch"] for row in rows]
     for axes, (op, direction) in zip(grid.flat, panels_of, strict=False):
@@ -145,7 +141,7 @@ def training_time(document: dict) -> Figure:
     """A panel per row name (training step, epoch), a bar per contender."""
     names = _in_order(row["name"] for row in document["rows"])
     figure = Figure(figsize=(max(9, 6 * len(names)), 2.9), layout="constrained")
-    figure.suptitle(f"The lecture's CNN, batch {document['rows'][0]['batch_size']}\n{_subtitle(document)}", size=10)
+    figure.suptitle(f"The lecture's CNN, batch {document['rows'][0]['batch_size']}\n{headline(document)}", size=10)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         rows = [row for row in document["rows"] if row["name"] == name][::-1]
         in_seconds = max(row["ms"] for row in rows) > 1000

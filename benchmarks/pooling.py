@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import cnn_ext
 from benchmarks.cases import Pool2dCase, pool2d_cases
-from benchmarks.harness import Call, Comparison, check_close, compare
+from benchmarks.harness import Call, Comparison, check_close
 from benchmarks.options import LAYOUTS, Bench
 
 DIRECTIONS = {"max": ("forward", "forward_training", "backward"), "avg": ("forward", "backward")}
@@ -18,12 +18,9 @@ class Pooling:
 
     def __init__(self, case: Pool2dCase, layout: str, bench: Bench) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(1)
-        input = torch.randn(case.input_size, generator=generator)
-        self.input = input.to(bench.device, bench.dtype, memory_format=LAYOUTS[layout])
+        self.input = bench.random(case.input_size, 1).contiguous(memory_format=LAYOUTS[layout])
         output = self.torchs("forward")()
-        grad_output = torch.randn(output.shape, generator=generator).to(bench.device, bench.dtype)
-        self.grad_output = grad_output.contiguous(memory_format=LAYOUTS[layout])
+        self.grad_output = bench.random(output.shape, 2).contiguous(memory_format=LAYOUTS[layout])
         self.bytes = bench.dtype.itemsize * (self.input.numel() + output.numel())
         if case.op == "max":
             self._indices = self._torch_training()[1]
@@ -82,7 +79,7 @@ def run(bench: Bench) -> list[dict]:
         in_layout = {layout: Pooling(case, layout, bench) for layout in LAYOUTS}
         for direction in DIRECTIONS[case.op]:
             bench.progress(f"pooling {number}/{len(cases)} {case.name} {direction}")
-            rows += _rows_of(case, direction, in_layout, bench)
+            rows += bench.rows_of(lambda: _rows_of(case, direction, in_layout, bench))  # noqa: B023 - called at once
     return rows
 
 
@@ -90,13 +87,17 @@ def _rows_of(case: Pool2dCase, direction: str, in_layout: dict[str, Pooling], be
     errors = {layout: _check(direction, layout, in_layout[layout], bench) for layout in bench.layouts}
     contenders = {("torch", layout): pooling.torchs(direction) for layout, pooling in in_layout.items()}
     contenders |= {("cnn_ext", layout): in_layout[layout].ours(direction) for layout in bench.layouts}
-    times = compare(contenders, bench.timer, bench.peak, bench.effort)
-    return [_row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts]
+    times = bench.compare(contenders)
+    rows = [_row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts]
+    if bench.device == "cuda":
+        for row in rows:
+            row["share_of_copy"] = row["gbytes_per_s"] / bench.peaks["memory_gbytes_per_s"]
+    return rows
 
 
 def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Comparison, error: float) -> dict:
-    own, same = times.lower_quartile(("cnn_ext", layout)), times.lower_quartile(("torch", layout))
-    best = min(times.lower_quartile(("torch", other)) for other in LAYOUTS)
+    speeds = times.against_torch(layout, LAYOUTS)
+    from_memory = "flushed_" if times.flushed else ""
     return {
         "name": case.name,
         "class": f"{case.op} {case.kernel}x{case.kernel} stride {case.stride}",
@@ -104,14 +105,10 @@ def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Compa
         "direction": direction,
         "layout": layout,
         "bytes": moved,
-        "ms": 1e3 * own,
-        "torch_ms": 1e3 * same,
-        "torch_best_ms": 1e3 * best,
-        "gbytes_per_s": 1e-9 * moved / own,
-        "torch_gbytes_per_s": 1e-9 * moved / same,
+        **speeds,
+        "gbytes_per_s": 1e-6 * moved / speeds[f"{from_memory}ms"],
+        "torch_gbytes_per_s": 1e-6 * moved / speeds[f"{from_memory}torch_ms"],
         "peak_gflops": times.peak(),
-        "speed_vs_torch": same / own,
-        "speed_vs_best": best / own,
         "max_error": error,
         **times.quality(),
     }

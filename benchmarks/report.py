@@ -8,9 +8,15 @@ from pathlib import Path
 
 from benchmarks import plots, views
 from benchmarks.harness import BenchmarkError
+from benchmarks.machine import headline
 from benchmarks.tables import Column, markdown
 
 LECTURE_ACCURACY = 0.9914
+
+PEAK_OF_A_GPU = (
+    " Times are of CUDA graphs with warm caches; *flushed* is one call after the level 2 cache was overwritten. Beside"
+    " them, torch's large matrix product ran at {gemm_gflops:.0f} GFLOP/s and a copy at {memory_gbytes_per_s:.0f} GB/s."
+)
 
 GROUP_COLUMNS = [
     Column("operation", lambda row: f"`{row['op']}`"),
@@ -24,7 +30,7 @@ GROUP_COLUMNS = [
 TRAINING_COLUMNS = [
     Column("", lambda row: row["name"]),
     Column("", lambda row: row["backend"]),
-    Column("seconds", lambda row: row["ms"] / 1000, ".4f"),
+    Column("seconds", lambda row: row["ms"] / 1000, ".4g"),
     Column("share of the first line's time", lambda row: row["time_vs_torch"], ".3f"),
 ]
 
@@ -70,19 +76,32 @@ def _benchmarks_block(results: Path, root: Path) -> str:
 
 
 def _of_document(document: dict, path: Path, root: Path) -> list[str]:
-    machine, runs = document["machine"], document["figures_of_runs"]
+    source = f"[file]({_link(path, root)}), `{document['command']}`"
+    if document["benchmark"] == "rows":
+        return [_kernels_line(document, source)]
+    runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
-    head = (
-        f"**{document['benchmark']}**, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, "
-        f"{machine['isa']}, torch {document['versions']['torch']}, allocator `{document['allocator']}`, "
-        f"{document['date'][:10]}, {quoted} ([file]({_link(path, root)}), `{document['command']}`)"
-    )
+    head = f"**{document['benchmark']}**, {headline(document)}, {quoted} ({source})"
     if document["benchmark"] == "mnist":
-        return [head, markdown(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
+        return [head, _table(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
     groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]
     verdict = "; ".join(views.verdict(document["summary"]).splitlines())
     means = f"Speeds are geometric means; above 1, cnn_ext is faster. {verdict.capitalize()}."
-    return [head, markdown(GROUP_COLUMNS, groups), means, *_pictures(path, root)]
+    means += PEAK_OF_A_GPU.format(**document["peak"]) if document["device"] == "cuda" else ""
+    return [head, _table(GROUP_COLUMNS, groups), means, *_pictures(path, root)]
+
+
+def _table(columns: list[Column], rows: list[dict]) -> str:
+    return markdown(views.with_cuda(columns, rows), rows)
+
+
+def _kernels_line(document: dict, source: str) -> str:
+    rows, tests = len(document["rows"]), sum(row["passed"] for row in document["rows"])
+    wrong = [row["name"] for row in document["rows"] if not row["right"]]
+    verdict = f"wrong: {', '.join(wrong)}" if wrong else "all right"
+    where = document["machine"]["gpu"] or document["machine"]["cpu"]
+    checked = f"{rows} in {tests} tests against float64, {verdict}"
+    return f"**kernels**, {where}, {document['date'][:10]}: {checked} ({source})"
 
 
 def _install_block(results: Path, root: Path) -> str:

@@ -4,6 +4,7 @@ On a GPU the result is the proof that a kernel has run and was right, without wh
 reads ``benchmarks/results/rows_cuda.json`` (cmake/proven_rows.cmake).
 """
 
+import importlib.util
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from benchmarks import machine
 from benchmarks.tables import Column, plain
 from cnn_ext import kernels
 
+MOST_PROCESSES = 14  # each has a context of its own on a GPU
 TESTS = Path(__file__).parent.parent / "tests" / "test_kernels.py"
 
 COLUMNS = [
@@ -27,17 +29,14 @@ COLUMNS = [
 
 
 class _Outcomes:
-    """A pytest plugin that counts what became of each kernel's tests."""
+    """A pytest plugin that counts what became of each kernel's tests, whichever process ran them."""
 
     def __init__(self, names: list[str]):
         self.names, self.passed, self.failed = names, Counter(), Counter()
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if self._kernel(item.name) in self.names]
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.failed:
-            name = self._kernel(report.nodeid)
+        name = self._kernel(report.nodeid)
+        if name in self.names and (report.when == "call" or report.failed):
             (self.passed if report.passed else self.failed)[name] += 1
 
     @staticmethod
@@ -46,13 +45,21 @@ class _Outcomes:
         return test.rpartition("[")[2].rstrip("]").split("-")[0]
 
 
-def measure(device: str, results: Path, only: str | None, arguments: list[str]) -> int:
+def _in_parallel(processes: int | None) -> list[str]:
+    """pytest's arguments: a process for each core, unless ``processes`` says how many."""
+    if importlib.util.find_spec("xdist") is None or processes == 1:
+        return []
+    return ["-n", str(processes or "auto"), "--maxprocesses", str(MOST_PROCESSES)]
+
+
+def measure(device: str, results: Path, only: str | None, processes: int | None, arguments: list[str]) -> int:
     """Writes ``results``/rows_<device>.json; 1 where a kernel is wrong."""
     names = [
         row.name for row in kernels() if row.device == device and row.supported and re.search(only or "", row.name)
     ]
     outcomes = _Outcomes(names)
-    pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
+    chosen = ["-k", " or ".join(names)]  # whose names contain one of these
+    pytest.main([str(TESTS), "-q", "-p", "no:cacheprovider", *chosen, *_in_parallel(processes)], plugins=[outcomes])
     rows = [
         {
             "name": name,

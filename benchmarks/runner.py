@@ -1,6 +1,7 @@
 """Runs a benchmark in processes of its own, one for each run and allocator, and writes what the middle run found.
 
-glibc reads the choice of allocator from the environment when a process starts, so a second process does the measuring.
+glibc reads the choice of allocator from the environment when a process starts, so a second process does the measuring;
+a GPU is measured in this one.
 """
 
 import argparse
@@ -11,36 +12,61 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import conv2d, machine, mnist, peak, plots, pooling, views
-from benchmarks.harness import Effort
+from benchmarks import conv2d, machine, mnist, plots, pooling, views
+from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
-from benchmarks.options import DTYPES, LAYOUTS, Bench
+from benchmarks.options import DEFAULT_DTYPES, DTYPES, EFFORTS, LAYOUTS, Bench
 from benchmarks.summary import summarize
 
 SCHEMA = 1
 
 
-def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -> None:
-    """Measures with each allocator asked for, prints the table, writes the JSON file and pictures under ``--out``."""
+def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -> list[str]:
+    """Measures in each dtype and with each allocator asked for, prints the tables, writes the JSON files and pictures
+    under ``--out``; the failures of rows that are left out."""
     options.out.mkdir(parents=True, exist_ok=True)
-    for allocator in ALLOCATORS if options.allocator == "both" else [options.allocator]:
-        runs = [_in_own_process(benchmark, arguments, allocator) for _ in range(options.runs)]
-        document = _middle(runs)
-        document["command"] = shlex.join(["python", "-m", "benchmarks", benchmark, *arguments])
-        document["allocator"] = allocator
-        print(views.text(document))
-        name = f"{benchmark}_winograd" if benchmark == "conv2d" and options.winograd else benchmark
-        dtype = "" if options.dtype == "float32" else f"_{options.dtype}"
-        stem = options.out / f"{name}_{options.device}_{allocator}{dtype}"
-        stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-        for path in [stem.with_suffix(".json"), *plots.draw(document, stem)]:
-            print(f"wrote {path}")
+    dtypes = options.dtype or DEFAULT_DTYPES[options.device]
+    failures = []
+    for dtype in dtypes if benchmark != "mnist" else ["float32"]:
+        for allocator in _allocators(options):
+            runs = [_run(benchmark, arguments, options, dtype, allocator) for _ in range(options.runs)]
+            document = _middle(runs)
+            document["command"] = shlex.join(["python", "-m", "benchmarks", benchmark, *arguments])
+            document["allocator"] = allocator
+            _write(document, options)
+            failures += document["failures"]
+    return failures
 
 
-def _in_own_process(benchmark: str, arguments: list[str], allocator: str) -> dict:
+def _allocators(options: argparse.Namespace) -> list[str | None]:
+    """The names of glibc's settings; they play no part in what a GPU does."""
+    if options.device == "cuda":
+        return [None]
+    return list(ALLOCATORS) if options.allocator == "both" else [options.allocator]
+
+
+def _write(document: dict, options: argparse.Namespace) -> None:
+    """The table to the terminal, the rest under ``--out``."""
+    print(views.text(document))
+    benchmark = document["benchmark"]
+    name = f"{benchmark}_winograd" if benchmark == "conv2d" and options.winograd else benchmark
+    dtype = None if document["dtype"] == "float32" else document["dtype"]
+    stem = options.out / "_".join(filter(None, (name, options.device, document["allocator"], dtype)))
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    for path in [stem.with_suffix(".json"), *plots.draw(document, stem)]:
+        print(f"wrote {path}")
+
+
+def _run(benchmark: str, arguments: list[str], options: argparse.Namespace, dtype: str, allocator: str | None) -> dict:
+    if options.device == "cuda":  # one process: a context of the GPU takes seconds to make
+        return document_of(benchmark, dtype, options)
+    return _in_own_process(benchmark, arguments, dtype, allocator)
+
+
+def _in_own_process(benchmark: str, arguments: list[str], dtype: str, allocator: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks", benchmark, *arguments, "--worker", str(result)]
+        command = [sys.executable, "-m", "benchmarks", benchmark, *arguments, "--worker", str(result), dtype]
         done = subprocess.run(command, env=machine.allocator_environment(allocator), check=False)
         if done.returncode != 0:
             sys.exit(done.returncode)  # it has said why
@@ -55,28 +81,43 @@ def _middle(runs: list[dict]) -> dict:
 
 def work(options: argparse.Namespace) -> None:
     """The measuring process: one run of one benchmark into a JSON file."""
+    path, dtype = options.worker
+    Path(path).write_text(json.dumps(document_of(options.command, dtype, options)))
+
+
+def document_of(benchmark: str, dtype: str, options: argparse.Namespace) -> dict:
+    """What one run of a benchmark found."""
+    effort = EFFORTS[options.device]
     bench = Bench(
         device=options.device,
-        dtype=DTYPES[options.dtype],
+        dtype=DTYPES[dtype],
         only=options.only,
         layouts=tuple(options.layout or LAYOUTS),
-        effort=Effort(options.repeats, options.seconds),
+        effort=Effort(options.repeats or effort.repeats, options.seconds or effort.seconds),
         data_dir=options.data_dir,
         winograd=options.winograd,
     )
-    document = {"schema": SCHEMA, "benchmark": options.command, "device": options.device, "dtype": options.dtype}
+    document = {"schema": SCHEMA, "benchmark": benchmark, "device": options.device, "dtype": dtype}
     document |= machine.describe(options.device)
-    document["rows"] = rows = _rows(options, bench)
-    document["peak"] = peak.machine_peaks(options.device, bench.timer, options.seconds)
-    if options.command == "mnist":
+    document["rows"] = rows = _rows(benchmark, options, bench)
+    document["failures"] = bench.failures
+    document["peak"] = bench.peaks
+    if benchmark == "mnist":
         document["figure"] = next(row["time_vs_torch"] for row in rows if row["backend"] == "cnn_ext nchw")
     else:
         document["summary"] = summarize(rows)
         document["figure"] = document["summary"]["speed_vs_torch"]
-    options.worker.write_text(json.dumps(document))
+    return document
 
 
-def _rows(options: argparse.Namespace, bench: Bench) -> list[dict]:
-    if options.command == "conv2d":
-        return conv2d.run(bench, tuple(options.direction or conv2d.DIRECTIONS))
-    return pooling.run(bench) if options.command == "pooling" else mnist.run(bench)
+def _rows(benchmark: str, options: argparse.Namespace, bench: Bench) -> list[dict]:
+    if benchmark == "mnist":
+        return mnist.run(bench)
+    rows = (
+        pooling.run(bench)
+        if benchmark == "pooling"
+        else conv2d.run(bench, tuple(options.direction or conv2d.DIRECTIONS))
+    )
+    if not rows:
+        raise BenchmarkError("; ".join(bench.failures))
+    return rows

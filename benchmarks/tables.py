@@ -15,7 +15,7 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        return self.format.endswith(("f", "%", "d"))
+        return self.format.endswith(("f", "g", "%", "d"))
 
 
 def plain(columns: list[Column], rows: list[dict]) -> str:

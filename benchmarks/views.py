@@ -1,5 +1,6 @@
 """A result document as text: what ran where, every row, and the means."""
 
+from benchmarks.machine import headline
 from benchmarks.tables import Column, plain
 
 CONV2D_COLUMNS = [
@@ -7,7 +8,7 @@ CONV2D_COLUMNS = [
     Column("class", lambda row: row["class"]),
     Column("direction", lambda row: row["direction"]),
     Column("layout", lambda row: row["layout"]),
-    Column("ms", lambda row: row["ms"], ".3f"),
+    Column("ms", lambda row: row["ms"], ".4f"),
     Column("GFLOP/s", lambda row: row["gflops"], ".1f"),
     Column("of peak", lambda row: row["share_of_peak"], ".0%"),
     Column("vs torch", lambda row: row["speed_vs_torch"], ".2f"),
@@ -21,7 +22,7 @@ POOLING_COLUMNS = [
     Column("class", lambda row: row["class"]),
     Column("direction", lambda row: row["direction"]),
     Column("layout", lambda row: row["layout"]),
-    Column("ms", lambda row: row["ms"], ".3f"),
+    Column("ms", lambda row: row["ms"], ".4f"),
     Column("GB/s", lambda row: row["gbytes_per_s"], ".1f"),
     Column("torch GB/s", lambda row: row["torch_gbytes_per_s"], ".1f"),
     Column("vs torch", lambda row: row["speed_vs_torch"], ".2f"),
@@ -32,7 +33,7 @@ POOLING_COLUMNS = [
 MNIST_COLUMNS = [
     Column("what", lambda row: row["name"]),
     Column("who", lambda row: row["backend"]),
-    Column("ms", lambda row: row["ms"], ".2f"),
+    Column("ms", lambda row: row["ms"], ".3f"),
     Column("time vs torch", lambda row: row["time_vs_torch"], ".3f"),
     Column("", lambda row: _load_mark(row)),
 ]
@@ -47,23 +48,42 @@ GROUP_COLUMNS = [
     Column("vs best", lambda row: row["speed_vs_best"], ".2f"),
 ]
 
+# Keys of a summary, the speed that they are about, and its name; older results lack the second.
+WORST = (("worst", "speed_vs_torch", "vs torch"), ("worst_vs_best", "speed_vs_best", "vs best"))
+
+# Only a GPU's rows have these.
+CUDA_COLUMNS = {
+    "flushed_ms": Column("flushed ms", lambda row: row["flushed_ms"], ".4f"),
+    "flushed_speed_vs_torch": Column("flushed vs torch", lambda row: row["flushed_speed_vs_torch"], ".2f"),
+    "flushed_speed_vs_best": Column("flushed vs best", lambda row: row["flushed_speed_vs_best"], ".2f"),
+    "share_of_copy": Column("of the copy rate", lambda row: row["share_of_copy"], ".0%"),
+    "launched_ms": Column("ms without a graph", lambda row: row["launched_ms"], ".3f"),
+}
+
 ROW_COLUMNS = {"conv2d": CONV2D_COLUMNS, "pooling": POOLING_COLUMNS, "mnist": MNIST_COLUMNS}
 
 
 def text(document: dict) -> str:
-    parts = [heading(document), plain(ROW_COLUMNS[document["benchmark"]], document["rows"])]
+    parts = [
+        heading(document),
+        plain(with_cuda(ROW_COLUMNS[document["benchmark"]], document["rows"]), document["rows"]),
+    ]
     if "summary" in document:
-        parts += [plain(GROUP_COLUMNS, group_rows(document["summary"])), verdict(document["summary"])]
+        groups = group_rows(document["summary"])
+        parts += [plain(with_cuda(GROUP_COLUMNS, groups), groups), verdict(document["summary"])]
     return "\n\n".join(parts) + "\n"
 
 
+def with_cuda(columns: list[Column], rows: list[dict]) -> list[Column]:
+    """The columns, and those of a GPU that all rows have."""
+    return columns + [column for field, column in CUDA_COLUMNS.items() if all(field in row for row in rows)]
+
+
 def heading(document: dict) -> str:
-    machine, versions, peak = document["machine"], document["versions"], document["peak"]
-    peaks = ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in peak.items())
+    peaks = ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in document["peak"].items())
     return (
         f"{document['command']}\n"
-        f"{document['date']}, {machine['gpu'] or machine['cpu']}, {document['threads']} threads, {machine['isa']}, "
-        f"torch {versions['torch']}, allocator {document['allocator']}\n"
+        f"{headline(document)}\n"
         f"{peaks}\n"
         "speed of cnn_ext: vs torch in the same layout, vs best in torch's better layout; above 1 is faster"
     )
@@ -79,10 +99,13 @@ def group_rows(summary: dict) -> list[dict]:
 
 
 def verdict(summary: dict) -> str:
-    worst = summary["worst"]
     lines = [
         f"geometric mean of all rows: {summary['speed_vs_torch']:.2f} vs torch, {summary['speed_vs_best']:.2f} vs best",
-        f"worst row: {worst['name']} {worst['direction']} {worst['layout']}, {worst['speed_vs_torch']:.2f} vs torch",
+        "; ".join(
+            f"worst row: {worst['name']} {worst['direction']} {worst['layout']}, {worst[speed]:.2f} {words}"
+            for key, speed, words in WORST
+            if (worst := summary.get(key))
+        ),
     ]
     if summary["under_foreign_load"]:
         lines.append(f"{summary['under_foreign_load']} rows (!) were measured under foreign load: repeat them")

@@ -11,10 +11,12 @@ from PIL import Image
 from torch import nn
 
 import cnn_ext
-from benchmarks import memory, mnist, report, runner
+from benchmarks import memory, mnist, plots, report, runner, views
 from benchmarks.__main__ import main
 from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
 from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
+from benchmarks.options import Bench
+from benchmarks.summary import summarize
 from benchmarks.tables import Column, markdown, plain
 
 QUICK = ["--repeats", "1", "--seconds", "0.01"]
@@ -61,7 +63,7 @@ def test_conv2d_measures_each_direction_in_each_layout(results):
 
 def test_rows_are_checked_one_by_one(tmp_path, capsys):
     name = "avg_pool2d_backward_naive_baseline"
-    assert main(["rows", "--only", f"^{name}", "--out", str(tmp_path)]) == 0
+    assert main(["rows", "--only", f"^{name}", "--processes", "2", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "rows_cpu.json").read_text())
     assert [(row["name"], row["failed"], row["right"]) for row in document["rows"]] == [(name, 0, True)]
     assert document["rows"][0]["passed"] > 8  # dtypes and layouts
@@ -128,6 +130,55 @@ def test_a_name_that_no_case_has_is_one_line_and_status_2(tmp_path, capfd):
     line = "benchmarks: --only: no name in shapes/conv2d.csv matches 'no such layer'"
     assert capfd.readouterr().err.splitlines() == [line]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("benchmark", "only"), [("conv2d", "effnet_se_1x1"), ("pooling", "ci_tail17"), ("mnist", "")])
+def test_a_gpu_is_measured_with_warm_and_with_flushed_caches(benchmark, only, tmp_path):
+    names = ["--only", only, "--data-dir", str(tmp_path / "none")]
+    assert main([benchmark, "--device", "cuda", *names, "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / f"{benchmark}_cuda.json").read_text())
+    assert document["peak"]["gemm_gflops"] > 0 and document["failures"] == []
+    for row in document["rows"]:
+        assert row["launched_ms" if benchmark == "mnist" else "flushed_ms"] > 0
+
+
+def of_a_gpu(document: dict) -> dict:
+    """The document as if a GPU had been measured."""
+    rows = [
+        row
+        | {f"flushed_{name}": row[name] for name in ("ms", "speed_vs_torch", "speed_vs_best")}
+        | {"share_of_copy": 0.8}
+        for row in document["rows"]
+    ]
+    gpu = {"device": "cuda", "allocator": None, "rows": rows, "summary": summarize(rows)}
+    machine = document["machine"] | {"gpu": "a GPU"}
+    return document | gpu | {"machine": machine, "versions": document["versions"] | {"cudnn": 91000}}
+
+
+def test_results_of_a_gpu_stand_in_the_readme(results, tmp_path):
+    document = of_a_gpu(load(results, "pooling"))
+    assert "of the copy rate" in views.text(document) and "a GPU, float32 (TF32)" in views.text(document)
+    (tmp_path / "pooling_cuda.json").write_text(json.dumps(document))
+    assert all(path.is_file() for path in plots.draw(document, tmp_path / "pooling_cuda"))
+    rows = [{"name": name, "passed": 8, "failed": name == "b", "right": name != "b"} for name in "ab"]
+    kernels = {"benchmark": "rows", "rows": rows, "command": "python -m benchmarks rows --device cuda"}
+    (tmp_path / "rows_cuda.json").write_text(json.dumps(document | kernels))
+    (tmp_path / "README.md").write_text(README)
+    report.write(tmp_path, tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "**kernels**, a GPU" in text and "2 in 16 tests against float64, wrong: b" in text
+    assert "flushed vs best | of the copy rate |" in text and "![pooling cuda speed]" in text
+
+
+def test_a_row_that_fails_is_named_and_left_out():
+    bench = Bench()
+
+    def refused() -> list[dict]:
+        raise NotImplementedError("refused")
+
+    assert bench.rows_of(lambda: [{"ms": 1.0}]) == [{"ms": 1.0}]
+    assert bench.rows_of(refused) == [] and bench.failures == ["refused"]
 
 
 def history(backend: str, seed: int, accuracy: float | None) -> str:
