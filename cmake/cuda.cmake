@@ -63,14 +63,26 @@ if(CNN_EXT_HAS_CUDA)
   target_include_directories(cnn_ext_cuda_kernels PRIVATE csrc)
   target_compile_options(cnn_ext_cuda_kernels PRIVATE -Xptxas=-v -Xcompiler=-Wall,-Wextra
                                                       $<$<BOOL:${CNN_EXT_WERROR}>:-Werror=all-warnings>)
-  set_target_properties(cnn_ext_cuda_kernels PROPERTIES
-                        CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/record_ptxas.py")
+  set(recorder "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/record_ptxas.py")
+  set_target_properties(cnn_ext_cuda_kernels PROPERTIES CUDA_COMPILER_LAUNCHER "${recorder}")
+  set(CUDA_KERNEL_OBJECTS $<TARGET_OBJECTS:cnn_ext_cuda_kernels>)
+
+  # Those that need Hopper's own instructions are machine code for it alone.
+  if("90" IN_LIST CNN_EXT_CUDA_ARCHS OR "90a" IN_LIST CNN_EXT_CUDA_ARCHS)
+    file(GLOB SM90A_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/sm90a/*.cu)
+    add_library(cnn_ext_cuda_sm90a OBJECT ${SM90A_KERNEL_SOURCES})
+    target_include_directories(cnn_ext_cuda_sm90a PRIVATE csrc)
+    target_compile_options(cnn_ext_cuda_sm90a PRIVATE $<TARGET_PROPERTY:cnn_ext_cuda_kernels,COMPILE_OPTIONS>)
+    set_target_properties(cnn_ext_cuda_sm90a PROPERTIES CUDA_ARCHITECTURES 90a-real CUDA_COMPILER_LAUNCHER "${recorder}")
+    list(APPEND CUDA_KERNEL_OBJECTS $<TARGET_OBJECTS:cnn_ext_cuda_sm90a>)
+    set(CNN_EXT_HAS_SM90A TRUE)
+  endif()
 
   set(CNN_EXT_CUDA_RESOURCES "${CMAKE_CURRENT_BINARY_DIR}/_cuda_resources.txt")
   add_custom_command(OUTPUT "${CNN_EXT_CUDA_RESOURCES}"
                      COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/cuda_resources.py"
-                             "${CNN_EXT_CUDA_RESOURCES}" $<TARGET_OBJECTS:cnn_ext_cuda_kernels>
-                     DEPENDS cnn_ext_cuda_kernels cmake/cuda_resources.py
+                             "${CNN_EXT_CUDA_RESOURCES}" ${CUDA_KERNEL_OBJECTS}
+                     DEPENDS ${CUDA_KERNEL_OBJECTS} cmake/cuda_resources.py
                      COMMAND_EXPAND_LISTS VERBATIM)
   add_custom_target(cuda_resource_table ALL DEPENDS "${CNN_EXT_CUDA_RESOURCES}")
   add_custom_target(cuda_resources COMMAND "${CMAKE_COMMAND}" -E cat "${CNN_EXT_CUDA_RESOURCES}" DEPENDS cuda_resource_table)
@@ -79,6 +91,10 @@ if(CNN_EXT_HAS_CUDA)
   file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cpp)
   add_library(cnn_ext_cuda STATIC ${CUDA_SOURCES})
   target_link_libraries(cnn_ext_cuda PRIVATE cnn_ext_options cnn_ext_cuda_kernels PUBLIC CUDA::cudart_static)
+  if(CNN_EXT_HAS_SM90A)
+    target_sources(cnn_ext_cuda PRIVATE $<TARGET_OBJECTS:cnn_ext_cuda_sm90a>)
+    target_compile_definitions(cnn_ext_cuda PRIVATE CNN_EXT_HAS_SM90A)
+  endif()
   # What has run on a GPU is written down where the benchmarks put it.
   include(cmake/proven_rows.cmake)
   set(proof "${CMAKE_CURRENT_SOURCE_DIR}/benchmarks/results/rows_cuda.json")

@@ -106,35 +106,38 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
             getattr(cuda(), kernel)(on_device(shape, device), *addresses, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _workspace(direction: str, shape, device: torch.device) -> list[torch.Tensor]:
-    """The memory that a CUDA kernel wants for a direction, from torch's allocator; CPU kernels bring their own."""
+def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
+    """``_run`` with the memory that a CUDA kernel wants, from torch's allocator; CPU kernels bring their own."""
+    device = tensors[0].device
     if device.type == "cpu":
-        return []
+        _run(kernel, shape, *tensors)
+        return
     with torch.cuda.device(device):
-        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), on_device(shape, device))
-        return [torch.empty(wanted, dtype=torch.uint8, device=device)]
+        wanted = cuda().conv2d_workspace_bytes(
+            getattr(Conv2dDirection, direction), on_device(shape, device), with_bias
+        )
+    _run(kernel, shape, *tensors, torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None)
 
 
 def conv2d_forward(shape, input, weight, bias, output):
-    _run("conv2d_forward", shape, input, weight, bias, output)
+    _run_conv2d("conv2d_forward", "forward", shape, input, weight, bias, output)
 
 
 def conv2d_backward_input(shape, grad_output, weight, grad_input):
-    _run("conv2d_backward_input", shape, grad_output, weight, grad_input)
+    _run_conv2d("conv2d_backward_input", "backward_input", shape, grad_output, weight, grad_input)
 
 
 def conv_transpose2d_forward(shape, grad_output, weight, input_bias, grad_input):
-    _run("conv_transpose2d_forward", shape, grad_output, weight, input_bias, grad_input)
+    tensors = grad_output, weight, input_bias, grad_input
+    _run_conv2d("conv_transpose2d_forward", "backward_input", shape, *tensors, with_bias=input_bias is not None)
 
 
 def conv2d_backward_weight(shape, grad_output, input, grad_weight):
-    workspace = _workspace("backward_weight", shape, input.device)
-    _run("conv2d_backward_weight", shape, grad_output, input, grad_weight, *workspace)
+    _run_conv2d("conv2d_backward_weight", "backward_weight", shape, grad_output, input, grad_weight)
 
 
 def conv2d_backward_bias(shape, grad_output, grad_bias):
-    workspace = _workspace("backward_bias", shape, grad_output.device)
-    _run("conv2d_backward_bias", shape, grad_output, grad_bias, *workspace)
+    _run_conv2d("conv2d_backward_bias", "backward_bias", shape, grad_output, grad_bias)
 
 
 def conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets):

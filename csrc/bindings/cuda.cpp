@@ -25,22 +25,25 @@ void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const
   cuda::run_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
 }
 
-void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address stream) {
+void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address workspace,
+                    Address stream) {
   Conv2dBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
-  run(Conv2dDirection::forward, shape, b, 0, stream);
+  run(Conv2dDirection::forward, shape, b, workspace, stream);
 }
 
-void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, Address stream) {
+void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, Address workspace,
+                           Address stream) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.weight = pointer(weight), b.grad_input = pointer(grad_input);
-  run(Conv2dDirection::backward_input, shape, b, 0, stream);
+  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
 }
 
-void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address stream) {
+void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address workspace,
+                              Address stream) {
   Conv2dBuffers b{};
   b.grad_output = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.grad_input = pointer(output);
-  run(Conv2dDirection::backward_input, shape, b, 0, stream);
+  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
 }
 
 void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Address input, Address grad_weight, Address workspace,
@@ -86,12 +89,10 @@ void avg_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address 
   run(Pool2dOp::avg, Pool2dDirection::backward, shape, b, stream);
 }
 
-std::string isa_name(int capability) { return "sm" + std::to_string(capability); }
-
 py::dict to_dict(const cuda::Choice& choice) {
   py::dict d;
   d["kernel"] = choice.kernel;
-  d["isa"] = isa_name(choice.min_capability);
+  d["isa"] = choice.arch;
   d["threads"] = cuda::kBlockThreads;
   d["tile_channels"] = choice.plan.tile_channels;
   d["tile_pixels"] = choice.plan.tile_pixels;
@@ -107,7 +108,7 @@ py::list kernels() {
     d["name"] = row.name;
     d["op"] = row.op;
     d["direction"] = row.direction;
-    d["isa"] = isa_name(row.min_capability);
+    d["isa"] = row.arch;
     d["supported"] = row.supported;
     d["proven"] = row.proven;
     d["admitted"] = row.admitted;

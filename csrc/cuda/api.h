@@ -17,12 +17,12 @@ namespace cnn_ext::cuda {
 // or the kernels were not built for it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream);
-size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape);
+size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias);
 
 // What such a call would do.
 struct Choice {
   std::string kernel;
-  int min_capability;
+  std::string arch;
   Plan plan;
 };
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape);
@@ -33,7 +33,7 @@ struct KernelRow {
   std::string name;
   std::string op;         // conv2d, max_pool2d, avg_pool2d
   std::string direction;  // forward, backward_input, ...
-  int min_capability;
+  std::string arch;
   bool supported;  // by the current device
   bool proven;     // has run on a GPU and was right
   bool admitted;   // to calls that do not force it (proof.h)

@@ -74,7 +74,7 @@ const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, cons
     return *forced_row;
   }
   for (const Kernel* row : table) {
-    if (slot_of(*row) == slot && row->min_capability <= capability && is_admitted(row->name, row->needs_proof) && row->accepts(shape) &&
+    if (slot_of(*row) == slot && runs_on(*row, capability) && is_admitted(row->name, row->needs_proof) && row->accepts(shape) &&
         suits(*row, with_bias)) {
       return *row;
     }
@@ -109,7 +109,7 @@ std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
 template <class Kernel>
 void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>& table, int capability) {
   for (const Kernel* row : table) {
-    rows.push_back({row->name, op_name(*row), direction_name(*row), row->min_capability, row->min_capability <= capability,
+    rows.push_back({row->name, op_name(*row), direction_name(*row), arch_name(*row), runs_on(*row, capability),
                     has_proof(row->name), is_admitted(row->name, row->needs_proof)});
   }
 }
@@ -124,18 +124,18 @@ void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape
   row_for(op, direction, shape).run(shape, buffers, stream);
 }
 
-size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape) {
-  return row_for(direction, shape).plan(shape).workspace_bytes;
+size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias) {
+  return row_for(direction, shape, with_bias).plan(shape).workspace_bytes;
 }
 
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) {
   const Conv2dKernel& row = row_for(direction, shape);
-  return {row.name, row.min_capability, row.plan(shape)};
+  return {row.name, arch_name(row), row.plan(shape)};
 }
 
 Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
   const Pool2dKernel& row = row_for(op, direction, shape);
-  return {row.name, row.min_capability, row.plan(shape)};
+  return {row.name, arch_name(row), row.plan(shape)};
 }
 
 std::vector<KernelRow> kernel_rows() {
@@ -150,7 +150,8 @@ std::string force_kernel(const std::string& name) {
   const Conv2dKernel* conv2d = find_row(conv2d_kernels(), name);
   const Pool2dKernel* pool2d = find_row(pool2d_kernels(), name);
   if (conv2d == nullptr && pool2d == nullptr) throw std::invalid_argument("name: no kernel is called \"" + name + "\"");
-  if ((conv2d != nullptr ? conv2d->min_capability : pool2d->min_capability) > capability_or_none()) {
+  const int capability = capability_or_none();
+  if (!(conv2d != nullptr ? runs_on(*conv2d, capability) : runs_on(*pool2d, capability))) {
     throw std::invalid_argument("name: this machine has no CUDA device for kernel \"" + name + "\"");
   }
   return conv2d != nullptr ? exchange_forced(*conv2d, conv2d) : exchange_forced(*pool2d, pool2d);

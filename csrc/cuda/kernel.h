@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "core/shapes.h"
 
@@ -23,7 +24,7 @@ struct Plan {
 
 // run() queues its launches on the stream of the current device and returns. workspace: plan().workspace_bytes bytes, aligned to 256.
 struct Conv2dKernel {
-  const char* name;    // <op>_<direction>_<algorithm>_sm<minimum compute capability>
+  const char* name;    // <op>_<direction>_<algorithm>_<arch_name()>
   int min_capability;  // 10 * major + minor
   Conv2dDirection direction;
   bool (*accepts)(const Conv2dShape&);
@@ -31,6 +32,7 @@ struct Conv2dKernel {
   void (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, cudaStream_t);
   bool needs_proof = false;  // stays aside until it has run on a GPU: the plain rows serve meanwhile (proof.h)
   bool adds_bias = false;    // of backward_input: whether it takes a bias, as a transposed convolution has one (forward takes it always)
+  bool arch_specific = false;  // runs on that compute capability and on no later one
 };
 
 struct Pool2dKernel {
@@ -42,6 +44,18 @@ struct Pool2dKernel {
   Plan (*plan)(const Pool2dShape&);
   void (*run)(const Pool2dShape&, const Pool2dBuffers&, cudaStream_t);
   bool needs_proof = false;
+  bool arch_specific = false;
 };
+
+template <class Kernel>
+bool runs_on(const Kernel& row, int capability) {
+  return row.arch_specific ? capability == row.min_capability : capability >= row.min_capability;
+}
+
+// As the names of rows end: sm80, sm90a.
+template <class Kernel>
+std::string arch_name(const Kernel& row) {
+  return "sm" + std::to_string(row.min_capability) + (row.arch_specific ? "a" : "");
+}
 
 }  // namespace cnn_ext::cuda

@@ -2,8 +2,19 @@
 
 namespace cnn_ext::cuda {
 
+// Rows that need instructions of one architecture alone: where the build is for it.
+#ifdef CNN_EXT_HAS_SM90A
+#define CNN_EXT_CONV2D_SM90A_ROWS(ROW)   \
+  ROW(conv2d_forward_wgmma_sm90a)        \
+  ROW(conv2d_backward_input_wgmma_sm90a) \
+  ROW(conv2d_backward_weight_wgmma_sm90a)
+#else
+#define CNN_EXT_CONV2D_SM90A_ROWS(ROW)
+#endif
+
 // The most special first.
 #define CNN_EXT_CONV2D_ROWS(ROW)                 \
+  CNN_EXT_CONV2D_SM90A_ROWS(ROW)                 \
   ROW(conv2d_forward_depthwise_sm80)             \
   ROW(conv2d_forward_mma_sm80)                   \
   ROW(conv2d_forward_implicit_gemm_sm80)         \

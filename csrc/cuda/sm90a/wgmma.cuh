@@ -1,0 +1,120 @@
+// The instructions of sm_90a that the products of whole warpgroups need, one function each; compiled for that architecture alone.
+//
+// An operand tile in shared memory is a sequence of rows of 128 bytes, aligned to 1024, whose eight chunks of 16 bytes are swizzled: chunk c
+// of row r lies at c ^ (r % 8).
+//   along the depth    a row is a row or column of the product, its 128 bytes are neighbours in depth
+//   across the depth   a row is a position of the depth, its 128 bytes are 64 neighbouring rows or columns (16-bit types only); further
+//                      ones follow in the next such panel
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/primitives.cuh"
+
+namespace cnn_ext::cuda {
+
+constexpr int kSwizzleRowBytes = 128, kSwizzleRows = 8, kSwizzleAtomBytes = kSwizzleRowBytes * kSwizzleRows;
+constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
+constexpr int kInstructionBytes = 32;  // of the depth that one instruction takes: 16 elements of 16 bits, 8 of TF32
+
+// What the matrix unit is told of a tile: its address, the distance of panels (across the depth) and of groups of eight rows.
+__device__ inline uint64_t matrix_descriptor(const void* tile, int panel_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+         (shared_address(tile) & 0x3FFFF) >> 4;
+}
+
+// Orders this thread's accesses of its sums and of shared memory before the products that follow.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes the group of the products queued since the last one.
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most the latest kGroups groups are still being computed.
+template <int kGroups>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// Makes what this thread has stored or copied to shared memory visible to the matrix unit, once a barrier has followed.
+__device__ inline void fence_for_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Sums that the matrix unit has written: nothing moves across.
+template <int kCount>
+__device__ void pin(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// D += A * B of one warpgroup, 64 rows by 32, 64 or 128 columns. With warp w of the group, group = lane / 4 and pair = lane % 4, a lane
+// holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
+// kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types).
+#define CNN_EXT_SUMS_8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define CNN_EXT_SUMS_16(d, i) CNN_EXT_SUMS_8(d, i), CNN_EXT_SUMS_8(d, i + 8)
+#define CNN_EXT_SUMS_32(d, i) CNN_EXT_SUMS_16(d, i), CNN_EXT_SUMS_16(d, i + 16)
+#define CNN_EXT_SUMS_64(d, i) CNN_EXT_SUMS_32(d, i), CNN_EXT_SUMS_32(d, i + 32)
+#define CNN_EXT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CNN_EXT_NAMES_32 \
+  CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CNN_EXT_NAMES_64                                                                                                  \
+  CNN_EXT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+                   ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// COUNT: sums of a thread, the operands' numbers after them are A, B, SCALE (a one), ACROSS_A and ACROSS_B.
+#define CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, ELEMENT, NAME)                                                 \
+  template <bool kAcrossA, bool kAcrossB>                                                                                                \
+  __device__ void wgmma(float(&d)[COUNT], uint64_t a, uint64_t b, ELEMENT) {                                                             \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." NAME "." NAME " {"     \
+                 CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1, " ACROSS_A ", " ACROSS_B ";}"                                          \
+                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                                            \
+                 : "l"(a), "l"(b), "r"(1), "n"(int{kAcrossA}), "n"(int{kAcrossB}));                                                      \
+  }
+#define CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)                                                                                     \
+  template <bool kAcrossA, bool kAcrossB>                                                                                                \
+  __device__ void wgmma(float(&d)[COUNT], uint64_t a, uint64_t b, float) {                                                               \
+    static_assert(!kAcrossA && !kAcrossB);                                                                                               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS "k8.f32.tf32.tf32 {"              \
+                 CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1;}"                                                                      \
+                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                                            \
+                 : "l"(a), "l"(b), "r"(1));                                                                                              \
+  }
+#define CNN_EXT_WGMMA(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B)                                         \
+  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __half, "f16")                          \
+  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __nv_bfloat16, "bf16")                  \
+  CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)
+CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
+CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
+CNN_EXT_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
+#undef CNN_EXT_WGMMA
+#undef CNN_EXT_WGMMA_TF32
+#undef CNN_EXT_WGMMA_16BIT
+
+// The blocks of a cluster: neighbours that run at the same time and read each other's shared memory.
+__device__ inline int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// A barrier of all threads of the cluster, which makes their shared memory visible to each other.
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Reads four floats at the same place of another block's shared memory.
+__device__ inline float4 read_of_block(const float* shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  float4 values;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
+               : "r"(address)
+               : "memory");
+  return values;
+}
+
+}  // namespace cnn_ext::cuda
