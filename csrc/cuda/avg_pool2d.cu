@@ -2,36 +2,13 @@
 // cover it, in order. Bound by memory; overlapping windows are read from the caches.
 #include "cuda/common.cuh"
 #include "cuda/limits.h"
+#include "cuda/pooling_divisor.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
-// What the sum of a window is divided by.
-struct Divisor {
-  int64_t override_;  // 0: none
-  bool count_include_pad;
-};
-
-// Taps of one axis before the end of the input and its padding.
-__device__ int taps_before(int start, int dilation, int kernel, int end) {
-  return start >= end ? 0 : smaller(kernel, ceil_div(end - start, dilation));
-}
-
-// torch's rule: an override, else the taps inside the input, else those inside the padded input (ceil_mode's overhang never counts). 0: an
-// empty window.
-__device__ int64_t divisor_of(const Pool2dGeometry& g, const Divisor& divisor, int first_h, int first_w) {
-  const Range rows = taps_inside(first_h, g.dilation_h, g.kernel_h, g.in_h);
-  const Range cols = taps_inside(first_w, g.dilation_w, g.kernel_w, g.in_w);
-  const int64_t inside = static_cast<int64_t>(rows.end - rows.begin) * (cols.end - cols.begin);
-  if (inside == 0) return 0;
-  if (divisor.override_ != 0) return divisor.override_;
-  if (!divisor.count_include_pad) return inside;
-  return static_cast<int64_t>(taps_before(first_h, g.dilation_h, g.kernel_h, g.in_h + g.pad_bottom)) *
-         taps_before(first_w, g.dilation_w, g.kernel_w, g.in_w + g.pad_right);
-}
-
 template <class T>
-__global__ void avg_forward(Pool2dGeometry g, Divisor rule, const T* __restrict__ input, T* __restrict__ output) {
+__global__ void avg_forward(Pool2dGeometry g, PoolDivisor rule, const T* __restrict__ input, T* __restrict__ output) {
   const int64_t index = element_index();
   if (index >= g.out_elements) return;
   const Element o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
@@ -44,12 +21,12 @@ __global__ void avg_forward(Pool2dGeometry g, Divisor rule, const T* __restrict_
     const T* row = plane + (first_h + r * g.dilation_h) * g.in.h;
     for (int t = cols.begin; t < cols.end; ++t) sum += widen(row[(first_w + t * g.dilation_w) * g.in.w]);
   }
-  const int64_t divisor = divisor_of(g, rule, first_h, first_w);
-  output[index] = narrow<T>(divisor == 0 ? Accumulate<T>{0} : sum / static_cast<Accumulate<T>>(divisor));
+  const int64_t divisor = rule.of(g, first_h, first_w, g.dilation_h, g.dilation_w);
+  output[index] = narrow<T>(sum / static_cast<Accumulate<T>>(divisor));
 }
 
 template <class T>
-__global__ void avg_backward(Pool2dGeometry g, Divisor rule, const T* __restrict__ grad_output, T* __restrict__ grad_input) {
+__global__ void avg_backward(Pool2dGeometry g, PoolDivisor rule, const T* __restrict__ grad_output, T* __restrict__ grad_input) {
   const int64_t index = element_index();
   if (index >= g.in_elements) return;
   const Element i = element_at(g.layout, index, g.channels, g.in_h, g.in_w);
@@ -62,20 +39,18 @@ __global__ void avg_backward(Pool2dGeometry g, Divisor rule, const T* __restrict
     if ((padded_h - oh * g.stride_h) % g.dilation_h != 0) continue;
     for (int ow = cols.begin; ow < cols.end; ++ow) {
       if ((padded_w - ow * g.stride_w) % g.dilation_w != 0) continue;
-      const int64_t divisor = divisor_of(g, rule, oh * g.stride_h - g.pad_top, ow * g.stride_w - g.pad_left);
+      const int64_t divisor = rule.of(g, oh * g.stride_h - g.pad_top, ow * g.stride_w - g.pad_left, g.dilation_h, g.dilation_w);
       sum += widen(plane[oh * g.out.h + ow * g.out.w]) / static_cast<Accumulate<T>>(divisor);
     }
   }
   grad_input[index] = narrow<T>(sum);
 }
 
-Divisor divisor_rule(const Pool2dShape& s) { return {s.divisor_override, s.count_include_pad != 0}; }
-
 void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const Pool2dGeometry g(s);
-    launch_elementwise(avg_forward<T>, g.out_elements, stream, g, divisor_rule(s), static_cast<const T*>(b.input),
+    launch_elementwise(avg_forward<T>, g.out_elements, stream, g, PoolDivisor(s), static_cast<const T*>(b.input),
                        static_cast<T*>(b.output));
   });
 }
@@ -84,7 +59,7 @@ void run_backward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t str
   with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const Pool2dGeometry g(s);
-    launch_elementwise(avg_backward<T>, g.in_elements, stream, g, divisor_rule(s), static_cast<const T*>(b.grad_output),
+    launch_elementwise(avg_backward<T>, g.in_elements, stream, g, PoolDivisor(s), static_cast<const T*>(b.grad_output),
                        static_cast<T*>(b.grad_input));
   });
 }

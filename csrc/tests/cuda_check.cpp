@@ -201,9 +201,11 @@ Arithmetic arithmetic_of(const Kernel& row, const Shape& shape) {
   return {roundings_of(row, shape), is_tf32 ? std::ldexp(1.0, -10) : 0};
 }
 
-// How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums.
+// How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums. A negative
+// divisor makes the sum of magnitudes negative.
 template <class T>
-double tolerance(const Arithmetic& arithmetic, double magnitude, double truth) {
+double tolerance(const Arithmetic& arithmetic, double signed_magnitude, double truth) {
+  const double magnitude = std::fabs(signed_magnitude);
   using Limits = std::numeric_limits<cuda::Accumulate<T>>;
   if (arithmetic.roundings == 0 || magnitude == 0) return 0;
   const double eps = Limits::epsilon() + std::numeric_limits<double>::epsilon();

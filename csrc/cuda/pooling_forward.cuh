@@ -1,0 +1,222 @@
+// Pooling forward at memory bandwidth. A window is taken row by row, and each row's part is shared by the windows of a column that it
+// belongs to: what is taken of a window depends on nothing but the window.
+//
+// Op offers
+//   T, Part                                   the element type; what is known of a part of a window (below)
+//   finish(g, first_h, first_w, step_w, parts)  when all taps of windows are taken, each step_w columns behind the last
+//   write(index, parts, count, is_whole)      the results of `count` neighbouring outputs
+// A Part offers
+//   Part(value, tap), Part(tap)               of the tap `tap` alone; of none, where `tap` is the first one inside the input
+//   take(value, tap), value, tap              another tap or part; what was taken
+//   kRepeats, nothing()                       whether taking a tap again changes nothing; the value of a tap outside the input
+#pragma once
+
+#include "cuda/pooling.cuh"
+
+namespace cnn_ext::cuda {
+
+// The place in the window of its first tap inside the input, 0 if there is none.
+__device__ inline int first_tap(const Range& rows, const Range& cols, int kernel_w) {
+  return rows.begin < rows.end && cols.begin < cols.end ? rows.begin * kernel_w + cols.begin : 0;
+}
+
+// One row of taps of a window. Taps outside the input, of those that are counted while compiling, are read from its edge: where taking a
+// tap again changes nothing they count as the tap there, or else as nothing.
+struct RowOfTaps {
+  int row;      // of the input: the offset of its first element
+  int first_w;  // of tap 0
+  Range cols;   // the taps inside the input
+  int base;     // place in the window of tap 0
+  bool exists;
+};
+
+// What is known of the row for kVector channels. kKernel 0: any width.
+template <class Part, int kVector, int kKernel, class T>
+__device__ void take_row(const T* input, const RowOfTaps& taps, int pitch, int in_w, Part (&parts)[kVector]) {
+  if constexpr (kKernel != 0) {
+    Vector<T, kVector> vectors[kKernel];
+#pragma unroll
+    for (int t = 0; t < kKernel; ++t) {
+      vectors[t] = load_vector<kVector>(input + taps.row + clamp(taps.first_w + t, 0, in_w) * pitch);
+    }
+    const auto value = [&](int t, int i) {
+      const bool counts = Part::kRepeats || (taps.exists && t >= taps.cols.begin && t < taps.cols.end);
+      return counts ? widen(vectors[t].element[i]) : Accumulate<T>{0};
+    };
+    const auto place = [&](int t) { return taps.base + clamp(t, taps.cols.begin, taps.cols.end); };
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) parts[i] = Part(value(0, i), place(0));
+#pragma unroll
+    for (int t = 1; t < kKernel; ++t) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) parts[i].take(value(t, i), place(t));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) parts[i] = Part(taps.base + taps.cols.begin);
+#pragma unroll 4
+    for (int t = taps.cols.begin; t < taps.cols.end; ++t) {
+      const Vector<T, kVector> vector = load_vector<kVector>(input + taps.row + (taps.first_w + t) * pitch);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) parts[i].take(widen(vector.element[i]), taps.base + t);
+    }
+  }
+}
+
+// A thread takes a window for a chunk of channels. kKernel: of a square window.
+template <class Op, int kKernel>
+__global__ void __launch_bounds__(kBlockThreads)
+    pool_chunks(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
+  using Part = typename Op::Part;
+  constexpr int kVector = kChunk<typename Op::T>;
+  const int index = static_cast<int>(element_index());
+  if (index >= places.count()) return;
+  const auto place = places.at(index);
+  const int first_h = place.row * g.stride_h - g.pad_top, first_w = place.column * g.stride_w - g.pad_left;
+  const Range rows = taps_inside(first_h, 1, kKernel, g.in_h), cols = taps_inside(first_w, 1, kKernel, g.in_w);
+  const int image = place.image * g.in_h * g.in_w * g.channels + place.vector * kVector;
+  Part window[kVector];
+#pragma unroll
+  for (int r = 0; r < kKernel; ++r) {
+    const int row = image + clamp(first_h + r, 0, g.in_h) * g.in_w * g.channels;
+    const RowOfTaps taps{row, first_w, cols, clamp(r, rows.begin, rows.end) * kKernel, r >= rows.begin && r < rows.end};
+    Part parts[kVector];
+    take_row<Part, kVector, kKernel>(input, taps, g.channels, g.in_w, parts);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (r == 0) {
+        window[i] = parts[i];
+      } else {
+        window[i].take(parts[i].value, parts[i].tap);
+      }
+    }
+  }
+  const bool is_empty = rows.begin >= rows.end || cols.begin >= cols.end;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) window[i] = is_empty ? Part(0) : window[i];
+  op.finish(g, first_h, first_w, 0, window);
+  const int output = ((place.image * g.out_h + place.row) * g.out_w + place.column) * g.channels + place.vector * kVector;
+  op.write(output, window, kVector, true);
+}
+
+// A thread takes kStrip windows of a channel, one below the other. kKernel: of a square window; 0: any.
+constexpr int kStrip = 4;
+
+template <class Op, Layout kLayout, int kKernel>
+__global__ void __launch_bounds__(kBlockThreads)
+    pool_columns(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
+  using Part = typename Op::Part;
+  const int index = static_cast<int>(element_index());
+  if (index >= places.count()) return;
+  const auto place = places.at(index);
+  const int kernel_h = kKernel != 0 ? kKernel : g.kernel_h, kernel_w = kKernel != 0 ? kKernel : g.kernel_w;
+  const int pitch = kLayout == Layout::nchw ? 1 : g.channels;
+  const int first_h = place.row * kStrip * g.stride_h - g.pad_top, first_w = place.column * g.stride_w - g.pad_left;
+  const Range cols = taps_inside(first_w, 1, kernel_w, g.in_w);
+  Part windows[kStrip][1];
+#pragma unroll
+  for (int j = 0; j < kStrip; ++j) {
+    windows[j][0] = Part(first_tap(taps_inside(first_h + j * g.stride_h, 1, kernel_h, g.in_h), cols, kernel_w));
+  }
+  const int image = place.image * g.in_h * g.in_w * pitch + place.vector, rows = (kStrip - 1) * g.stride_h + kernel_h;
+  const int end = cols.begin < cols.end ? smaller(rows, g.in_h - first_h) : 0;
+  for (int x = larger(-first_h, 0); x < end; ++x) {
+    Part parts[1];
+    take_row<Part, 1, kKernel>(input, RowOfTaps{image + (first_h + x) * g.in_w * pitch, first_w, cols, 0, true}, pitch, g.in_w, parts);
+#pragma unroll
+    for (int j = 0; j < kStrip; ++j) {
+      const int r = x - j * g.stride_h;
+      if (r >= 0 && r < kernel_h) windows[j][0].take(parts[0].value, r * kernel_w + parts[0].tap);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kStrip; ++j) {
+    const int out_h = place.row * kStrip + j;
+    if (out_h >= g.out_h) continue;
+    op.finish(g, first_h + j * g.stride_h, first_w, 0, windows[j]);
+    op.write(((place.image * g.out_h + out_h) * g.out_w + place.column) * pitch + place.vector, windows[j], 1, true);
+  }
+}
+
+// In nchw, where rows of the input are whole chunks: a thread takes the windows that begin in a chunk of 16 bytes, kPad columns earlier.
+template <class Op, int kKernel, int kStride, int kPad>
+__global__ void __launch_bounds__(kBlockThreads)
+    pool_row_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool is_whole, const typename Op::T* __restrict__ input) {
+  using T = typename Op::T;
+  using Part = typename Op::Part;
+  constexpr int kInputs = kChunk<T>, kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel;
+  static_assert(kPad <= 1 && kSpan <= kInputs + kPad);
+  const int index = static_cast<int>(element_index());
+  if (index >= places.count()) return;
+  const auto place = places.at(index);
+  const int first_h = place.row * g.stride_h - g.pad_top, first_w = place.column * kInputs - kPad;
+  const Range rows = taps_inside(first_h, 1, kKernel, g.in_h);
+  Part windows[kOutputs];
+  int first_column[kOutputs];
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+    const Range cols = taps_inside(first_w + o * kStride, 1, kKernel, g.in_w);
+    windows[o] = Part(first_tap(rows, cols, kKernel));
+    first_column[o] = cols.begin;
+  }
+  const bool has_chunk = first_w + kPad < g.in_w;
+#pragma unroll
+  for (int r = 0; r < kKernel; ++r) {
+    const int h = first_h + r;
+    const T* row = input + (place.image * g.in_h + clamp(h, 0, g.in_h)) * g.in_w;
+    const Vector<T, kInputs> chunk = load_vector<kInputs>(row + (has_chunk ? first_w + kPad : 0));
+    Accumulate<T> values[kInputs + kPad];
+    if constexpr (kPad != 0) values[0] = first_w >= 0 ? widen(row[first_w]) : Part::nothing();
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) values[kPad + i] = has_chunk ? widen(chunk.element[i]) : Part::nothing();
+    if (h < 0 || h >= g.in_h) continue;
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      Part part(values[o * kStride], first_column[o]);
+#pragma unroll
+      for (int t = 1; t < kKernel; ++t) part.take(values[o * kStride + t], t);
+      windows[o].take(part.value, r * kKernel + part.tap);
+    }
+  }
+  op.finish(g, first_h, first_w, kStride, windows);
+  const int out_w = place.column * kOutputs;
+  op.write((place.image * g.out_h + place.row) * g.out_w + out_w, windows, g.out_w - out_w, is_whole);
+}
+
+template <class Op, int kKernel>
+void launch_pool_chunks(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
+  const ThreadPlaces places(s.batch, s.out_h, s.out_w, s.channels / kChunk<typename Op::T>);
+  launch_elementwise(pool_chunks<Op, kKernel>, places.count(), stream, op, Pool2dGeometry(s), places, input);
+}
+
+template <class Op, Layout kLayout, int kKernel>
+void launch_pool_columns(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
+  const ThreadPlaces places(pool_images(s), ceil_div<int64_t>(s.out_h, kStrip), s.out_w, pool_channels(s));
+  launch_elementwise(pool_columns<Op, kLayout, kKernel>, places.count(), stream, op, Pool2dGeometry(s), places, input);
+}
+
+template <class Op, int kKernel, int kStride, int kPad>
+void launch_pool_row_strips(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
+  constexpr int kOutputs = kChunk<typename Op::T> / kStride;
+  const ThreadPlaces places(pool_images(s), s.out_h, ceil_div<int64_t>(s.out_w, kOutputs), 1);
+  launch_elementwise(pool_row_strips<Op, kKernel, kStride, kPad>, places.count(), stream, op, Pool2dGeometry(s), places,
+                     op.template is_whole<kOutputs>(s.out_w), input);
+}
+
+template <class Op>
+void run_pool_forward(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
+  using T = typename Op::T;
+  if (s.layout == Layout::nhwc) {
+    const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.channels) && op.template is_whole<kChunk<T>>(s.channels);
+    if (is_whole && has_square_windows(s, 2)) return launch_pool_chunks<Op, 2>(op, s, input, stream);
+    if (is_whole && has_square_windows(s, 3)) return launch_pool_chunks<Op, 3>(op, s, input, stream);
+    return launch_pool_columns<Op, Layout::nhwc, 0>(op, s, input, stream);
+  }
+  const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.in_w);
+  if (is_whole && has_windows(s, 2, 2, 0)) return launch_pool_row_strips<Op, 2, 2, 0>(op, s, input, stream);
+  if (is_whole && has_windows(s, 3, 2, 1)) return launch_pool_row_strips<Op, 3, 2, 1>(op, s, input, stream);
+  if (has_square_windows(s, 3)) return launch_pool_columns<Op, Layout::nchw, 3>(op, s, input, stream);
+  launch_pool_columns<Op, Layout::nchw, 0>(op, s, input, stream);
+}
+
+}  // namespace cnn_ext::cuda
