@@ -16,6 +16,7 @@ namespace cnn_ext::cuda {
 #define CNN_EXT_CONV2D_ROWS(ROW)                 \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                 \
   ROW(conv2d_forward_depthwise_sm80)             \
+  ROW(conv2d_forward_patch_mma_sm80)             \
   ROW(conv2d_forward_mma_sm80)                   \
   ROW(conv2d_forward_implicit_gemm_sm80)         \
   ROW(conv2d_forward_direct_sm80)                \

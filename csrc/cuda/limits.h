@@ -50,15 +50,18 @@ inline bool suits_implicit_gemm(const Conv2dShape& s, int64_t rows) {
                                 product({s.out_channels, group_in, s.kernel_h, s.kernel_w})});
 }
 
-// The tensor cores' rows (mma_gemm.cuh) take groups of at least 16 channels on both sides, in the types that tensor cores multiply, and
-// pad channels to chunks of 16 bytes.
+// The types that tensor cores multiply.
+inline bool has_mma_type(const Conv2dShape& s) {
+  return s.dtype == DType::float16 || s.dtype == DType::bfloat16 || (s.dtype == DType::float32 && s.allow_tf32 != 0);
+}
+
+// The general rows on tensor cores (mma_gemm.cuh) take groups of at least 16 channels on both sides and pad channels to chunks of 16 bytes.
 constexpr int64_t kLeastMmaChannels = 16;
 constexpr int64_t kMostPadding = 7;
 
 inline bool suits_mma(const Conv2dShape& s) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
-  const bool has_type = s.dtype == DType::float16 || s.dtype == DType::bfloat16 || (s.dtype == DType::float32 && s.allow_tf32 != 0);
-  return has_type && group_in >= kLeastMmaChannels && group_out >= kLeastMmaChannels && suits_implicit_gemm(s, group_out) &&
+  return has_mma_type(s) && group_in >= kLeastMmaChannels && group_out >= kLeastMmaChannels && suits_implicit_gemm(s, group_out) &&
          all_below(kMaxExtent, {product({s.out_channels, group_in + kMostPadding, s.kernel_h, s.kernel_w}),
                                 product({group_out + kMostPadding, s.kernel_h, s.kernel_w})});
 }

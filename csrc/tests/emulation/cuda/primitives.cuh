@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "tests/emulation/block.h"
 #include "tests/emulation/builtins.h"
@@ -27,6 +28,12 @@ inline void cp_async_commit() { emulation::close_copy_group(); }
 template <int kGroups>
 void cp_async_wait() {
   emulation::land_copies(kGroups);
+}
+
+template <size_t kWords>
+void store_words(void* global, const uint32_t (&words)[kWords]) {
+  if (reinterpret_cast<uintptr_t>(global) % sizeof words != 0) emulation::fail("a store that is not aligned");
+  std::memcpy(global, words, sizeof words);
 }
 
 inline void named_barrier(int id, int threads) { emulation::block_barrier(id).wait(threads); }
