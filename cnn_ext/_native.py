@@ -81,6 +81,9 @@ DTYPES = {
 }
 
 
+CUDA_ALIGNMENT = 16  # bytes: what the copy engine of a GPU wants
+
+
 def _tf32_allowed() -> bool:
     """torch's switch for convolutions on CUDA, by its newest interface."""
     conv = getattr(torch.backends.cudnn, "conv", None)
@@ -107,11 +110,13 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
 
 
 def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
-    """``_run`` with the memory that a CUDA kernel wants, from torch's allocator; CPU kernels bring their own."""
+    """``_run`` with what CUDA kernels want: aligned tensors, and memory from torch's allocator. CPU kernels bring their own."""
     device = tensors[0].device
     if device.type == "cpu":
         _run(kernel, shape, *tensors)
         return
+    # Only views into the middle of another tensor are not aligned; results are made aligned.
+    tensors = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
     with torch.cuda.device(device):
         wanted = cuda().conv2d_workspace_bytes(
             getattr(Conv2dDirection, direction), on_device(shape, device), with_bias

@@ -109,8 +109,8 @@ std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
 template <class Kernel>
 void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>& table, int capability) {
   for (const Kernel* row : table) {
-    rows.push_back({row->name, op_name(*row), direction_name(*row), arch_name(*row), runs_on(*row, capability),
-                    has_proof(row->name), is_admitted(row->name, row->needs_proof)});
+    rows.push_back({row->name, op_name(*row), direction_name(*row), arch_name(*row), runs_on(*row, capability), has_proof(row->name),
+                    is_admitted(row->name, row->needs_proof)});
   }
 }
 

@@ -30,8 +30,8 @@ struct Conv2dKernel {
   bool (*accepts)(const Conv2dShape&);
   Plan (*plan)(const Conv2dShape&);
   void (*run)(const Conv2dShape&, const Conv2dBuffers&, void* workspace, cudaStream_t);
-  bool needs_proof = false;  // stays aside until it has run on a GPU: the plain rows serve meanwhile (proof.h)
-  bool adds_bias = false;    // of backward_input: whether it takes a bias, as a transposed convolution has one (forward takes it always)
+  bool needs_proof = false;    // stays aside until it has run on a GPU: the plain rows serve meanwhile (proof.h)
+  bool adds_bias = false;      // of backward_input: whether it takes a bias, as a transposed convolution has one (forward takes it always)
   bool arch_specific = false;  // runs on that compute capability and on no later one
 };
 

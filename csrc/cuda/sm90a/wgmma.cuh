@@ -1,10 +1,10 @@
 // The instructions of sm_90a that the products of whole warpgroups need, one function each; compiled for that architecture alone.
 //
-// An operand tile in shared memory is a sequence of rows of 128 bytes, aligned to 1024, whose eight chunks of 16 bytes are swizzled: chunk c
-// of row r lies at c ^ (r % 8).
-//   along the depth    a row is a row or column of the product, its 128 bytes are neighbours in depth
-//   across the depth   a row is a position of the depth, its 128 bytes are 64 neighbouring rows or columns (16-bit types only); further
-//                      ones follow in the next such panel
+// An operand tile in shared memory is a sequence of rows of 128 or 64 bytes, whose chunks of 16 bytes are swizzled as the copy engine does
+// it (tensor_map.cuh); eight rows are an atom, and a tile is aligned to one.
+//   along the depth    a row is a row or column of the product, its bytes are neighbours in depth
+//   across the depth   a row is a position of the depth, its bytes are neighbouring rows or columns (16-bit types only); further ones
+//                      follow in the next such panel
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,16 +16,21 @@
 
 namespace cnn_ext::cuda {
 
-constexpr int kSwizzleRowBytes = 128, kSwizzleRows = 8, kSwizzleAtomBytes = kSwizzleRowBytes * kSwizzleRows;
+constexpr int kAtomRows = 8;
 constexpr int kWarpgroupThreads = 128, kWarpgroupRows = 64;
 constexpr int kInstructionBytes = 32;  // of the depth that one instruction takes: 16 elements of 16 bits, 8 of TF32
 
-// What the matrix unit is told of a tile: its address, the distance of panels (across the depth) and of groups of eight rows.
-__device__ inline uint64_t matrix_descriptor(const void* tile, int panel_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | static_cast<uint64_t>(kSwizzleAtomBytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+// What the matrix unit is told of a tile with rows of kRowBytes: where it lies, the distance of panels (across the depth) and of atoms.
+template <int kRowBytes>
+__device__ uint64_t matrix_descriptor(const void* tile, int panel_bytes) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+  return kSwizzle | static_cast<uint64_t>(kAtomRows * kRowBytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
          (shared_address(tile) & 0x3FFFF) >> 4;
 }
+
+// As it counts addresses.
+__device__ constexpr uint64_t descriptor_offset(int bytes) { return static_cast<uint64_t>(bytes >> 4); }
 
 // Orders this thread's accesses of its sums and of shared memory before the products that follow.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -38,9 +43,6 @@ template <int kGroups>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
-
-// Makes what this thread has stored or copied to shared memory visible to the matrix unit, once a barrier has followed.
-__device__ inline void fence_for_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Sums that the matrix unit has written: nothing moves across.
 template <int kCount>
@@ -58,33 +60,33 @@ __device__ void pin(float (&sums)[kCount]) {
 #define CNN_EXT_SUMS_32(d, i) CNN_EXT_SUMS_16(d, i), CNN_EXT_SUMS_16(d, i + 16)
 #define CNN_EXT_SUMS_64(d, i) CNN_EXT_SUMS_32(d, i), CNN_EXT_SUMS_32(d, i + 32)
 #define CNN_EXT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define CNN_EXT_NAMES_32 \
-  CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CNN_EXT_NAMES_64                                                                                                  \
-  CNN_EXT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
-                   ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CNN_EXT_NAMES_32 CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CNN_EXT_NAMES_64                                                                                     \
+  CNN_EXT_NAMES_32                                                                                           \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+      ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // COUNT: sums of a thread, the operands' numbers after them are A, B, SCALE (a one), ACROSS_A and ACROSS_B.
-#define CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, ELEMENT, NAME)                                                 \
-  template <bool kAcrossA, bool kAcrossB>                                                                                                \
-  __device__ void wgmma(float(&d)[COUNT], uint64_t a, uint64_t b, ELEMENT) {                                                             \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." NAME "." NAME " {"     \
-                 CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1, " ACROSS_A ", " ACROSS_B ";}"                                          \
-                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                                            \
-                 : "l"(a), "l"(b), "r"(1), "n"(int{kAcrossA}), "n"(int{kAcrossB}));                                                      \
+#define CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, ELEMENT, NAME)                                        \
+  template <bool kAcrossA, bool kAcrossB>                                                                                       \
+  __device__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, ELEMENT) {                                                   \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32." NAME "." NAME \
+                 " {" CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1, " ACROSS_A ", " ACROSS_B ";}"                            \
+                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                                   \
+                 : "l"(a), "l"(b), "r"(1), "n"(int{kAcrossA}), "n"(int{kAcrossB}));                                             \
   }
-#define CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)                                                                                     \
-  template <bool kAcrossA, bool kAcrossB>                                                                                                \
-  __device__ void wgmma(float(&d)[COUNT], uint64_t a, uint64_t b, float) {                                                               \
-    static_assert(!kAcrossA && !kAcrossB);                                                                                               \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS "k8.f32.tf32.tf32 {"              \
-                 CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1;}"                                                                      \
-                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                                            \
-                 : "l"(a), "l"(b), "r"(1));                                                                                              \
+#define CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)                                                   \
+  template <bool kAcrossA, bool kAcrossB>                                                              \
+  __device__ void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, float) {                            \
+    static_assert(!kAcrossA && !kAcrossB);                                                             \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS \
+                 "k8.f32.tf32.tf32 {" CNN_EXT_NAMES_##COUNT "}, " A ", " B ", p, 1, 1;}"               \
+                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                          \
+                 : "l"(a), "l"(b), "r"(1));                                                            \
   }
-#define CNN_EXT_WGMMA(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B)                                         \
-  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __half, "f16")                          \
-  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __nv_bfloat16, "bf16")                  \
+#define CNN_EXT_WGMMA(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B)                        \
+  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __half, "f16")         \
+  CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __nv_bfloat16, "bf16") \
   CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)
 CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
 CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
