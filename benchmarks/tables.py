@@ -11,7 +11,9 @@ class Column:
     format: str = ""
 
     def text(self, row: dict) -> str:
-        return format(self.value(row), self.format)
+        """Nothing where a row has no such value."""
+        value = self.value(row)
+        return "" if value is None else format(value, self.format)
 
     @property
     def is_number(self) -> bool:

@@ -112,6 +112,28 @@ def test_winograd_is_allowed_for_one_training(tmp_path, capsys):
     assert "--winograd" in refused(capsys, "train", "--dataset", "digits", "--winograd", *FAST)
 
 
+def test_the_model_may_be_compiled(tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    few = ("--dataset", "digits", "--epochs", 1, "--batch-size", 432, "--out", tmp_path, *FAST)
+    assert run(capsys, "train", *few, "--compile")[0] == 0
+    assert len(compiled) == 1
+    assert json.loads((tmp_path / "history.json").read_text())["arguments"]["compiled"] is True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("switches", [(), ("--compile",)])
+def test_training_on_a_gpu(switches, tmp_path, capsys):
+    arguments = ("--dataset", "digits", "--epochs", 5, "--device", "cuda", "--out", tmp_path)
+    status, out, _ = run(capsys, "train", *arguments, *switches)
+    assert status == 0
+    assert out.splitlines()[-2].startswith("Training took ") and out.splitlines()[-2].endswith(" images/s")
+    assert sorted(os.listdir(tmp_path)) == ARTEFACTS
+    for device in ("cpu", "cuda"):
+        status, out, _ = run(capsys, "evaluate", "--checkpoint", tmp_path / "checkpoint", "--device", device)
+        assert status == 0 and float(out.split()[-1]) > 0.8
+
+
 def test_predict_reads_any_image(trained, tmp_path, capsys):
     digit = data.load_digits().train.images[0, 0].numpy()
     Image.fromarray(digit).save(tmp_path / "digit.png")
@@ -254,6 +276,7 @@ def test_bench_outside_of_a_clone(tmp_path, capsys, monkeypatch):
 
 def test_bench_passes_arguments_and_status_on(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # or another one in sys.path goes first
     (tmp_path / "benchmarks" / "__main__.py").write_text("import sys; sys.exit(len(sys.argv))")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "mnist", "--device", "cpu"]) == 4

@@ -1,5 +1,6 @@
 """Model and training: shapes, seeds, the order of the images, and the layers of this package beside torch's."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import cnn_ext
-from cnn_ext.mnist import data, machine, progress, run
+from cnn_ext.mnist import data, machine, progress, run, steps
 from cnn_ext.mnist.data import Dataset, Images
 from cnn_ext.mnist.model import BACKENDS, lecture_cnn
-from cnn_ext.mnist.train import Recipe, Tally, evaluate, train
+from cnn_ext.mnist.tally import Tally
+from cnn_ext.mnist.train import Recipe, evaluate, train
 
 MNIST = Path(__file__).parent.parent.parent / "shared" / "data"
 CPU = torch.device("cpu")
@@ -28,11 +30,13 @@ def part(dataset: Dataset, count: int) -> Dataset:
     return Dataset(dataset.name, dataset.source, *few)
 
 
-def losses(backend: str, dataset: Dataset, recipe: Recipe, fused: bool = False) -> list[float]:
+def losses(
+    backend: str, dataset: Dataset, recipe: Recipe, fused: bool = False, *, compiled: bool = False
+) -> list[float]:
     """The mean loss of the epoch so far, after every batch."""
     means = []
-    model = run.new_model(backend, recipe.seed, CPU, fused)
-    for _ in train(model, dataset, recipe, lambda epoch, tally: means.append(tally.means()[0])):
+    model = run.new_model(backend, recipe.seed, dataset.train.labels.device, fused)
+    for _ in train(model, dataset, recipe, lambda epoch, tally: means.append(tally.means()[0]), compiled=compiled):
         pass
     return means
 
@@ -127,6 +131,84 @@ def test_loss_curve_follows_torch(fused):
     for step, (mine, yours) in enumerate(zip(ours, theirs, strict=True), 1):
         assert abs(mine - yours) <= rounding * step * abs(theirs[0]), f"step {step}: {mine} and {yours}"
     assert ours[-1] < ours[0]
+
+
+def test_a_compiled_model_learns_the_same(monkeypatch):
+    """aot_eager runs the traced operators, in the same order as eager mode."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    dataset, recipe = part(data.load_digits(), 96), Recipe(epochs=2, batch_size=64)
+    eager, compiled = (losses("cnn_ext", dataset, recipe, compiled=compiled) for compiled in (False, True))
+    assert compiled == pytest.approx(eager, rel=torch.finfo(torch.float32).eps * 3136)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_captured_steps_learn_the_same(backend, fused, monkeypatch):
+    """As launched ones, but for the kernels that libraries choose: two batches of 64 and one of 32 in an epoch."""
+    if fused and backend == "torch":
+        pytest.skip("torch has no fused layers")
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    dataset, recipe = part(data.load_digits(), 160).to(torch.device("cuda")), Recipe(epochs=6, batch_size=64)
+    captured = losses(backend, dataset, recipe, fused)
+    monkeypatch.setattr("cnn_ext.mnist.train.CapturedStep", lambda step: step)
+    launched = losses(backend, dataset, recipe, fused)
+    assert len(captured) == len(launched) == 18
+    tf32 = 2.0**-11 * 3136**0.5  # an operand's rounding, through the largest sum
+    for step, (mine, theirs) in enumerate(zip(captured, launched, strict=True), 1):
+        assert abs(mine - theirs) <= tf32 * step * launched[0]
+    assert captured[-1] < captured[0]
+
+
+@needs_gpu
+def test_a_captured_step_neither_waits_nor_allocates():
+    dataset = part(data.load_digits(), 64).to(torch.device("cuda"))
+    model = run.new_model("cnn_ext", 1, torch.device("cuda"), fused=True).train()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+    tally = Tally(torch.device("cuda"))
+    step = steps.CapturedStep(steps.Step(model, optimizer, dataset.train, tally))
+    batch = torch.arange(64, device="cuda")
+    for _ in range(steps.WARM_UP + 1):
+        step(batch)
+    before = model.fc2.weight.detach().clone()
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch)
+        assert torch.cuda.memory_allocated() == allocated
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(model.fc2.weight, before)
+    assert tally.images == 64 * (steps.WARM_UP + 2)
+    assert tally.means()[0] > 0
+
+
+@needs_gpu
+def test_dropout_differs_from_replay_to_replay():
+    dataset = part(data.load_digits(), 64).to(torch.device("cuda"))
+    model = run.new_model("cnn_ext", 1, torch.device("cuda")).train()
+    tally = Tally(torch.device("cuda"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True, capturable=True)
+    step = steps.CapturedStep(steps.Step(model, optimizer, dataset.train, tally))
+    found = set()
+    for _ in range(steps.WARM_UP + 4):
+        tally.reset()
+        step(torch.arange(64, device="cuda"))
+        found.add(tally.means()[0])
+    assert len(found) == steps.WARM_UP + 4
+
+
+@needs_gpu
+def test_a_gpu_gets_channels_last():
+    dataset = part(data.load_digits(), 8).to(torch.device("cuda"))
+    images, _ = dataset.train.batch(torch.arange(8, device="cuda"))
+    assert images.stride() == (784, 1, 28, 1)
+    model = run.new_model("cnn_ext", 1, torch.device("cuda"))
+    assert model.conv1(images).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.skipif(not MNIST.is_dir(), reason="MNIST is not at ../shared/data")

@@ -68,11 +68,13 @@ def cli() -> None:
     help="Each convolution with its ReLU and pool in one, or layer by layer.",
 )
 @click.option("--winograd", is_flag=True, help="Let convolutions trade accuracy for speed (cnn_ext.flags).")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the model with torch.compile.")
 @data_options
 @click.option("--out", type=A_PATH, default=DEFAULT_OUT, help="Folder for history, pictures and checkpoint.")
 def train(
-    epochs, batch_size, lr, weight_decay, seed, device, threads, backend, fused, winograd, data_dir, dataset, out
-) -> None:
+    epochs, batch_size, lr, weight_decay, seed, device, threads, backend, fused, winograd, compiled, data_dir, dataset,
+    out,
+) -> None:  # fmt: skip
     """Train; after every epoch --out holds everything of that epoch."""
     arguments = {name: _plain(value) for name, value in click.get_current_context().params.items()}
     if fused and backend == "torch":
@@ -83,10 +85,12 @@ def train(
     cnn_ext.tune_malloc()
     place = machine.device(device, backend)
     machine.set_threads(threads)
+    machine.allow_tf32()
     artefacts.prepare(out)
     recipe = Recipe(epochs, batch_size, lr, weight_decay, seed)
     command = shlex.join(["cnn-ext", *sys.argv[1:]])
-    training = run.Run(data.load(dataset, data_dir, _warn), recipe, backend, fused, place, out, command, arguments)
+    loaded = data.load(dataset, data_dir, _warn)
+    training = run.Run(loaded, recipe, backend, fused, place, out, command, arguments, compiled)
     try:
         with cnn_ext.flags(winograd=winograd):
             training.execute(click.echo)

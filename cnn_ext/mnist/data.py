@@ -40,8 +40,15 @@ class Images:
 
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
-    """What the model takes: bytes become floats in [0, 1]."""
-    return images.float().div_(255)
+    """What the model takes: bytes become floats in [0, 1]; on a GPU channels_last, as its matrix units like it.
+
+    Of images with one channel both layouts are the same memory, and only the strides say which it is.
+    """
+    pixels = images.float().div_(255)
+    if not images.is_cuda:
+        return pixels
+    count, channels, height, width = pixels.shape
+    return pixels.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

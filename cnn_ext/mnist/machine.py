@@ -28,6 +28,11 @@ def _no_cuda(backend: str) -> str | None:
     return None
 
 
+def allow_tf32() -> None:
+    """Lets a GPU round the operands of float32 matrix products to TF32, as torch lets it in convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -5,7 +5,8 @@ import time
 
 from tqdm import tqdm
 
-from cnn_ext.mnist.train import Recipe, Tally
+from cnn_ext.mnist.tally import Tally
+from cnn_ext.mnist.train import Recipe
 
 BAR = "{desc} {percentage:3.0f}%|{bar}|"
 LINE_SECONDS = 10.0
