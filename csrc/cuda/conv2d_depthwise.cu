@@ -13,11 +13,6 @@
 namespace cnn_ext::cuda {
 namespace {
 
-// One axis: output o takes tap t from position o * stride + first + t * dilation.
-struct Axis {
-  int in, out, kernel, stride, first, dilation;
-};
-
 struct Problem {
   Axis h, w;
   int channels;
@@ -170,16 +165,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   }
   add_bias(bias, chunk, sum);
   store_chunk(grad_input + n * g.in.n + in_h * g.in.h + in_w * g.in.w + chunk.first, chunk.count, is_whole, sum);
-}
-
-Axis forward_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return {static_cast<int>(in),     static_cast<int>(out),  static_cast<int>(kernel),
-          static_cast<int>(stride), static_cast<int>(-pad), static_cast<int>(dilation)};
-}
-
-// Of stride 1: input i takes tap k - 1 - t from output i + pad - (k - 1 - t) * dilation.
-Axis backward_axis(int64_t in, int64_t out, int64_t kernel, int64_t pad, int64_t dilation) {
-  return forward_axis(out, in, kernel, 1, (kernel - 1) * dilation - pad, dilation);
 }
 
 int64_t strips(const Conv2dShape& s, bool forward) {

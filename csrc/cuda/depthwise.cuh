@@ -13,6 +13,21 @@ constexpr int kLaneChunks = 8, kBlockStrips = kBlockThreads / kLaneChunks, kStri
 template <class T>
 constexpr int kLaneChannels = kLaneChunks * kChunk<T>;  // of a block
 
+// One axis: output o takes tap t from position o * stride + first + t * dilation.
+struct Axis {
+  int in, out, kernel, stride, first, dilation;
+};
+
+inline Axis forward_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return {static_cast<int>(in),     static_cast<int>(out),  static_cast<int>(kernel),
+          static_cast<int>(stride), static_cast<int>(-pad), static_cast<int>(dilation)};
+}
+
+// Of stride 1: input i takes tap k - 1 - t from output i + pad - (k - 1 - t) * dilation.
+inline Axis backward_axis(int64_t in, int64_t out, int64_t kernel, int64_t pad, int64_t dilation) {
+  return forward_axis(out, in, kernel, 1, (kernel - 1) * dilation - pad, dilation);
+}
+
 inline bool is_depthwise_nhwc(const Conv2dShape& s) {
   return s.layout == Layout::nhwc && s.groups == s.in_channels && s.in_channels == s.out_channels && has_int_extents(s) &&
          all_below(kMaxExtent, {product({s.batch, s.out_h, s.out_w + kStrip}), product({s.batch, s.in_h, s.in_w + kStrip}),

@@ -13,20 +13,22 @@ namespace cnn_ext::cuda {
 #endif
 
 // The most special first.
-#define CNN_EXT_CONV2D_ROWS(ROW)                 \
-  CNN_EXT_CONV2D_SM90A_ROWS(ROW)                 \
-  ROW(conv2d_forward_depthwise_sm80)             \
-  ROW(conv2d_forward_patch_mma_sm80)             \
-  ROW(conv2d_forward_mma_sm80)                   \
-  ROW(conv2d_forward_implicit_gemm_sm80)         \
-  ROW(conv2d_forward_direct_sm80)                \
-  ROW(conv2d_backward_input_depthwise_sm80)      \
-  ROW(conv2d_backward_input_mma_sm80)            \
-  ROW(conv2d_backward_input_implicit_gemm_sm80)  \
-  ROW(conv2d_backward_input_direct_sm80)         \
-  ROW(conv2d_backward_weight_mma_sm80)           \
-  ROW(conv2d_backward_weight_implicit_gemm_sm80) \
-  ROW(conv2d_backward_weight_direct_sm80)        \
+#define CNN_EXT_CONV2D_ROWS(ROW)                   \
+  CNN_EXT_CONV2D_SM90A_ROWS(ROW)                   \
+  ROW(conv2d_forward_depthwise_sm80)               \
+  ROW(conv2d_forward_depthwise_planes_sm80)        \
+  ROW(conv2d_forward_patch_mma_sm80)               \
+  ROW(conv2d_forward_mma_sm80)                     \
+  ROW(conv2d_forward_implicit_gemm_sm80)           \
+  ROW(conv2d_forward_direct_sm80)                  \
+  ROW(conv2d_backward_input_depthwise_sm80)        \
+  ROW(conv2d_backward_input_depthwise_planes_sm80) \
+  ROW(conv2d_backward_input_mma_sm80)              \
+  ROW(conv2d_backward_input_implicit_gemm_sm80)    \
+  ROW(conv2d_backward_input_direct_sm80)           \
+  ROW(conv2d_backward_weight_mma_sm80)             \
+  ROW(conv2d_backward_weight_implicit_gemm_sm80)   \
+  ROW(conv2d_backward_weight_direct_sm80)          \
   ROW(conv2d_backward_bias_reduction_sm80)
 
 #define CNN_EXT_POOL2D_ROWS(ROW)       \
