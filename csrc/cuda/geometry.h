@@ -120,6 +120,7 @@ struct Pool2dGeometry {
 // Division of 0 <= n < 2^31 by a fixed divisor: one high multiplication, one addition, one shift (Granlund and Montgomery's method).
 class FastDivisor {
  public:
+  CNN_EXT_HOST_DEVICE FastDivisor() : FastDivisor(1) {}
   CNN_EXT_HOST_DEVICE explicit FastDivisor(int divisor) : divisor_(divisor > 0 ? static_cast<uint32_t>(divisor) : 1) {
     while ((uint64_t{1} << shift_) < divisor_) ++shift_;
     magic_ = static_cast<uint32_t>((((uint64_t{1} << shift_) - divisor_) << 32) / divisor_ + 1);
@@ -143,7 +144,7 @@ struct PlaneIndex {
 
 class PlaneDecoder {
  public:
-  CNN_EXT_HOST_DEVICE PlaneDecoder(int height, int width) : plane_(height * width), width_(width) {}
+  CNN_EXT_HOST_DEVICE PlaneDecoder(int height = 1, int width = 1) : plane_(height * width), width_(width) {}
   CNN_EXT_HOST_DEVICE PlaneIndex at(int index) const {
     const int outer = plane_.quotient(index), rest = index - outer * plane_.divisor(), h = width_.quotient(rest);
     return {outer, h, rest - h * width_.divisor()};

@@ -14,9 +14,10 @@ struct Grid {
   Grid(int64_t blocks_, int threads_ = kBlockThreads, size_t shared_bytes_ = 0, int cluster_blocks_ = 1)
       : blocks(blocks_), threads(threads_), shared_bytes(shared_bytes_), cluster_blocks(cluster_blocks_) {}
   int64_t blocks;
-  int threads;          // of a block
-  size_t shared_bytes;  // of a block, behind dynamic_shared()
-  int cluster_blocks;   // neighbours that run together (sm_90); divides blocks
+  int threads;            // of a block
+  size_t shared_bytes;    // of a block, behind dynamic_shared()
+  int cluster_blocks;     // neighbours that run together (sm_90); divides blocks
+  bool overlaps = false;  // begins before the launch before it has ended, and waits for it itself (sm_90)
 };
 
 // What a block may ask for without saying so to the runtime first.
@@ -31,14 +32,16 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream
     CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(grid.shared_bytes)));
   }
-  if (grid.cluster_blocks > 1) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster_blocks), 1, 1};
+  if (grid.cluster_blocks > 1 || grid.overlaps) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(grid.cluster_blocks), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = grid.overlaps;
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(grid.blocks), config.blockDim = static_cast<unsigned>(grid.threads);
     config.dynamicSmemBytes = grid.shared_bytes, config.stream = stream;
-    config.attrs = &cluster, config.numAttrs = 1;
+    config.attrs = attributes, config.numAttrs = 2;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
     return;
   }

@@ -19,8 +19,8 @@
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
 #include "cuda/sm90a/tensor_map.cuh"
+#include "cuda/sm90a/transposition.cuh"
 #include "cuda/sm90a/wgmma.cuh"
-#include "cuda/transposition.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) backward_weight_wgmma(const 
   const Block b{row_tile * kRows, col_tile * kPanels, split * p.split_pixels, smaller(p.pixels, (split + 1) * p.split_pixels)};
   Gemm<T, kRows, kPanelChannels> gemm(p, b);
   unsigned char* shared = dynamic_shared<unsigned char>();
+  wait_for_launch_before();
   gemm.accumulate(shared, barriers);
   float* sums = reinterpret_cast<float*>(shared);
   if (__syncthreads_or(gemm.write(sums))) {
@@ -228,6 +229,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_splits(const __grid_constan
   const Panel panel = panel_at(p, col / kPanelChannels, kPanelChannels);
   const int channel = panel.first_channel + col % kPanelChannels;
   if (channel >= p.g.group_in) return;
+  wait_for_launch_before();
   float sum = 0;
   for (int split = 0; split < p.splits; ++split) sum += p.partials[split * sums + index];
   store_weight(p, k, panel, channel, sum);
@@ -335,12 +337,15 @@ template <class T, int kRows, int kPanelChannels>
 void launch_tile(Problem<T>& problem, int64_t blocks, int64_t sums, cudaStream_t stream) {
   constexpr int kStage = stage_bytes(kRows, kPanelChannels),
                 kSumBytes = static_cast<int>(sizeof(float)) * kRows * sum_pitch(kPanelChannels);
-  // Two blocks to a multiprocessor, or one where there are no more.
+  // Narrow tiles run two to a multiprocessor where there are so many.
   constexpr int kBlockBytes = 224 * 1024;
-  problem.stages = std::min(kMostStages, (blocks > kMultiprocessors ? kBlockBytes / 2 : kBlockBytes) / kStage);
-  launch(backward_weight_wgmma<T, kRows, kPanelChannels>, Grid(blocks, kBlockThreads, std::max(problem.stages * kStage, kSumBytes)), stream,
-         problem);
-  if (problem.splits > 1) launch_elementwise(sum_splits<T, kPanelChannels>, sums, stream, problem, sums);
+  const bool shares = kRows == kPanelRows && blocks > kMultiprocessors;
+  problem.stages = std::min(kMostStages, (shares ? kBlockBytes / 2 : kBlockBytes) / kStage);
+  launch(backward_weight_wgmma<T, kRows, kPanelChannels>,
+         overlapping(Grid(blocks, kBlockThreads, std::max(problem.stages * kStage, kSumBytes))), stream, problem);
+  if (problem.splits > 1) {
+    launch(sum_splits<T, kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(sums, kBlockThreads))), stream, problem, sums);
+  }
 }
 
 template <class T>

@@ -8,10 +8,10 @@
 // along the depth, in backward_input across it, which the matrix unit transposes in 16 bits; for TF32 they are transposed first. The result
 // is stored in its layout directly.
 //
-// Tile: 128 pixels x 32, 64 or 128 channels; a step of the depth is 128 bytes, of one tap or two. One stage is multiplied, one has just
-// been, the others are on their way. Two blocks share a multiprocessor, or where there are few, one has more stages. Where an image gives
-// few tiles but a long depth, up to eight blocks of a cluster share a tile: each sums up a part of the depth, and they add up the parts
-// through each other's shared memory, in order.
+// Tile: 128 pixels x 32, 64, 128 or 256 channels; a step of the depth is 128 bytes, of one tap or two. One stage is multiplied, one has
+// just been, the others are on their way. Narrow tiles run two to a multiprocessor. Where an image gives few tiles but a long depth, up to
+// eight blocks of a cluster share a tile: each sums up a part of the depth, and they add up the parts through each other's shared memory,
+// in order.
 //
 // Order of additions: the parts and what each of them sums up follow from the shape of one image, never from the batch, the tile or the
 // device; the matrix unit adds up a part in order.
@@ -19,7 +19,7 @@
 // Padding never multiplies: padded elements are zeros, and a zero times an infinity or a NaN of the other operand shows as a NaN in the
 // sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored.
 //
-// Not handled: float64; strict float32; strides above 8, more than 8 phases times groups, padding of more than 128, windows of more than
+// Not handled: float64; strict float32; strides above 8, more than 4 phases times groups, padding of more than 128, windows of more than
 // 256. Bound by the second-level cache, which the tile reads 256 bytes of for 64 x 128 products; by latency where the problem is small.
 #include <algorithm>
 
@@ -27,8 +27,8 @@
 #include "cuda/gather_axis.h"
 #include "cuda/limits.h"
 #include "cuda/sm90a/tensor_map.cuh"
+#include "cuda/sm90a/transposition.cuh"
 #include "cuda/sm90a/wgmma.cuh"
-#include "cuda/transposition.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
@@ -37,7 +37,7 @@ constexpr int kRows = 128;
 constexpr int kStepBytes = 128;  // of the depth
 constexpr int kMostStages = 8;
 constexpr int kMostParts = 8;              // blocks of a cluster
-constexpr int kMostMaps = 8;               // phases times groups
+constexpr int kMostMaps = 4;               // phases times groups
 constexpr int64_t kMultiprocessors = 132;  // of the device that the tile is chosen for
 constexpr int kPanelCols = 64;             // of filters across the depth
 
@@ -53,10 +53,8 @@ struct PhaseDepth {
   FastDivisor taps, width;
 };
 
-CNN_EXT_HOST_DEVICE inline int lowest_tap(const GatherAxis& axis) {
-  return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0);
-}
-CNN_EXT_HOST_DEVICE inline int reach(const GatherAxis& axis) {
+inline int lowest_tap(const GatherAxis& axis) { return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0); }
+inline int reach(const GatherAxis& axis) {
   return axis.taps == 0 ? 0 : (axis.taps - 1) * (axis.tap_step < 0 ? -axis.tap_step : axis.tap_step);
 }
 // How far tap j lies from the nearest.
@@ -64,15 +62,15 @@ CNN_EXT_HOST_DEVICE inline int tap_distance(const GatherAxis& axis, int j) {
   return axis.tap_step < 0 ? (axis.taps - 1 - j) * -axis.tap_step : j * axis.tap_step;
 }
 
-CNN_EXT_HOST_DEVICE inline PhaseDepth phase_depth(const GatherAxis& h, const GatherAxis& w, int channel_boxes) {
+inline PhaseDepth phase_depth(const GatherAxis& h, const GatherAxis& w, int channel_boxes) {
   return {h, w, lowest_tap(h), lowest_tap(w), channel_boxes * h.taps * w.taps, FastDivisor(h.taps * w.taps), FastDivisor(w.taps)};
 }
 
-CNN_EXT_HOST_DEVICE inline GatherAxis gather_axis_h(const Conv2dGeometry& g, bool forward, int phase) {
+inline GatherAxis gather_axis_h(const Conv2dGeometry& g, bool forward, int phase) {
   return forward ? forward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)
                  : backward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, phase / g.stride_w);
 }
-CNN_EXT_HOST_DEVICE inline GatherAxis gather_axis_w(const Conv2dGeometry& g, bool forward, int phase) {
+inline GatherAxis gather_axis_w(const Conv2dGeometry& g, bool forward, int phase) {
   return forward ? forward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)
                  : backward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, phase % g.stride_w);
 }
@@ -87,8 +85,8 @@ struct Problem {
   T* result;
   Strides source_strides, filter_strides, result_strides;  // filters: n of a column, c of a channel of the depth
   int64_t source_group, filter_group, result_group;        // from one group to the next
-  Conv2dGeometry g;
-  bool forward;
+  PhaseDepth phase[kMostMaps];
+  int kernel_w;
   int source_h, source_w, result_h, result_w;
   int depth_channels, channel_boxes, cols, pixels;
   PlaneDecoder pixel_decoder;
@@ -195,7 +193,7 @@ class Gemm {
       fetch_windows(stage + i * kRowBoxBytes, source_map, channel, phase_.lowest_w + first.w * phase_.w.step,
                     phase_.lowest_h + first.h * phase_.h.step, first.outer, tap_distance(phase_.w, s), tap_distance(phase_.h, r), barrier);
       const int filter_tap =
-          (phase_.h.first_tap + r * phase_.h.tap_distance) * p_.g.kernel_w + phase_.w.first_tap + s * phase_.w.tap_distance;
+          (phase_.h.first_tap + r * phase_.h.tap_distance) * p_.kernel_w + phase_.w.first_tap + s * phase_.w.tap_distance;
       unsigned char* filters = stage + kBoxes * kRowBoxBytes + i * kColBoxBytes;
       if constexpr (kAcross) {
 #pragma unroll
@@ -343,9 +341,8 @@ class Gemm {
 
 // Blocks are numbered by part, column tile, row tile, phase, group: those that read the same pixels run together.
 template <class T, int kCols, int kBoxBytes, bool kAcross>
-__global__ void __launch_bounds__(kBlockThreads, 2) gather_wgmma(const __grid_constant__ Problem<T> problem) {
+__global__ void __launch_bounds__(kBlockThreads, kCols <= 64 ? 2 : 1) gather_wgmma(const __grid_constant__ Problem<T> problem) {
   __shared__ __align__(8) uint64_t barriers[kMostStages];
-  __shared__ __align__(alignof(PhaseDepth)) unsigned char phase_bytes[sizeof(PhaseDepth)];
   int index = blockIdx.x;
   const auto take = [&](int count) {
     const int taken = index % count;
@@ -361,13 +358,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2) gather_wgmma(const __grid_co
   if (threadIdx.x == 0) {
     for (int i = 0; i < problem.stages; ++i) init_barrier(barriers + i);
     fence_barriers();
-    // Of a block's phase in shared memory: registers are scarce.
-    *reinterpret_cast<PhaseDepth*>(phase_bytes) =
-        phase_depth(gather_axis_h(problem.g, problem.forward, place.phase), gather_axis_w(problem.g, problem.forward, place.phase),
-                    problem.channel_boxes);
   }
   __syncthreads();
-  Gemm<T, kCols, kBoxBytes, kAcross> gemm(problem, *reinterpret_cast<const PhaseDepth*>(phase_bytes), place);
+  wait_for_launch_before();
+  Gemm<T, kCols, kBoxBytes, kAcross> gemm(problem, problem.phase[place.phase], place);
   gemm.run(dynamic_shared<unsigned char>(), barriers);
 }
 
@@ -413,11 +407,21 @@ struct Side {
     return count;
   }
 
-  // Columns of the tile: the sums do not depend on it.
+  // Columns of the tile, on which the sums do not depend: those with the least time, by the cycles that a step of theirs takes when all
+  // multiprocessors read the second-level cache.
   int tile_cols(const Conv2dShape& s) const {
     if (cols <= 32 && !filters_across) return 32;
-    const int64_t wide_tiles = ceil_div<int64_t>(rows, kRows) * ceil_div<int64_t>(cols, 128) * phases * s.groups * parts;
-    return cols <= 64 || wide_tiles < kMultiprocessors ? 64 : 128;
+    constexpr struct {
+      int cols, cycles;
+    } kTiles[] = {{64, 630}, {128, 840}, {256, 1260}};
+    int best = 64;
+    int64_t least = INT64_MAX;
+    for (const auto& tile : kTiles) {
+      const int64_t blocks = ceil_div<int64_t>(rows, kRows) * ceil_div<int64_t>(cols, tile.cols) * phases * s.groups * parts;
+      const int64_t cycles = ceil_div(blocks, kMultiprocessors) * tile.cycles;
+      if (cycles < least) best = tile.cols, least = cycles;
+    }
+    return best;
   }
 
   bool is_16_bit;
@@ -501,35 +505,13 @@ Transposition filter_order(const Conv2dShape& s, const Side<kForward>& side) {
 template <class T, bool kForward>
 Problem<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Side<kForward>& side, void* workspace) {
   const Conv2dGeometry g(s);
-  Problem<T> p{{},
-               {},
-               nullptr,
-               nullptr,
-               static_cast<const T*>(b.bias),
-               static_cast<T*>(kForward ? b.output : b.grad_input),
-               strides_of(Layout::nhwc, side.padded_source * s.groups, side.source_h, side.source_w),
-               {},
-               kForward ? g.out : g.in,
-               0,
-               0,
-               0,
-               g,
-               kForward,
-               0,
-               0,
-               0,
-               0,
-               0,
-               0,
-               0,
-               0,
-               PlaneDecoder(static_cast<int>(side.pixel_h), static_cast<int>(side.pixel_w)),
-               1,
-               0,
-               0,
-               0,
-               0,
-               0};
+  Problem<T> p{};
+  p.bias = static_cast<const T*>(b.bias);
+  p.result = static_cast<T*>(kForward ? b.output : b.grad_input);
+  p.source_strides = strides_of(Layout::nhwc, side.padded_source * s.groups, side.source_h, side.source_w);
+  p.result_strides = kForward ? g.out : g.in;
+  p.kernel_w = g.kernel_w;
+  p.pixel_decoder = PlaneDecoder(static_cast<int>(side.pixel_h), static_cast<int>(side.pixel_w));
   p.source = static_cast<const T*>(side.stages_source ? workspace : kForward ? b.input : b.grad_output);
   p.filters = static_cast<const T*>(side.stages_filters ? static_cast<unsigned char*>(workspace) + side.source_bytes : b.weight);
   if (!is_aligned(p.source) || !is_aligned(p.filters)) throw std::invalid_argument("this kernel wants tensors aligned to 16 bytes");
@@ -549,7 +531,7 @@ Problem<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Side<k
   p.depth_channels = static_cast<int>(side.depth_channels), p.cols = static_cast<int>(side.cols), p.pixels = static_cast<int>(side.rows);
   p.channel_boxes = static_cast<int>(ceil_div(side.depth_channels, side.box_channels));
   const int64_t neighbours = s.layout == Layout::nhwc ? side.cols : side.phases == 1 ? side.result_plane : 1;
-  if (neighbours % side.chunk == 0 && is_aligned(p.result)) p.result_chunk = static_cast<int>(side.chunk);
+  p.result_chunk = neighbours % side.chunk == 0 && is_aligned(p.result) ? static_cast<int>(side.chunk) : 1;
   p.phases = static_cast<int>(side.phases);
   const int cols = side.tile_cols(s);
   p.row_tiles = static_cast<int>(ceil_div<int64_t>(side.rows, kRows)), p.col_tiles = static_cast<int>(ceil_div<int64_t>(side.cols, cols));
@@ -561,6 +543,7 @@ Problem<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Side<k
       const GatherAxis h = gather_axis_h(g, kForward, phase), w = gather_axis_w(g, kForward, phase);
       const TensorAxes axes{{side.depth_channels, side.source_w, side.source_h, s.batch},
                             {p.source_strides.w, p.source_strides.h, p.source_strides.n}};
+      p.phase[phase] = phase_depth(h, w, p.channel_boxes);
       p.source_maps[group * side.phases + phase] =
           window_map<T>(p.source + group * p.source_group, axes, {lowest_tap(h), h.step, static_cast<int>(side.pixel_h)},
                         {lowest_tap(w), w.step, static_cast<int>(side.pixel_w)}, box, kRows);
@@ -580,11 +563,13 @@ Problem<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Side<k
 template <class T, int kCols, int kBoxBytes, bool kAcross>
 void launch_tile(Problem<T>& problem, int64_t blocks, cudaStream_t stream) {
   constexpr int kSumBytes = static_cast<int>(sizeof(float)) * std::max(kRows * row_pitch(kCols), kCols * kColPitch);
-  // Two blocks to a multiprocessor, or one where there are no more.
+  // Narrow tiles run two to a multiprocessor where there are so many.
   constexpr int kBlockBytes = 224 * 1024;
-  problem.stages = std::min(kMostStages, (blocks > kMultiprocessors ? kBlockBytes / 2 : kBlockBytes) / stage_bytes(kCols));
+  const bool shares = kCols <= 64 && blocks > kMultiprocessors;
+  problem.stages = std::min(kMostStages, (shares ? kBlockBytes / 2 : kBlockBytes) / stage_bytes(kCols));
   launch(gather_wgmma<T, kCols, kBoxBytes, kAcross>,
-         Grid(blocks, kBlockThreads, std::max(problem.stages * stage_bytes(kCols), kSumBytes), problem.parts), stream, problem);
+         overlapping(Grid(blocks, kBlockThreads, std::max(problem.stages * stage_bytes(kCols), kSumBytes), problem.parts)), stream,
+         problem);
 }
 
 template <class T, int kCols, bool kAcross>
@@ -607,6 +592,7 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cu
   const int64_t blocks = plan<kForward>(s).blocks;
   constexpr bool kAcross = !kForward && sizeof(T) == 2;
   const int cols = side.tile_cols(s);
+  if (cols == 256) return launch_boxes<T, 256, kAcross>(problem, side.box_channels, blocks, stream);
   if (cols == 128) return launch_boxes<T, 128, kAcross>(problem, side.box_channels, blocks, stream);
   if (cols == 64) return launch_boxes<T, 64, kAcross>(problem, side.box_channels, blocks, stream);
   if constexpr (!kAcross) launch_boxes<T, 32, false>(problem, side.box_channels, blocks, stream);

@@ -51,8 +51,8 @@ __device__ void pin(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// D += A * B of one warpgroup, 64 rows by 32, 64 or 128 columns. With warp w of the group, group = lane / 4 and pair = lane % 4, a lane
-// holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
+// D += A * B of one warpgroup, 64 rows by 32, 64, 128 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane % 4, a
+// lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
 // kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types).
 #define CNN_EXT_SUMS_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -61,10 +61,17 @@ __device__ void pin(float (&sums)[kCount]) {
 #define CNN_EXT_SUMS_64(d, i) CNN_EXT_SUMS_32(d, i), CNN_EXT_SUMS_32(d, i + 32)
 #define CNN_EXT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define CNN_EXT_NAMES_32 CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CNN_EXT_NAMES_64                                                                                     \
-  CNN_EXT_NAMES_32                                                                                           \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
-      ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CNN_EXT_NAMES_64                                                                                 \
+  CNN_EXT_NAMES_32                                                                                       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
+  ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define CNN_EXT_SUMS_128(d, i) CNN_EXT_SUMS_64(d, i), CNN_EXT_SUMS_64(d, i + 64)
+#define CNN_EXT_NAMES_128                                                                                                               \
+  CNN_EXT_NAMES_64                                                                                                                      \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, " \
+      "%89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // COUNT: sums of a thread, the operands' numbers after them are A, B, SCALE (a one), ACROSS_A and ACROSS_B.
 #define CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, ELEMENT, NAME)                                        \
@@ -91,6 +98,7 @@ __device__ void pin(float (&sums)[kCount]) {
 CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
 CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 CNN_EXT_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
+CNN_EXT_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
 #undef CNN_EXT_WGMMA
 #undef CNN_EXT_WGMMA_TF32
 #undef CNN_EXT_WGMMA_16BIT

@@ -1,0 +1,83 @@
+// Copies that put one axis of a tensor innermost, padded with zeros to whole chunks: what lets the products read any layout by chunks of 16
+// bytes. target[batch][across][along], along innermost, from source[batch][along][across] with any strides. A block moves a tile of 64 x 64
+// through shared memory; it reads as many neighbours at once as the strides allow and writes chunks.
+//
+// Bound by memory: one read and one write of every element.
+#pragma once
+
+#include "cuda/chunk.cuh"
+#include "cuda/common.cuh"
+#include "cuda/sm90a/overlap.cuh"
+
+namespace cnn_ext::cuda {
+
+// Strides in elements. The batch has two axes.
+struct Transposition {
+  int64_t blocks() const { return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, kTile) * ceil_div(across, kTile); }
+  // Whether `count` neighbours across the source are one aligned access.
+  bool reads(const void* source, int count) const {
+    return source_across == 1 && across % count == 0 && source_along % count == 0 && source_outer % count == 0 &&
+           source_inner % count == 0 && is_aligned(source);
+  }
+
+  static constexpr int kTile = 64;
+  int outer, inner;
+  int along, padded_along, across;
+  int64_t source_outer, source_inner, source_along, source_across;
+  int64_t target_outer, target_inner, target_across;
+};
+
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Neighbours {
+  T values[kCount];
+};
+
+// kRead: neighbours across that a thread reads at once; kReadAcross: whether neighbouring threads read across the source, or along it.
+template <class T, int kRead, bool kReadAcross>
+__global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, const T* source, T* target) {
+  constexpr int kTile = Transposition::kTile, kReads = kTile / kRead, kWrites = kTile / kChunk<T>;
+  // The pitch spreads the columns over the banks.
+  __shared__ T tile[kTile][kTile + 4 / sizeof(T)];
+  const int tiles_along = ceil_div(t.padded_along, kTile), tiles_across = ceil_div(t.across, kTile);
+  const int batch = blockIdx.x / (tiles_along * tiles_across), rest = blockIdx.x % (tiles_along * tiles_across);
+  const int first_along = rest / tiles_across * kTile, first_across = rest % tiles_across * kTile;
+  source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner;
+  target += batch / t.inner * t.target_outer + batch % t.inner * t.target_inner;
+  wait_for_launch_before();
+#pragma unroll
+  for (int unit = threadIdx.x; unit < kTile * kReads; unit += kBlockThreads) {
+    const int i = kReadAcross ? unit / kReads : unit % kTile, j = (kReadAcross ? unit % kReads : unit / kTile) * kRead;
+    const int along = first_along + i, across = first_across + j;
+    Neighbours<T, kRead> read;
+#pragma unroll
+    for (int e = 0; e < kRead; ++e) read.values[e] = narrow<T>(0);
+    if (along < t.along && across < t.across) {
+      read = *reinterpret_cast<const Neighbours<T, kRead>*>(source + along * t.source_along + across * t.source_across);
+    }
+#pragma unroll
+    for (int e = 0; e < kRead; ++e) tile[j + e][i] = read.values[e];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int unit = threadIdx.x; unit < kTile * kWrites; unit += kBlockThreads) {
+    const int i = unit % kWrites * kChunk<T>, j = unit / kWrites;
+    const int along = first_along + i, across = first_across + j;
+    if (along >= t.padded_along || across >= t.across) continue;
+    Neighbours<T, kChunk<T>> chunk;
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) chunk.values[e] = tile[j][i + e];
+    *reinterpret_cast<Neighbours<T, kChunk<T>>*>(target + across * t.target_across + along) = chunk;
+  }
+}
+
+template <class T>
+void launch_transposition(const Transposition& t, const void* source, void* target, cudaStream_t stream) {
+  constexpr int kHalf = kChunk<T> / 2;
+  const auto kernel = t.reads(source, kChunk<T>)          ? transpose<T, kChunk<T>, true>
+                      : t.reads(source, kHalf)            ? transpose<T, kHalf, true>
+                      : t.source_across <= t.source_along ? transpose<T, 1, true>
+                                                          : transpose<T, 1, false>;
+  launch(kernel, overlapping(Grid(t.blocks())), stream, t, static_cast<const T*>(source), static_cast<T*>(target));
+}
+
+}  // namespace cnn_ext::cuda
