@@ -118,9 +118,7 @@ def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | Non
     # Only views into the middle of another tensor are not aligned; results are made aligned.
     tensors = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
     with torch.cuda.device(device):
-        wanted = cuda().conv2d_workspace_bytes(
-            getattr(Conv2dDirection, direction), on_device(shape, device), with_bias
-        )
+        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), on_device(shape, device), with_bias)
     _run(kernel, shape, *tensors, torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None)
 
 

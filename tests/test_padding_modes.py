@@ -2,6 +2,7 @@
 against torch on a padded input.
 """
 
+import importlib
 import itertools
 
 import pytest
@@ -13,11 +14,13 @@ from torch.autograd import gradcheck, gradgradcheck
 import cnn_ext
 import cnn_ext.functional as C
 from cnn_ext import _native
+from cnn_ext.ops.padding import fold, pad
 from tests.support.cases import conv2d_cases
 from tests.support.reference import Truth
 from tests.support.rows import conv2d_shape, dense, empty, forced, rows
 from tests.support.tolerances import violation
 
+conv2d_operators = importlib.import_module("cnn_ext.ops.conv2d")
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("reflect", "replicate", "circular")
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -258,3 +261,41 @@ def test_opcheck(mode):
     torch.library.opcheck(operators.conv2d_backward_input.default, arguments)
     arguments = (output, input, list(weight.shape), *geometry[:4], False, *geometry[4:])
     torch.library.opcheck(operators.conv2d_backward_weight.default, arguments)
+
+
+# What a device does whose kernels map no padding, CUDA: a padded copy, and a gradient that is folded.
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 0, 0, 3), (2, 3, 3, 1)], ids=str)
+def test_a_padded_copy_and_its_gradient(padding, mode, memory_format):
+    input = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    top, bottom, left, right = padding
+    wanted = F.pad(input, (left, right, top, bottom), mode=mode)
+    result = pad(input.detach(), padding, mode, memory_format)
+    assert torch.equal(result, wanted) and result.is_contiguous(memory_format=memory_format)
+    grad = torch.randn_like(wanted)
+    folded = fold(grad.clone(), padding, mode, memory_format)
+    torch.testing.assert_close(folded, torch.autograd.grad(wanted, input, grad)[0])
+    assert folded.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+def test_without_mapping_kernels(mode, memory_format, monkeypatch):
+    def results():
+        tensors = [torch.linspace(-1, 1, 2 * 4 * 6 * 7), torch.linspace(-1, 1, 6 * 2 * 3 * 3), torch.ones(6)]
+        sizes = (2, 4, 6, 7), (6, 2, 3, 3), (6,)
+        tensors = [t.double().reshape(size).requires_grad_() for t, size in zip(tensors, sizes, strict=True)]
+        tensors[0] = tensors[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+        layer = cnn_ext.Conv2d(4, 6, 3, stride=2, padding=2, groups=2, padding_mode=mode, dtype=torch.float64)
+        layer.weight.data, layer.bias.data = tensors[1].data, tensors[2].data
+        output = layer(tensors[0])
+        return [output.detach(), *torch.autograd.grad(output.sin().sum(), [tensors[0], layer.weight, layer.bias])]
+
+    mapped = results()
+    monkeypatch.setattr(conv2d_operators, "_pads_a_copy", lambda mode, tensor: mode != "zeros")
+    for got, wanted in zip(results(), mapped, strict=True):
+        torch.testing.assert_close(got, wanted)
+        assert got.stride() == wanted.stride()

@@ -12,6 +12,7 @@ import torch
 from cnn_ext import _native
 from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
+from cnn_ext.ops.padding import fold, pad, padded_size
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
@@ -66,12 +67,10 @@ def native_shape(
     )
 
 
-def _check_padding_mode(mode: str, input_size, padding, device: torch.device) -> None:
+def _check_padding_mode(mode: str, input_size, padding) -> None:
     """Refuses a padding that the mode cannot fill from an input of this size."""
     if mode == "zeros":
         return
-    if device.type == "cuda":
-        raise NotImplementedError(f"\"conv2d\" not implemented for padding_mode={mode!r} on cuda: expected 'zeros'")
     for axis, size in enumerate(input_size[2:]):
         most = max(padding[2 * axis : 2 * axis + 2])
         if mode == "reflect" and most >= size:
@@ -84,6 +83,14 @@ def _check_padding_mode(mode: str, input_size, padding, device: torch.device) ->
                 f"Padding value causes wrapping around more than once: got padding {list(padding)} for input "
                 f"{list(input_size)}"
             )
+
+
+_NO_PADDING = (0, 0, 0, 0)
+
+
+def _pads_a_copy(mode: str, tensor: torch.Tensor) -> bool:
+    """Whether the padding of a mode is written out: the kernels of CUDA know zeros alone."""
+    return mode != "zeros" and tensor.is_cuda
 
 
 def geometry_key(stride, padding, dilation, groups):
@@ -118,7 +125,7 @@ def prepare_forward(
 ):
     """The checked call: kernel shape, output size, layouts, and whether there is anything to compute."""
     output_size, memory_format = _plan_forward(input, weight, bias, geometry)
-    _check_padding_mode(padding_mode, input.size, geometry[1], input.device)
+    _check_padding_mode(padding_mode, input.size, geometry[1])
     has_terms = 0 not in (*output_size, input.size[1])
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
@@ -145,6 +152,9 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winog
         allow_winograd,
         padding_mode,
     )
+    if _pads_a_copy(padding_mode, input):
+        input = pad(input, padding, padding_mode, memory_format)
+        return _forward(input, weight, bias, stride, _NO_PADDING, dilation, groups)
     output = empty(output_size, input, memory_format)
     if not has_terms:  # the bias is all there is
         return output.zero_() if bias is None else output.copy_(bias.view(1, -1, 1, 1))
@@ -155,7 +165,7 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winog
 
 
 def _forward_fake(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"):
-    _check_padding_mode(padding_mode, input.shape, padding, input.device)
+    _check_padding_mode(padding_mode, input.shape, padding)
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups)
     )
@@ -182,7 +192,7 @@ def prepare_backward_input(
     padding_mode: str = "zeros",
 ):
     memory_format = plan_backward_input(grad_output, weight, input_size, geometry)
-    _check_padding_mode(padding_mode, input_size, geometry[1], grad_output.device)
+    _check_padding_mode(padding_mode, input_size, geometry[1])
     weight_format = shapes.memory_format(weight)
     shape = native_shape(
         input_size,
@@ -205,6 +215,10 @@ def _backward_input(
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd, padding_mode
     )
+    if _pads_a_copy(padding_mode, grad_output):
+        size = padded_size(input_size, padding)
+        grad_padded = _backward_input(grad_output, weight, size, stride, _NO_PADDING, dilation, groups)
+        return fold(grad_padded, padding, padding_mode, memory_format)
     grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
         return grad_input
@@ -217,7 +231,7 @@ def _backward_input(
 def _backward_input_fake(
     grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"
 ):
-    _check_padding_mode(padding_mode, input_size, padding, grad_output.device)
+    _check_padding_mode(padding_mode, input_size, padding)
     geometry = (stride, padding, dilation, groups)
     memory_format = plan_backward_input(spec(grad_output), spec(weight), input_size, geometry)
     return empty(input_size, grad_output, memory_format)
@@ -248,7 +262,7 @@ def prepare_backward_weight(
     padding_mode="zeros",
 ):
     memory_format = _plan_backward_weight(grad_output, input, weight_size, geometry)
-    _check_padding_mode(padding_mode, input.size, geometry[1], input.device)
+    _check_padding_mode(padding_mode, input.size, geometry[1])
     weight_format = weight_format_of(channels_last_weight)
     shape = native_shape(
         input.size,
@@ -280,6 +294,11 @@ def _backward_weight(
     shape, memory_format, weight_format = prepare_backward_weight(
         spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd, padding_mode
     )
+    if _pads_a_copy(padding_mode, input):
+        input = pad(input, padding, padding_mode, memory_format)
+        return _backward_weight(
+            grad_output, input, weight_size, stride, _NO_PADDING, dilation, groups, channels_last_weight
+        )
     grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:
         return grad_weight
@@ -302,7 +321,7 @@ def _backward_weight_fake(
     allow_winograd=False,
     padding_mode="zeros",
 ):
-    _check_padding_mode(padding_mode, input.shape, padding, input.device)
+    _check_padding_mode(padding_mode, input.shape, padding)
     _plan_backward_weight(spec(grad_output), spec(input), weight_size, (stride, padding, dilation, groups))
     weight_format = weight_format_of(channels_last_weight)
     return empty(weight_size, input, weight_format)
