@@ -26,33 +26,51 @@
 namespace cnn_ext::cuda {
 namespace {
 
+template <class T>
+struct ForwardProblem {
+  ForwardProblem(const Conv2dShape& s, const Conv2dBuffers& b, int cols)
+      : g(s),
+        tiles(g),
+        patch(g, tiles, s.dtype, cols),
+        lines(g, patch.patch_h, patch.patch_w),
+        input(static_cast<const T*>(b.input)),
+        weight(static_cast<const T*>(b.weight)),
+        bias(static_cast<const T*>(b.bias)),
+        output(static_cast<T*>(b.output)),
+        has_vectors(is_aligned(b.output) && (g.layout == Layout::nhwc ? g.group_out % kChunk<T> == 0 : g.out_w % 4 == 0)) {}
+
+  Conv2dGeometry g;
+  PatchTiles tiles;
+  ForwardPatch patch;
+  PatchLines lines;
+  const T* input;
+  const T* weight;
+  const T* bias;  // null: none
+  T* output;
+  bool has_vectors;  // whether neighbouring sums may be stored together
+};
+
 template <class T, bool kPixelRows, int kCols>
 class PatchForward {
  public:
-  __device__ PatchForward(const PatchProblem<T>& problem, int first_col)
-      : p(problem), g(problem.g), t(problem.tile), shared_(dynamic_shared<unsigned char>()), first_col_(first_col) {
+  __device__ PatchForward(const ForwardProblem<T>& problem, int first_col)
+      : p(problem), g(problem.g), t(problem.patch), shared_(dynamic_shared<unsigned char>()), first_col_(first_col) {
 #pragma unroll
     for (int q = 0; q < kGroups; ++q) {
       const int pixel = warp() * kWarpPixels + (kPixelRows ? q * 8 + group() : side_by_side<kPixelVector>(q, group()));
-      const int element = row_of(pixel) * g.stride_h * t.pitch + col_of(pixel) * g.stride_w * g.group_in;
-      const bool moved = t.copies == 2 && element % 2 != 0;
-      windows_[q] = t.patch + (moved ? t.copy_bytes : 0) + (element - moved) * static_cast<int>(sizeof(T));
+      const int element = p.tiles.row_of(pixel) * g.stride_h * t.pitch + p.tiles.col_of(pixel) * g.stride_w * g.group_in;
+      windows_[q] = t.patch + word_place<T>(t.copy_bytes, element);
     }
   }
 
   __device__ void run(int range, int ranges) {
     const bool odd_filters = stage_filters();
-    int n = range / p.image_tiles, tile = range % p.image_tiles;
-    const int next_n = ranges / p.image_tiles, next_tile = ranges % p.image_tiles;
-    while (n < g.batch) {
-      const int row = p.tiles_w.quotient(tile);
-      const int oh = row * t.height, ow = (tile - row * p.tiles_w.divisor()) * t.width;
-      const bool odd = __syncthreads_or(stage_patch(p, shared_ + t.patch, n, oh, ow) || odd_filters);
+    for (TileCursor tile(p.tiles, range, ranges); tile.is_in(g.batch); tile.advance()) {
+      const PlaneIndex at = tile.at();
+      const bool odd = __syncthreads_or(stage(at) || odd_filters);
       multiply();
-      store(n, oh, ow, odd);
+      store(at.outer, at.h, at.w, odd);
       __syncthreads();
-      n += next_n, tile += next_tile;
-      if (tile >= p.image_tiles) tile -= p.image_tiles, ++n;
     }
   }
 
@@ -67,9 +85,6 @@ class PatchForward {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int group() { return lane() / 4; }
   __device__ static int pair() { return lane() % 4; }
-  // Of a pixel in the tile.
-  __device__ int row_of(int pixel) const { return pixel >> t.width_bits; }
-  __device__ int col_of(int pixel) const { return pixel & (t.width - 1); }
   __device__ static int channel_of_slot(int slot) { return kPixelRows ? side_by_side<kColVector>(slot / 8, slot % 8) : slot; }
 
   __device__ float* shared_bias() const { return reinterpret_cast<float*>(shared_ + t.bias); }
@@ -112,6 +127,11 @@ class PatchForward {
       shared_bias()[col] = p.bias != nullptr && k < g.group_out ? widen(p.bias[k]) : 0;
     }
     return odd;
+  }
+
+  __device__ bool stage(const PlaneIndex& at) const {
+    return stage_patch(g, p.lines, p.input, at, shared_ + t.patch, t.copy_bytes,
+                       [this](int row, int x, int c) { return row * t.pitch + x * p.lines.channels + c; });
   }
 
   __device__ void multiply() {
@@ -161,7 +181,7 @@ class PatchForward {
   };
   __device__ Pixel pixel_at(int oh, int ow, int pixel) const {
     pixel += warp() * kWarpPixels;
-    const int h = oh + row_of(pixel), w = ow + col_of(pixel);
+    const int h = oh + p.tiles.row_of(pixel), w = ow + p.tiles.col_of(pixel);
     return {h, w, h < g.out_h && w < g.out_w};
   }
 
@@ -292,9 +312,9 @@ class PatchForward {
     return sum;
   }
 
-  const PatchProblem<T>& p;
+  const ForwardProblem<T>& p;
   const Conv2dGeometry& g;
-  const PatchTile& t;
+  const ForwardPatch& t;
   unsigned char* shared_;
   const int first_col_;
   int windows_[kGroups];  // where this thread's pixels read their windows, in bytes of shared memory
@@ -303,34 +323,33 @@ class PatchForward {
 
 // Blocks are numbered by columns, then by the range of tiles that they take every `ranges`-th of.
 template <class T, bool kPixelRows, int kCols>
-__global__ void __launch_bounds__(kBlockThreads, resident_blocks(kCols)) forward_patch(PatchProblem<T> problem, int col_tiles, int ranges) {
+__global__ void __launch_bounds__(kBlockThreads, resident_blocks(kCols))
+    forward_patch(ForwardProblem<T> problem, int col_tiles, int ranges) {
   PatchForward<T, kPixelRows, kCols> forward(problem, static_cast<int>(blockIdx.x) % col_tiles * kCols);
   forward.run(static_cast<int>(blockIdx.x) / col_tiles, ranges);
 }
 
-bool accepts(const Conv2dShape& s) {
-  return has_mma_type(s) && s.groups == 1 && s.in_channels < kLeastMmaChannels && (s.dilation_w == 1 || s.kernel_w == 1) &&
-         has_int_extents(s) && all_below(kMostReach, {s.kernel_h * s.dilation_h, s.kernel_w}) &&
-         all_below(kMostStride, {s.stride_h, s.stride_w}) &&
-         all_below(kMaxExtent, {product({s.in_w, s.in_channels}), product({s.out_h, s.out_w})}) &&
-         PatchTile(Conv2dGeometry(s), s.dtype, cols_of(s)).shared_bytes <= kMostSharedBytes;
+int shared_bytes(const Conv2dShape& s) {
+  const Conv2dGeometry g(s);
+  return ForwardPatch(g, PatchTiles(g), s.dtype, cols_of(s)).shared_bytes;
 }
 
-int64_t col_tiles_of(const Conv2dShape& s) { return ceil_div<int64_t>(s.out_channels, cols_of(s)); }
+bool accepts(const Conv2dShape& s) {
+  return suits_patch(s) && (s.dilation_w == 1 || s.kernel_w == 1) && shared_bytes(s) <= kMostSharedBytes;
+}
 
 Plan plan(const Conv2dShape& s) {
   const int cols = cols_of(s);
-  const PatchTile tile(Conv2dGeometry(s), s.dtype, cols);
-  const int64_t tiles = s.batch * ceil_div<int64_t>(s.out_h, tile.height) * ceil_div<int64_t>(s.out_w, tile.width);
+  const int64_t tiles = s.batch * PatchTiles(Conv2dGeometry(s)).of_image;
   const int64_t most = ceil_div<int64_t>(kMultiprocessors * resident_blocks(cols), col_tiles_of(s));
   return {cols, kTilePixels, col_tiles_of(s) * (tiles < most ? tiles : most), 0};
 }
 
 template <class T, bool kPixelRows, int kCols>
 void launch_forward(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
-  const PatchProblem<T> problem(s, b, kCols);
+  const ForwardProblem<T> problem(s, b, kCols);
   const int64_t blocks = plan(s).blocks, col_tiles = col_tiles_of(s);
-  launch(forward_patch<T, kPixelRows, kCols>, Grid(blocks, kBlockThreads, problem.tile.shared_bytes), stream, problem,
+  launch(forward_patch<T, kPixelRows, kCols>, Grid(blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem,
          static_cast<int>(col_tiles), static_cast<int>(blocks / col_tiles));
 }
 

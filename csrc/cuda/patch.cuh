@@ -18,12 +18,22 @@ constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));  // elements
 
 constexpr int kMostSharedBytes = 99 * 1024;        // of every device since sm_80
 constexpr int kMultiprocessors = 132;              // enough blocks for all of them
-constexpr int kMostReach = 512, kMostStride = 64;  // keep every number of a patch an int
+constexpr int kMostReach = 256, kMostStride = 64;  // keep every number of a patch an int
 
 constexpr int resident_blocks(int cols) { return cols == 64 ? 2 : 3; }
 
 // The output channels of a block: what leaves the fewest empty.
 inline int cols_of(const Conv2dShape& s) { return (s.out_channels - 1) % 64 < 32 ? 32 : 64; }
+
+inline int64_t col_tiles_of(const Conv2dShape& s) { return ceil_div<int64_t>(s.out_channels, cols_of(s)); }
+
+// What all of these rows take, as far as the patch fits shared memory.
+inline bool suits_patch(const Conv2dShape& s) {
+  return has_mma_type(s) && s.groups == 1 && s.in_channels < kLeastMmaChannels && has_int_extents(s) &&
+         all_below(kMostReach, {s.kernel_h * s.dilation_h, s.kernel_w * s.dilation_w}) &&
+         all_below(kMostStride, {s.stride_h, s.stride_w}) &&
+         all_below(kMaxExtent, {product({s.in_w, s.in_channels}), product({s.out_h, s.out_w})});
+}
 
 inline int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
@@ -33,45 +43,85 @@ inline int width_bits_of(int out_w) {
   return out_w > 8 ? 4 : 3;
 }
 
-// A tile of the output, the patch of the input that it reads, and where a block keeps things in shared memory, in bytes from its start: the
-// filters, the offsets of the words of the depth in the patch, the bias, the patch and, for each warp, a slice of the sums.
-struct PatchTile {
-  PatchTile(const Conv2dGeometry& g, DType dtype, int cols)
+// The tiles of the output images: 8 x 32 pixels, 16 x 16 or 32 x 8, by the width of the image.
+struct PatchTiles {
+  explicit PatchTiles(const Conv2dGeometry& g)
       : width_bits(width_bits_of(g.out_w)),
         width(1 << width_bits),
         height(kTilePixels / width),
-        row_words(ceil_div(g.kernel_w * g.group_in * bytes_of(dtype), 4)),
+        in_row(ceil_div(g.out_w, width)),
+        of_image(ceil_div(g.out_h, height) * in_row.divisor()) {}
+
+  // Of a pixel in its tile.
+  CNN_EXT_HOST_DEVICE int row_of(int pixel) const { return pixel >> width_bits; }
+  CNN_EXT_HOST_DEVICE int col_of(int pixel) const { return pixel & (width - 1); }
+
+  int width_bits, width, height;  // in pixels
+  FastDivisor in_row;
+  int of_image;
+};
+
+// Goes over every `ranges`-th tile of a batch, from number `range` on.
+class TileCursor {
+ public:
+  __device__ TileCursor(const PatchTiles& tiles, int range, int ranges)
+      : tiles_(tiles),
+        n_(range / tiles.of_image),
+        tile_(range % tiles.of_image),
+        images_(ranges / tiles.of_image),
+        rest_(ranges % tiles.of_image) {}
+  // The image, and the first output of the tile.
+  __device__ PlaneIndex at() const {
+    const int row = tiles_.in_row.quotient(tile_);
+    return {n_, row * tiles_.height, (tile_ - row * tiles_.in_row.divisor()) * tiles_.width};
+  }
+  __device__ bool is_in(int batch) const { return n_ < batch; }
+  __device__ void advance() {
+    n_ += images_, tile_ += rest_;
+    if (tile_ >= tiles_.of_image) tile_ -= tiles_.of_image, ++n_;
+  }
+
+ private:
+  const PatchTiles& tiles_;
+  int n_, tile_;
+  const int images_, rest_;
+};
+
+// The patch of a tile of forward, and where a block keeps things in shared memory, in bytes from its start: the
+// filters, the offsets of the words of the depth in the patch, the bias, the patch and, for each warp, a slice of the sums.
+struct ForwardPatch {
+  ForwardPatch(const Conv2dGeometry& g, const PatchTiles& tiles, DType dtype, int cols)
+      : row_words(ceil_div(g.kernel_w * g.group_in * bytes_of(dtype), 4)),
         steps(ceil_div(g.kernel_h * row_words, kStepWords)),
-        patch_h((height - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1),
-        patch_w((width - 1) * g.stride_w + g.kernel_w + 1),
+        patch_h((tiles.height - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1),
+        patch_w((tiles.width - 1) * g.stride_w + g.kernel_w + 1),
         pitch(ceil_div(patch_w * g.group_in, 2) * 2),
-        copies(bytes_of(dtype) == 2 && g.stride_w * g.group_in % 2 != 0 ? 2 : 1),
-        copy_bytes(ceil_div(patch_h * pitch * bytes_of(dtype), kChunkBytes) * kChunkBytes),
+        patch_bytes(ceil_div(patch_h * pitch * bytes_of(dtype), kChunkBytes) * kChunkBytes),
+        copy_bytes(bytes_of(dtype) == 2 && g.stride_w * g.group_in % 2 != 0 ? patch_bytes : 0),
         slice_pitch((g.layout == Layout::nhwc ? cols : kWarpPixels) + 4),
         slice_bytes((g.layout == Layout::nhwc ? 8 : kSlots) * slice_pitch * static_cast<int>(sizeof(float))),
         offsets(steps * (cols / kSlots) * 32 * kChunkBytes),
         bias(offsets + steps * 4 * static_cast<int>(sizeof(uint2))),
         patch(bias + cols * static_cast<int>(sizeof(float))),
-        slices(patch + copies * copy_bytes),
+        slices(patch + patch_bytes + copy_bytes),
         shared_bytes(slices + kBlockThreads / 32 * slice_bytes) {}
 
-  int width_bits, width, height;  // of the tile, in pixels
-  int row_words, steps;           // of the depth: the words of a row of the kernel, all instructions
-  int patch_h, patch_w;           // in pixels; the last word of a row may end one element after its window
-  int pitch;                      // of the patch, in elements
-  int copies, copy_bytes;
+  int row_words, steps;  // of the depth: the words of a row of the kernel, all instructions
+  int patch_h, patch_w;  // in pixels; the last word of a row may end one element after its window
+  int pitch;             // of the patch, in elements
+  int patch_bytes, copy_bytes;
   int slice_pitch, slice_bytes;
   int offsets, bias, patch, slices, shared_bytes;
 };
 
 // The lines of memory that a patch is read from: rows of (w, channel) in nhwc; rows of w in nchw, one for each channel.
 struct PatchLines {
-  PatchLines(const Conv2dGeometry& g, const PatchTile& t)
+  PatchLines(const Conv2dGeometry& g, int patch_h, int patch_w)
       : channels(g.layout == Layout::nhwc ? 1 : g.group_in),
         pixel(g.group_in / channels),
         limit(g.in_w * pixel),
-        elements(t.patch_h * t.patch_w * g.group_in),
-        length(t.patch_w * pixel),
+        elements(patch_h * patch_w * g.group_in),
+        length(patch_w * pixel),
         channel(channels) {}
 
   int channels;  // lines of a row
@@ -79,32 +129,6 @@ struct PatchLines {
   int limit;     // elements of a line of the image
   int elements;  // of the patch
   FastDivisor length, channel;
-};
-
-template <class T>
-struct PatchProblem {
-  PatchProblem(const Conv2dShape& s, const Conv2dBuffers& b, int cols)
-      : g(s),
-        tile(g, s.dtype, cols),
-        lines(g, tile),
-        input(static_cast<const T*>(b.input)),
-        weight(static_cast<const T*>(b.weight)),
-        bias(static_cast<const T*>(b.bias)),
-        output(static_cast<T*>(b.output)),
-        tiles_w(ceil_div(g.out_w, tile.width)),
-        image_tiles(ceil_div(g.out_h, tile.height) * tiles_w.divisor()),
-        has_vectors(is_aligned(b.output) && (g.layout == Layout::nhwc ? g.group_out % kChunk<T> == 0 : g.out_w % 4 == 0)) {}
-
-  Conv2dGeometry g;
-  PatchTile tile;
-  PatchLines lines;
-  const T* input;
-  const T* weight;
-  const T* bias;  // null: none
-  T* output;
-  FastDivisor tiles_w;
-  int image_tiles;
-  bool has_vectors;  // whether neighbouring sums may be stored together
 };
 
 template <class T>
@@ -142,49 +166,57 @@ __device__ int side_by_side(int j, int n) {
   return j / kFragments * 4 * kVector + n / 2 * kVector + j % kFragments * 2 + n % 2;
 }
 
+// A patch as the tensor cores read it, in TF32 where it is float32. In 16 bits a second copy, `copy_bytes` behind and moved by an element,
+// has the words that begin at odd elements; 0: there is none.
 template <class T>
-__device__ void stage_element(unsigned char* patch, int place, T value) {
+__device__ void stage_element(unsigned char* patch, int copy_bytes, int place, T value) {
   if constexpr (sizeof(T) == 4) {
     reinterpret_cast<uint32_t*>(patch)[place] = to_tf32(value);
   } else {
     reinterpret_cast<T*>(patch)[place] = value;
+    if (copy_bytes != 0 && place > 0) reinterpret_cast<T*>(patch + copy_bytes)[place - 1] = value;
   }
 }
 
-// Stages the patch of the tile whose first output is (oh, ow). Whether an element that this thread has staged is not finite.
-template <class T>
-__device__ bool stage_patch(const PatchProblem<T>& p, unsigned char* patch, int n, int oh, int ow) {
+// Stages the patch of the tile at `at`, whose taps begin in the padding. place(row, x, c): which element of the patch the element x is, of
+// line c of a row. Whether an element that this thread has staged is not finite.
+template <class T, class Place>
+__device__ bool stage_patch(const Conv2dGeometry& g, const PatchLines& lines, const T* input, const PlaneIndex& at, unsigned char* patch,
+                            int copy_bytes, const Place& place) {
   constexpr int kLoads = 4;
-  const Conv2dGeometry& g = p.g;
-  const PatchTile& t = p.tile;
-  const PatchLines& lines = p.lines;
-  const int first_h = oh * g.stride_h - g.pad_top, first_x = (ow * g.stride_w - g.pad_left) * lines.pixel;
-  const T* image = p.input + n * g.in.n;
+  const int first_h = at.h * g.stride_h - g.pad_top, first_x = (at.w * g.stride_w - g.pad_left) * lines.pixel;
+  const T* image = input + at.outer * g.in.n;
   bool odd = false;
+#pragma unroll 1
   for (int first = threadIdx.x; first < lines.elements; first += kLoads * kBlockThreads) {
     T value[kLoads];
-    int place[kLoads];
+    int element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int index = first + i * kBlockThreads;
-      const int line = lines.length.quotient(index), x = index - line * lines.length.divisor();
+      const int index = first + i * kBlockThreads, line = lines.length.quotient(index), x = index - line * lines.length.divisor();
       const int row = lines.channel.quotient(line), c = line - row * lines.channels;
       const int h = first_h + row, w = first_x + x;
       const bool exists = index < lines.elements && static_cast<unsigned>(h) < static_cast<unsigned>(g.in_h) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(lines.limit);
       const int64_t offset = c * g.in.c + h * g.in.h + w;
       value[i] = exists ? image[offset] : narrow<T>(0);
-      place[i] = index < lines.elements ? row * t.pitch + x * lines.channels + c : -1;
+      element[i] = index < lines.elements ? place(row, x, c) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (place[i] < 0) continue;
+      if (element[i] < 0) continue;
       odd = odd || !isfinite(widen(value[i]));
-      stage_element(patch, place[i], value[i]);
-      if (t.copies == 2 && place[i] > 0) stage_element(patch + t.copy_bytes, place[i] - 1, value[i]);
+      stage_element(patch, copy_bytes, element[i], value[i]);
     }
   }
   return odd;
+}
+
+// Where the words from an element on lie in it, in bytes.
+template <class T>
+__device__ int word_place(int copy_bytes, int element) {
+  const bool moved = copy_bytes != 0 && element % 2 != 0;
+  return (moved ? copy_bytes : 0) + (element - moved) * static_cast<int>(sizeof(T));
 }
 
 }  // namespace cnn_ext::cuda

@@ -33,19 +33,34 @@ inline size_t partials_bytes(DType dtype, const Splits& splits, int64_t targets)
   return static_cast<size_t>(splits.count * targets) * (dtype == DType::float64 ? sizeof(double) : sizeof(float));
 }
 
+// A few threads to a sum share its splits where there are many: they wait for memory one after the other otherwise.
+constexpr int kSumLanes = 8;
+
+inline int sum_lanes(const Splits& splits) { return splits.count < 4 * kSumLanes ? 1 : kSumLanes; }
+
 template <class T>
-__global__ void sum_partials(const Accumulate<T>* partials, int64_t splits, int64_t targets, T* result) {
-  const int64_t target = element_index();
-  if (target >= targets) return;
+__global__ void __launch_bounds__(kBlockThreads)
+    sum_partials(const Accumulate<T>* partials, int64_t splits, int64_t targets, int lanes, T* result) {
+  __shared__ Accumulate<T> sums[kBlockThreads];
+  const int width = kBlockThreads / lanes, lane = static_cast<int>(threadIdx.x) / width;
+  const int64_t target = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
   Accumulate<T> sum = 0;
-  for (int64_t split = 0; split < splits; ++split) sum += partials[split * targets + target];
+  if (target < targets) {
+#pragma unroll 8
+    for (int64_t split = lane; split < splits; split += lanes) sum += partials[split * targets + target];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (lane > 0 || target >= targets) return;
+  for (int other = 1; other < lanes; ++other) sum += sums[other * width + threadIdx.x];
   result[target] = narrow<T>(sum);
 }
 
 template <class T>
 void launch_sum_partials(const void* partials, const Splits& splits, int64_t targets, void* result, cudaStream_t stream) {
-  launch_elementwise(sum_partials<T>, targets, stream, static_cast<const Accumulate<T>*>(partials), splits.count, targets,
-                     static_cast<T*>(result));
+  const int lanes = sum_lanes(splits);
+  launch(sum_partials<T>, ceil_div<int64_t>(targets, kBlockThreads / lanes), stream, static_cast<const Accumulate<T>*>(partials),
+         splits.count, targets, lanes, static_cast<T*>(result));
 }
 
 // Walks over pixels at a fixed distance without a division.

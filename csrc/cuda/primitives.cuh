@@ -46,6 +46,17 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Loads 2 or 4 words from global memory at once, aligned to the size of all; nobody writes them while the kernel runs.
+template <int kWords>
+__device__ inline void load_words(const void* global, uint32_t* words) {
+  static_assert(kWords == 2 || kWords == 4);
+  if constexpr (kWords == 2) {
+    asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(global));
+  } else {
+    asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(global));
+  }
+}
+
 // Stores words to global memory at once, aligned to the size of all.
 __device__ inline void store_words(void* global, const uint32_t (&words)[2]) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(words[0]), "r"(words[1]) : "memory");

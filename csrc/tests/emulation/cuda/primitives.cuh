@@ -30,6 +30,12 @@ void cp_async_wait() {
   emulation::land_copies(kGroups);
 }
 
+template <int kWords>
+void load_words(const void* global, uint32_t* words) {
+  if (reinterpret_cast<uintptr_t>(global) % (kWords * sizeof(uint32_t)) != 0) emulation::fail("a load that is not aligned");
+  std::memcpy(words, global, kWords * sizeof(uint32_t));
+}
+
 template <size_t kWords>
 void store_words(void* global, const uint32_t (&words)[kWords]) {
   if (reinterpret_cast<uintptr_t>(global) % sizeof words != 0) emulation::fail("a store that is not aligned");
