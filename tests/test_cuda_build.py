@@ -18,7 +18,7 @@ from cnn_ext import _native
 from tests.support import sass
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").iterdir())
+SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())
 OPERATORS = {
     ("conv2d", "forward"),
     ("conv2d", "backward_input"),
@@ -107,11 +107,35 @@ def element_type(kernel: str) -> str:
     return re.search(r"\b(float|double|__half|__nv_bfloat16)\b", kernel)[1]
 
 
+@pytest.fixture(scope="module")
+def hopper_opcodes() -> dict[str, set[str]]:
+    """The same of those that are compiled for sm_90a alone."""
+    return sass.opcodes(Path(_native.cuda().__file__), "sm_90a")
+
+
+# The products of warpgroups, by the element type; UTMALDG is the copy engine.
+WARPGROUP_INSTRUCTIONS = {"float": ".F32.TF32", "__half": ".F32", "__nv_bfloat16": ".F32.BF16"}
+
+
+@needs_module
+@needs_disassembler
+def test_hopper_kernels_have_the_intended_instructions(hopper_opcodes):
+    products = {name: found for name, found in hopper_opcodes.items() if "_wgmma<" in name}
+    assert products or "sm_90" not in _native.cuda().archs
+    for name, found in products.items():
+        assert any(
+            op.startswith("HGMMA") and op.endswith(WARPGROUP_INSTRUCTIONS[element_type(name)]) for op in found
+        ), name
+        assert {"UTMALDG.4D.IM2COL", "UTMALDG.4D"} <= found, name
+        assert not any(op.startswith(("HMMA", "LDL", "STL")) for op in found), name
+
+
 @needs_module
 @needs_disassembler
 @pytest.mark.slow
 def test_no_kernel_touches_local_memory(opcodes):
-    assert len(opcodes) >= len({row["kernel"] for row in resource_rows()})
+    of_sm_80 = {row["kernel"] for row in resource_rows() if row["arch"] == "sm_80"}
+    assert len(opcodes) >= len(of_sm_80)
     assert {name for name, found in opcodes.items() if any(op.startswith(("LDL", "STL")) for op in found)} == set()
 
 
@@ -148,7 +172,10 @@ def test_every_kernel_is_compiled_for_every_arch():
     for row in resource_rows():
         kernels.setdefault(row["kernel"], set()).add(row["arch"])
     machine_code = {arch for arch in _native.cuda().archs if arch.startswith("sm_")}
-    assert {name for name, archs in kernels.items() if archs != machine_code} == set()
+    of_one_arch = {name for name in kernels if re.match(r"\w*_wgmma<|transpose<|sum_splits<", name)}
+    assert all(kernels[name] == {"sm_90a"} for name in of_one_arch)
+    assert bool(of_one_arch) == bool(machine_code & {"sm_90", "sm_90a"})
+    assert {name for name, archs in kernels.items() if archs != machine_code} <= of_one_arch
 
 
 @needs_module

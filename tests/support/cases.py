@@ -309,6 +309,12 @@ def conv2d_cases() -> tuple[Conv2dCase, ...]:
 
 
 @functools.cache
+def cuda_conv2d_cases() -> tuple[Conv2dCase, ...]:
+    """More convolutions for the rows that only a GPU runs: as large as their tiles, or as deep as their splits."""
+    return _read("conv2d_cuda.csv", Conv2dCase)
+
+
+@functools.cache
 def pool2d_cases() -> tuple[Pool2dCase, ...]:
     """Every pooling of the list; each one serves max and average pooling."""
     return _read("pool2d.csv", Pool2dCase)

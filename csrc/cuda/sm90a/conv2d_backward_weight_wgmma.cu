@@ -18,6 +18,8 @@
 #include "cuda/chunk.cuh"
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
+#include "cuda/sm90a/overlap.cuh"
+#include "cuda/sm90a/pipeline.cuh"
 #include "cuda/sm90a/tensor_map.cuh"
 #include "cuda/sm90a/transposition.cuh"
 #include "cuda/sm90a/wgmma.cuh"
@@ -25,10 +27,9 @@
 namespace cnn_ext::cuda {
 namespace {
 
-constexpr int kStepPixels = 64, kPanels = 2, kMostStages = 8;
+constexpr int kStepPixels = 64, kPanels = 2;
 constexpr int kPanelRows = 64;                     // output channels of a panel of grad_output
 constexpr int kRowPanelBytes = kStepPixels * 128;  // of 64 channels of 16 bits
-constexpr int64_t kMultiprocessors = 132;
 
 CNN_EXT_HOST_DEVICE constexpr int stage_bytes(int rows, int panel_channels) { return kStepPixels * 2 * (rows + kPanels * panel_channels); }
 CNN_EXT_HOST_DEVICE constexpr int sum_pitch(int panel_channels) { return kPanels * panel_channels + 8; }
@@ -99,27 +100,12 @@ class Gemm {
   __device__ Gemm(const Problem<T>& problem, const Block& block) : p_(problem), b_(block) {}
 
   __device__ void accumulate(unsigned char* shared, uint64_t* barriers) {
-    const int steps = ceil_div(b_.end - b_.begin, kStepPixels), ahead = p_.stages - 2;
-    const auto fetch_step = [&](int step, int stage) {
-      fetch(shared + stage * kStageBytes, barriers + stage, b_.begin + step * kStepPixels);
-    };
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < smaller(ahead, steps); ++i) fetch_step(i, i);
-    }
-    Ring ring(p_.stages), next(p_.stages, ahead);
     pin(sums_);
-    for (int step = 0; step < steps; ++step) {
-      __syncthreads();  // all warpgroups are done with the step before the last, whose stage is the next to be filled
-      wait_barrier(barriers + ring.stage(), ring.parity());
-      multiply(shared + ring.stage() * kStageBytes);
-      if (threadIdx.x == 0 && step + ahead < steps) fetch_step(step + ahead, next.stage());
-      ring.advance();
-      next.advance();
-      wgmma_wait<1>();
-    }
-    wgmma_wait<0>();
+    pipeline(
+        barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels),
+        [&](int stage, int step) { fetch(shared + stage * kStageBytes, barriers + stage, b_.begin + step * kStepPixels); },
+        [&](int stage) { multiply(shared + stage * kStageBytes); });
     pin(sums_);
-    __syncthreads();
   }
 
   // Registers -> shared memory. Whether there is a NaN among this thread's sums.
@@ -187,11 +173,7 @@ template <class T, int kRows, int kPanelChannels>
 __global__ void __launch_bounds__(kBlockThreads, 2) backward_weight_wgmma(const __grid_constant__ Problem<T> p) {
   constexpr int kCols = kPanels * kPanelChannels, kPitch = sum_pitch(kPanelChannels);
   __shared__ __align__(8) uint64_t barriers[kMostStages];
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.stages; ++i) init_barrier(barriers + i);
-    fence_barriers();
-  }
-  __syncthreads();
+  init_pipeline(barriers, p.stages);
   const int row_tile = blockIdx.x % p.row_tiles, rest = blockIdx.x / p.row_tiles;
   const int col_tile = rest % p.col_tiles, split = rest / p.col_tiles;
   const Block b{row_tile * kRows, col_tile * kPanels, split * p.split_pixels, smaller(p.pixels, (split + 1) * p.split_pixels)};
@@ -287,17 +269,6 @@ Plan plan(const Conv2dShape& s) {
           static_cast<size_t>(d.input_bytes + d.grad_bytes + d.partial_bytes)};
 }
 
-// [N, channels, plane] -> [N, plane, channels of whole chunks].
-Transposition channels_innermost(const Conv2dShape& s, int64_t channels, int64_t padded, int64_t plane) {
-  const bool nchw = s.layout == Layout::nchw;
-  Transposition t{};
-  t.outer = static_cast<int>(s.batch), t.inner = 1;
-  t.along = static_cast<int>(channels), t.padded_along = static_cast<int>(padded), t.across = static_cast<int>(plane);
-  t.source_outer = channels * plane, t.source_along = nchw ? plane : 1, t.source_across = nchw ? 1 : channels;
-  t.target_outer = padded * plane, t.target_across = padded;
-  return t;
-}
-
 template <class T>
 Problem<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Division& d, void* workspace) {
   const Conv2dGeometry g(s);
@@ -337,10 +308,7 @@ template <class T, int kRows, int kPanelChannels>
 void launch_tile(Problem<T>& problem, int64_t blocks, int64_t sums, cudaStream_t stream) {
   constexpr int kStage = stage_bytes(kRows, kPanelChannels),
                 kSumBytes = static_cast<int>(sizeof(float)) * kRows * sum_pitch(kPanelChannels);
-  // Narrow tiles run two to a multiprocessor where there are so many.
-  constexpr int kBlockBytes = 224 * 1024;
-  const bool shares = kRows == kPanelRows && blocks > kMultiprocessors;
-  problem.stages = std::min(kMostStages, (shares ? kBlockBytes / 2 : kBlockBytes) / kStage);
+  problem.stages = pipeline_stages(kStage, kRows == kPanelRows && blocks > kMultiprocessors);
   launch(backward_weight_wgmma<T, kRows, kPanelChannels>,
          overlapping(Grid(blocks, kBlockThreads, std::max(problem.stages * kStage, kSumBytes))), stream, problem);
   if (problem.splits > 1) {
@@ -353,9 +321,10 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cu
   const Division d(s);
   auto* staged_input = static_cast<unsigned char*>(workspace);
   if (d.stages_input)
-    launch_transposition<T>(channels_innermost(s, s.in_channels, d.padded_in, s.in_h * s.in_w), b.input, staged_input, stream);
+    launch_transposition<T>(channels_innermost(s.layout, s.batch, s.in_channels, d.padded_in, s.in_h * s.in_w), b.input, staged_input,
+                            stream);
   if (d.stages_grad) {
-    launch_transposition<T>(channels_innermost(s, s.out_channels, d.padded_out, s.out_h * s.out_w), b.grad_output,
+    launch_transposition<T>(channels_innermost(s.layout, s.batch, s.out_channels, d.padded_out, s.out_h * s.out_w), b.grad_output,
                             staged_input + d.input_bytes, stream);
   }
   Problem<T> problem = problem_of<T>(s, b, d, workspace);

@@ -137,18 +137,4 @@ __device__ inline void fetch_windows(void* shared, const CUtensorMap& map, int c
       : "memory");
 }
 
-// Tiles on their way through `stages` places in shared memory.
-class Ring {
- public:
-  __device__ explicit Ring(int stages, int stage = 0) : stages_(stages), stage_(stage) {}
-  __device__ void advance() {
-    if (++stage_ == stages_) stage_ = 0, parity_ ^= 1;
-  }
-  __device__ int stage() const { return stage_; }
-  __device__ int parity() const { return parity_; }
-
- private:
-  int stages_, stage_, parity_ = 0;
-};
-
 }  // namespace cnn_ext::cuda

@@ -27,6 +27,17 @@ struct Transposition {
   int64_t target_outer, target_inner, target_across;
 };
 
+// [batch, channels, plane] in a layout -> [batch, plane, padded channels].
+inline Transposition channels_innermost(Layout layout, int64_t batch, int64_t channels, int64_t padded, int64_t plane) {
+  Transposition t{};
+  t.outer = static_cast<int>(batch), t.inner = 1;
+  t.along = static_cast<int>(channels), t.padded_along = static_cast<int>(padded), t.across = static_cast<int>(plane);
+  t.source_outer = channels * plane, t.source_along = layout == Layout::nchw ? plane : 1;
+  t.source_across = layout == Layout::nchw ? 1 : channels;
+  t.target_outer = padded * plane, t.target_across = padded;
+  return t;
+}
+
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Neighbours {
   T values[kCount];

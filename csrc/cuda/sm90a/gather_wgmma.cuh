@@ -1,0 +1,350 @@
+// forward and backward_input on the matrix unit of sm_90a, in TF32 (where the policy allows it), float16 and bfloat16: an implicit GEMM
+// whose rows are pixels of the result, columns its channels, and whose depth runs over the taps and channels of the source. backward_input
+// is one gathering convolution for each stride phase (geometry.h), whose pixels share their taps, so that no product is wasted.
+//
+// Operands: the copy engine fetches boxes of them to shared memory, padding as zeros, from where warpgroups multiply. It wants the channels
+// innermost and in whole chunks of 16 bytes: what lies otherwise (nchw; channels that are no multiple) is put in that order by a launch of
+// its own first (transposition.cuh), in the workspace: one pass over the tensor. Filters lie [k][r][s][c] for both directions: in forward
+// along the depth, in backward_input across it, which the matrix unit transposes in 16 bits; for TF32 they are transposed first. The result
+// is stored in its layout directly.
+//
+// Tile: 128 pixels x 32, 64, 128 or 256 channels; a step of the depth is 128 bytes, of one tap or two. One stage is multiplied, one has
+// just been, the others are on their way. Narrow tiles run two to a multiprocessor. Where an image gives few tiles but a long depth, up to
+// eight blocks of a cluster share a tile: each sums up a part of the depth, and they add up the parts through each other's shared memory,
+// in order.
+//
+// Order of additions: the parts and what each of them sums up follow from the shape of one image, never from the batch, the tile or the
+// device; the matrix unit adds up a part in order.
+//
+// Padding never multiplies: padded elements are zeros, and a zero times an infinity or a NaN of the other operand shows as a NaN in the
+// sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored.
+//
+// Not handled: float64; strict float32; strides above 8, more than 4 phases times groups, padding of more than 128, windows of more than
+// 256. Bound by the second-level cache, which the tile reads 256 bytes of for 64 x 128 products; by latency where the problem is small.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/chunk.cuh"
+#include "cuda/gather_axis.h"
+#include "cuda/sm90a/overlap.cuh"
+#include "cuda/sm90a/pipeline.cuh"
+#include "cuda/sm90a/tensor_map.cuh"
+#include "cuda/sm90a/wgmma.cuh"
+
+namespace cnn_ext::cuda {
+
+constexpr int kGatherRows = 128;
+constexpr int kGatherStepBytes = 128;  // of the depth
+constexpr int kMostGatherParts = 8;    // blocks of a cluster
+constexpr int kMostGatherMaps = 4;     // phases times groups
+constexpr int kPanelCols = 64;         // of filters across the depth
+
+CNN_EXT_HOST_DEVICE constexpr int gather_stage_bytes(int cols) { return (kGatherRows + cols) * kGatherStepBytes; }
+CNN_EXT_HOST_DEVICE constexpr int gather_row_pitch(int cols) { return cols + 8; }  // of the sums on their way out, in floats: no bank twice
+constexpr int kGatherColPitch = kGatherRows + 4;
+
+// One phase: its axes, its windows' first taps as the copy engine counts them, and its depth in boxes, numbered by (box of channels, r, s).
+struct PhaseDepth {
+  GatherAxis h, w;
+  int lowest_h, lowest_w;  // position of pixel 0's nearest tap
+  int boxes;
+  FastDivisor taps, width;
+};
+
+inline int lowest_tap(const GatherAxis& axis) { return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0); }
+inline int reach(const GatherAxis& axis) {
+  return axis.taps == 0 ? 0 : (axis.taps - 1) * (axis.tap_step < 0 ? -axis.tap_step : axis.tap_step);
+}
+// How far tap j lies from the nearest.
+CNN_EXT_HOST_DEVICE inline int tap_distance(const GatherAxis& axis, int j) {
+  return axis.tap_step < 0 ? (axis.taps - 1 - j) * -axis.tap_step : j * axis.tap_step;
+}
+
+inline PhaseDepth phase_depth(const GatherAxis& h, const GatherAxis& w, int channel_boxes) {
+  return {h, w, lowest_tap(h), lowest_tap(w), channel_boxes * h.taps * w.taps, FastDivisor(h.taps * w.taps), FastDivisor(w.taps)};
+}
+
+inline GatherAxis gather_axis_h(const Conv2dGeometry& g, bool forward, int phase) {
+  return forward ? forward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)
+                 : backward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, phase / g.stride_w);
+}
+inline GatherAxis gather_axis_w(const Conv2dGeometry& g, bool forward, int phase) {
+  return forward ? forward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)
+                 : backward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, phase % g.stride_w);
+}
+
+template <class T>
+struct WgmmaGather {
+  CUtensorMap source_maps[kMostGatherMaps];  // [group][phase]
+  CUtensorMap filter_map;
+  const T* source;  // channels innermost
+  const T* filters;
+  const T* bias;
+  T* result;
+  Strides source_strides, filter_strides, result_strides;  // filters: n of a column, c of a channel of the depth
+  int64_t source_group, filter_group, result_group;        // from one group to the next
+  PhaseDepth phase[kMostGatherMaps];
+  int kernel_w;
+  int source_h, source_w, result_h, result_w;
+  int depth_channels, channel_boxes, cols, pixels;
+  PlaneDecoder pixel_decoder;
+  int result_chunk;  // neighbouring elements of the result that are stored at once: channels in nhwc, pixels in nchw
+  int phases, row_tiles, col_tiles, parts, stages;
+};
+
+// This block's part of the work.
+struct GatherTile {
+  int group, phase, first_row, first_col, part;
+};
+
+// A part of the tile's sums in shared memory: lines of pixels or of channels.
+struct SumLines {
+  float* sums;
+  int first, last, length, pitch;
+};
+
+// The sum of the products that exist.
+template <class T>
+__device__ float sum_again(const WgmmaGather<T>& p, const PhaseDepth& phase, int group, int pixel, int col) {
+  const PlaneIndex at = p.pixel_decoder.at(pixel);
+  float sum = 0;
+  for (int r = 0; r < phase.h.taps; ++r) {
+    const int h = phase.h.first + at.h * phase.h.step + r * phase.h.tap_step;
+    if (h < 0 || h >= p.source_h) continue;
+    for (int s = 0; s < phase.w.taps; ++s) {
+      const int w = phase.w.first + at.w * phase.w.step + s * phase.w.tap_step;
+      if (w < 0 || w >= p.source_w) continue;
+      const T* source = p.source + group * p.source_group + at.outer * p.source_strides.n + h * p.source_strides.h + w * p.source_strides.w;
+      const T* filter = p.filters + group * p.filter_group + col * p.filter_strides.n +
+                        (phase.h.first_tap + r * phase.h.tap_distance) * p.filter_strides.h +
+                        (phase.w.first_tap + s * phase.w.tap_distance) * p.filter_strides.w;
+      for (int channel = 0; channel < p.depth_channels; ++channel) {
+        sum = fmaf(widen(source[channel]), widen(filter[channel * p.filter_strides.c]), sum);
+      }
+    }
+  }
+  return sum;
+}
+
+// Replaces every sum that is NaN. Not a part of the class: its registers must not go to memory for a call.
+template <class T>
+__device__ __noinline__ void add_up_again(const WgmmaGather<T>& p, const PhaseDepth& phase, GatherTile place, SumLines lines) {
+  const bool by_rows = p.result_strides.c == 1;
+  for (int index = threadIdx.x; index < (lines.last - lines.first) * lines.length; index += kBlockThreads) {
+    const int line = lines.first + index / lines.length, at = index % lines.length;
+    float* sum = lines.sums + line * lines.pitch + at;
+    const int pixel = place.first_row + (by_rows ? line : at), col = place.first_col + (by_rows ? at : line);
+    if (isnan(*sum) && pixel < p.pixels && col < p.cols) *sum = sum_again(p, phase, place.group, pixel, col);
+  }
+}
+
+// kBoxBytes: of the depth in a box, 128 or 64: then two boxes are a step. kAcross: whether filters lie across the depth.
+template <class T, int kCols, int kBoxBytes, bool kAcross>
+class WgmmaGatherGemm {
+ public:
+  __device__ WgmmaGatherGemm(const WgmmaGather<T>& problem, const PhaseDepth& phase, const GatherTile& place)
+      : p_(problem), phase_(phase), place_(place) {}
+
+  __device__ void run(unsigned char* shared, uint64_t* barriers) {
+    const int steps = ceil_div(phase_.boxes, kBoxes), part_steps = ceil_div(steps, p_.parts);
+    const int begin = smaller(place_.part * part_steps, steps), end = smaller(begin + part_steps, steps);
+    accumulate(shared, barriers, begin, end);
+    float* sums = reinterpret_cast<float*>(shared);
+    const bool by_rows = p_.result_strides.c == 1;  // whether a line of sums is a pixel or a channel
+    bool meets_nan = write_sums(sums, by_rows);
+    const int lines = by_rows ? kGatherRows : kCols;
+    const int part_lines = lines / p_.parts;
+    const SumLines own{sums, place_.part * part_lines, (place_.part + 1) * part_lines, by_rows ? kCols : kGatherRows,
+                       by_rows ? gather_row_pitch(kCols) : kGatherColPitch};
+    if (p_.parts > 1) {
+      cluster_barrier();
+      meets_nan = add_up_parts(own);
+    }
+    if (__syncthreads_or(meets_nan)) {
+      add_up_again(p_, phase_, place_, own);
+      __syncthreads();
+    }
+    if (by_rows) {
+      store_pixels(own);
+    } else {
+      store_channels(own);
+    }
+    if (p_.parts > 1) cluster_barrier();  // the others read this block's shared memory
+  }
+
+ private:
+  static constexpr int kBoxes = kGatherStepBytes / kBoxBytes, kBoxChannels = kBoxBytes / static_cast<int>(sizeof(T));
+  static constexpr int kRowBoxBytes = kGatherRows * kBoxBytes, kColBoxBytes = kCols * kBoxBytes;
+  static constexpr int kPanelBytes = kBoxChannels * kPanelCols * static_cast<int>(sizeof(T));
+  static constexpr int kSums = kCols / 2;  // of a thread
+
+  // Announces and fetches a step; boxes beyond the last one are fetched as zeros.
+  __device__ void fetch(unsigned char* stage, uint64_t* barrier, int step, const PlaneIndex& first) const {
+    announce(barrier, gather_stage_bytes(kCols));
+    const CUtensorMap& source_map = p_.source_maps[place_.group * p_.phases + place_.phase];
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const int box = step * kBoxes + i;
+      const bool exists = box < phase_.boxes;
+      const int channel_box = exists ? phase_.taps.quotient(box) : p_.channel_boxes;
+      const int tap = exists ? box - channel_box * phase_.taps.divisor() : 0;
+      const int r = phase_.width.quotient(tap), s = tap - r * phase_.width.divisor(), channel = channel_box * kBoxChannels;
+      fetch_windows(stage + i * kRowBoxBytes, source_map, channel, phase_.lowest_w + first.w * phase_.w.step,
+                    phase_.lowest_h + first.h * phase_.h.step, first.outer, tap_distance(phase_.w, s), tap_distance(phase_.h, r), barrier);
+      const int filter_tap =
+          (phase_.h.first_tap + r * phase_.h.tap_distance) * p_.kernel_w + phase_.w.first_tap + s * phase_.w.tap_distance;
+      unsigned char* filters = stage + kBoxes * kRowBoxBytes + i * kColBoxBytes;
+      if constexpr (kAcross) {
+#pragma unroll
+        for (int panel = 0; panel < kCols / kPanelCols; ++panel) {
+          fetch_box(filters + panel * kPanelBytes, p_.filter_map, place_.first_col + panel * kPanelCols, filter_tap, channel, place_.group,
+                    barrier);
+        }
+      } else {
+        fetch_box(filters, p_.filter_map, channel, filter_tap, place_.first_col, place_.group, barrier);
+      }
+    }
+  }
+
+  __device__ void accumulate(unsigned char* shared, uint64_t* barriers, int begin, int end) {
+    const PlaneIndex first = p_.pixel_decoder.at(place_.first_row);
+    pin(sums_);
+    pipeline(
+        barriers, p_.stages, end - begin,
+        [&](int stage, int step) { fetch(shared + stage * gather_stage_bytes(kCols), barriers + stage, begin + step, first); },
+        [&](int stage) { multiply(shared + stage * gather_stage_bytes(kCols)); });
+    pin(sums_);
+  }
+
+  __device__ void multiply(const unsigned char* stage) {
+    constexpr int kFilterRowBytes = kAcross ? kPanelCols * static_cast<int>(sizeof(T)) : kBoxBytes;
+    constexpr int kFilterStep = kAcross ? kInstructionBytes / static_cast<int>(sizeof(T)) * kFilterRowBytes : kInstructionBytes;
+    const unsigned char* rows = stage + threadIdx.x / kWarpgroupThreads * kWarpgroupRows * kBoxBytes;
+    const unsigned char* cols = stage + kBoxes * kRowBoxBytes;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const uint64_t a = matrix_descriptor<kBoxBytes>(rows + i * kRowBoxBytes, 16);
+      const uint64_t b = matrix_descriptor<kFilterRowBytes>(cols + i * kColBoxBytes, kAcross ? kPanelBytes : 16);
+#pragma unroll
+      for (int j = 0; j < kBoxBytes / kInstructionBytes; ++j) {
+        wgmma<false, kAcross>(sums_, a + descriptor_offset(j * kInstructionBytes), b + descriptor_offset(j * kFilterStep), T{});
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Registers -> shared memory. Whether there is a NaN among this thread's sums.
+  __device__ bool write_sums(float* sums, bool by_rows) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int pitch_of_row = by_rows ? gather_row_pitch(kCols) : 1, pitch_of_col = by_rows ? 1 : kGatherColPitch;
+    float* corner = sums + (warp * 16 + lane / 4) * pitch_of_row + lane % 4 * 2 * pitch_of_col;
+    bool meets_nan = false;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      corner[i % 4 / 2 * 8 * pitch_of_row + (i / 4 * 8 + i % 2) * pitch_of_col] = sums_[i];
+      meets_nan = meets_nan || isnan(sums_[i]);
+    }
+    return meets_nan;
+  }
+
+  // The parts of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
+  __device__ bool add_up_parts(const SumLines& own) const {
+    bool meets_nan = false;
+    const int quads = own.length / 4;
+    for (int index = threadIdx.x; index < (own.last - own.first) * quads; index += kBlockThreads) {
+      float* place = own.sums + (own.first + index / quads) * own.pitch + index % quads * 4;
+      float4 total = read_of_block(place, 0);
+      for (int part = 1; part < p_.parts; ++part) {
+        const float4 more = read_of_block(place, part);
+        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+      }
+      *reinterpret_cast<float4*>(place) = total;
+      meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
+    }
+    return meets_nan;
+  }
+
+  // Where a pixel of this phase lies in the result; null where it has none.
+  __device__ T* target(int pixel) const {
+    if (pixel >= p_.pixels) return nullptr;
+    const PlaneIndex at = p_.pixel_decoder.at(pixel);
+    const int h = phase_.h.first_out + at.h * phase_.h.out_step, w = phase_.w.first_out + at.w * phase_.w.out_step;
+    if (h >= p_.result_h || w >= p_.result_w) return nullptr;  // the larger phases' last row and column are missing in the others
+    return p_.result + place_.group * p_.result_group + at.outer * p_.result_strides.n + h * p_.result_strides.h + w * p_.result_strides.w;
+  }
+
+  __device__ float bias(int col) const { return p_.bias == nullptr ? 0 : widen(p_.bias[place_.group * p_.cols + col]); }
+
+  // nhwc: neighbouring threads take neighbouring channels.
+  __device__ void store_pixels(const SumLines& own) const {
+    const int width = p_.result_chunk, units = kCols / width;
+#pragma unroll 1
+    for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
+      const int line = own.first + index / units, at = index % units * width, col = place_.first_col + at;
+      T* pixel = target(place_.first_row + line);
+      if (pixel == nullptr || col >= p_.cols) continue;
+      const float* sums = own.sums + line * own.pitch + at;
+      if (width == 1) {
+        pixel[col] = narrow<T>(*sums + bias(col));
+      } else {
+        float values[kChunk<T>];
+#pragma unroll
+        for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + bias(col + i);
+        store_chunk(pixel + col, kChunk<T>, true, values);
+      }
+    }
+  }
+
+  // nchw: neighbouring threads take neighbouring pixels.
+  __device__ void store_channels(const SumLines& own) const {
+    const int width = p_.result_chunk, units = kGatherRows / width;
+#pragma unroll 1
+    for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
+      const int line = own.first + index / units, at = index % units * width, col = place_.first_col + line;
+      T* pixel = target(place_.first_row + at);
+      if (pixel == nullptr || col >= p_.cols) continue;
+      const float* sums = own.sums + line * own.pitch + at;
+      const float shift = bias(col);
+      pixel += col * p_.result_strides.c;
+      if (width == 1) {
+        *pixel = narrow<T>(*sums + shift);
+      } else {
+        float values[kChunk<T>];
+#pragma unroll
+        for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + shift;
+        store_chunk(pixel, kChunk<T>, true, values);
+      }
+    }
+  }
+
+  const WgmmaGather<T>& p_;
+  const PhaseDepth& phase_;
+  const GatherTile place_;
+  float sums_[kSums] = {};
+};
+
+// Blocks are numbered by part, column tile, row tile, phase, group: those that read the same pixels run together.
+template <class T, int kCols, int kBoxBytes, bool kAcross>
+__global__ void __launch_bounds__(kBlockThreads, kCols <= 64 ? 2 : 1) gather_wgmma(const __grid_constant__ WgmmaGather<T> problem) {
+  __shared__ __align__(8) uint64_t barriers[kMostStages];
+  int index = blockIdx.x;
+  const auto take = [&](int count) {
+    const int taken = index % count;
+    index /= count;
+    return taken;
+  };
+  GatherTile place;
+  place.part = take(problem.parts);
+  place.first_col = take(problem.col_tiles) * kCols;
+  place.first_row = take(problem.row_tiles) * kGatherRows;
+  place.phase = take(problem.phases);
+  place.group = index;
+  init_pipeline(barriers, problem.stages);
+  wait_for_launch_before();
+  WgmmaGatherGemm<T, kCols, kBoxBytes, kAcross> gemm(problem, problem.phase[place.phase], place);
+  gemm.run(dynamic_shared<unsigned char>(), barriers);
+}
+
+}  // namespace cnn_ext::cuda
