@@ -57,6 +57,21 @@ void with_element_type(DType dtype, const Function& function) {
   }
 }
 
+// The same of the types whose sums are float32, where accepts() admits no other.
+template <class Function>
+void with_single_type(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(float{});
+    case DType::float16:
+      return function(__half{});
+    case DType::bfloat16:
+      return function(__nv_bfloat16{});
+    case DType::float64:
+      return;
+  }
+}
+
 // One thread per element: this thread's, or none (an index not below the count).
 __device__ inline int64_t element_index() { return static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x; }
 

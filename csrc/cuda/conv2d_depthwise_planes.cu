@@ -299,21 +299,6 @@ void launch_forward_of(const Pass& pass, cudaStream_t stream) {
   if constexpr (kStride == 1) launch_forward<T, 7, kStride>(pass, stream);
 }
 
-// The types that accepts() admits.
-template <class Function>
-void with_plane_type(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float32:
-      return function(float{});
-    case DType::float16:
-      return function(__half{});
-    case DType::bfloat16:
-      return function(__nv_bfloat16{});
-    case DType::float64:
-      return;
-  }
-}
-
 // At most, where results are not taken as vectors.
 Plan plan_forward(const Conv2dShape& s) {
   const ThreadPlaces places = columns_of(s.kernel_h, s.stride_h, s.batch * s.in_channels, s.out_h, s.out_w);
@@ -337,7 +322,7 @@ PlaneProblem forward_problem(const Conv2dShape& s) {
 
 void run_forward(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
   const Pass pass{forward_problem(s), s.batch * s.in_channels, b.input, b.weight, b.bias, b.output};
-  with_plane_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     (s.stride_h == 1 ? launch_forward_of<T, 1> : launch_forward_of<T, 2>)(pass, stream);
   });
@@ -358,7 +343,7 @@ void run_backward_of(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t 
 }
 
 void run_backward(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  with_plane_type(s.dtype, [&](auto element) { run_backward_of<decltype(element)>(s, b, stream); });
+  with_single_type(s.dtype, [&](auto element) { run_backward_of<decltype(element)>(s, b, stream); });
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_mma_sm80)              \
   ROW(conv2d_backward_input_implicit_gemm_sm80)    \
   ROW(conv2d_backward_input_direct_sm80)           \
+  ROW(conv2d_backward_weight_depthwise_sm80)       \
   ROW(conv2d_backward_weight_patch_mma_sm80)       \
   ROW(conv2d_backward_weight_mma_sm80)             \
   ROW(conv2d_backward_weight_implicit_gemm_sm80)   \

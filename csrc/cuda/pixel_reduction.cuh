@@ -19,10 +19,10 @@ constexpr int64_t kWantedBlocks = 528;
 constexpr int64_t kLeastTerms = 1024;
 constexpr int64_t kMostPartials = int64_t{1} << 24;
 
-// terms: of each sum; blocks: that a single split would launch. The size of a split is a multiple of `multiple`.
-inline Splits split_sum(int64_t terms, int64_t blocks, int64_t targets, int64_t multiple) {
+// terms: of each sum; blocks: that a single split would launch. The size of a split is a multiple of `multiple`, and at least `least`.
+inline Splits split_sum(int64_t terms, int64_t blocks, int64_t targets, int64_t multiple, int64_t least = kLeastTerms) {
   if (terms == 0 || targets == 0) return {1, multiple};
-  const int64_t by_blocks = ceil_div(kWantedBlocks, blocks), by_terms = ceil_div(terms, kLeastTerms), by_memory = kMostPartials / targets;
+  const int64_t by_blocks = ceil_div(kWantedBlocks, blocks), by_terms = ceil_div(terms, least), by_memory = kMostPartials / targets;
   int64_t wanted = by_blocks < by_terms ? by_blocks : by_terms;
   wanted = wanted < by_memory ? wanted : by_memory;
   const int64_t size = ceil_div(ceil_div(terms, wanted > 0 ? wanted : 1), multiple) * multiple;
