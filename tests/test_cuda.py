@@ -160,6 +160,12 @@ def test_indices_and_unpooling(memory_format):
     assert_rounded(grad, torch.autograd.grad(truth, exact, grad_output)[0])
 
 
+def test_unpooling_ignores_indices_outside():
+    values, indices = torch.ones(1, 1, 2, 2, device=CUDA), torch.tensor([[[[0, 99], [-1, 5]]]], device=CUDA)
+    unpooled = C.max_unpool2d(values, indices, 2)
+    assert unpooled.flatten().nonzero().flatten().tolist() == [0, 5]
+
+
 def test_adaptive_indices():
     operand = whole_numbers((2, 5, 9, 11))
     output, indices = C.adaptive_max_pool2d(on_gpu(operand), (5, 4), return_indices=True)

@@ -18,8 +18,7 @@ def adaptive_avg_pool2d(input, output_size):
         [N, C, OH, OW]; the window of output i covers the rows floor(i * H / OH) to ceil((i + 1) * H / OH) - 1.
 
     Raises:
-        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages; on CUDA where a size does
-            not divide the input's.
+        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages.
     """
     output_size = adaptive_output_size("adaptive_avg_pool2d", input, output_size)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
@@ -82,7 +81,8 @@ def max_unpool2d(input, indices, kernel_size, stride=None, padding=0, output_siz
         them is what arrives there.
 
     Raises:
-        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages; on CUDA.
+        RuntimeError, TypeError, ValueError, NotImplementedError: as torch, with its messages. An index outside the
+            output is ignored on a GPU.
     """
     output_size = unpool2d_output_size(input, indices, kernel_size, stride, padding, output_size)
     if input.dim() == 4:

@@ -1,7 +1,7 @@
 """The raw operators of adaptive pooling and of unpooling, without autograd: checks, allocation, kernel.
 
-``output_size`` is (height, width) of the result. Indices are int64, h * W + w within a plane of the larger tensor. CPU
-tensors only.
+``output_size`` is (height, width) of the result. Indices are int64, h * W + w within a plane of the larger tensor. One
+that lies outside is an error on the CPU; on a GPU, where to find it would wait for the device, it is ignored.
 """
 
 import functools
@@ -13,12 +13,6 @@ from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 from cnn_ext.ops.sized_shapes import check_adaptive_pool2d, check_unpool2d
-
-
-def _check_device(op: str, tensor: TensorSpec) -> None:
-    if tensor.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f'"{op}" not implemented for device {tensor.device}: expected a cpu tensor')
-    shapes.check_served(op, tensor)
 
 
 def _native_shape(large_size, small_size, dtype, memory_format):
@@ -46,7 +40,7 @@ def _empty(size, like: torch.Tensor, memory_format, dtype=None) -> torch.Tensor:
 
 def _plan_forward(op: str, input: TensorSpec, output_size):
     check_adaptive_pool2d(op, input.size, output_size)
-    _check_device(op, input)
+    shapes.check_served(op, input)
     size = (*input.size[:2], *output_size)
     shapes.check_fits("output", size, input.dtype.itemsize)
     return size, shapes.memory_format(input)
@@ -91,7 +85,7 @@ def _avg_forward_fake(input, output_size):
 def _plan_avg_backward(grad_output: TensorSpec, input_size):
     shapes.check_size("grad_output", grad_output.size[:2], input_size[:2])
     check_adaptive_pool2d("adaptive_avg_pool2d", input_size, grad_output.size[2:])
-    _check_device("adaptive_avg_pool2d", grad_output)
+    shapes.check_served("adaptive_avg_pool2d", grad_output)
     return shapes.memory_format(grad_output)
 
 
@@ -114,7 +108,7 @@ def _avg_backward_fake(grad_output, input_size):
 
 def _plan_unpool(input: TensorSpec, indices: TensorSpec, output_size):
     check_unpool2d(input, indices)
-    _check_device("max_unpool2d", input)
+    shapes.check_served("max_unpool2d", input)
     size = (*input.size[:2], *output_size)
     shapes.check_fits("output", size, input.dtype.itemsize)
     return size, shapes.memory_format(input)
@@ -146,7 +140,7 @@ def _unpool_fake(input, indices, output_size):
 
 def _plan_gather(input: TensorSpec, indices: TensorSpec):
     check_unpool2d(TensorSpec((*input.size[:2], *indices.size[2:]), *input[1:]), indices)
-    _check_device("max_unpool2d", input)
+    shapes.check_served("max_unpool2d", input)
     return shapes.memory_format(input)
 
 

@@ -25,6 +25,13 @@ void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const
   cuda::run_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void run(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, Address large, Address small, Address indices,
+         Address stream) {
+  const SizedPool2dBuffers buffers{pointer(large), pointer(small), static_cast<int64_t*>(pointer(indices))};
+  const py::gil_scoped_release unlocked;
+  cuda::run_sized_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
+}
+
 void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address workspace,
                     Address stream) {
   Conv2dBuffers b{};
@@ -89,6 +96,30 @@ void avg_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address 
   run(Pool2dOp::avg, Pool2dDirection::backward, shape, b, stream);
 }
 
+void adaptive_max_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address indices, Address stream) {
+  run(SizedPool2dOp::adaptive_max, SizedPool2dDirection::forward, shape, input, output, indices, stream);
+}
+
+void adaptive_avg_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address stream) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::forward, shape, input, output, 0, stream);
+}
+
+void adaptive_avg_pool2d_backward(const SizedPool2dShape& shape, Address grad_output, Address grad_input, Address stream) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::backward, shape, grad_input, grad_output, 0, stream);
+}
+
+void max_unpool2d_forward(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::forward, shape, output, input, indices, stream);
+}
+
+void max_unpool2d_scatter(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::scatter, shape, output, input, indices, stream);
+}
+
+void max_unpool2d_gather(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::gather, shape, input, output, indices, stream);
+}
+
 py::dict to_dict(const cuda::Choice& choice) {
   py::dict d;
   d["kernel"] = choice.kernel;
@@ -139,11 +170,20 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("max_pool2d_gather", &max_pool2d_gather);
   m.def("avg_pool2d_forward", &avg_pool2d_forward);
   m.def("avg_pool2d_backward", &avg_pool2d_backward);
+  m.def("adaptive_max_pool2d_forward", &adaptive_max_pool2d_forward);
+  m.def("adaptive_avg_pool2d_forward", &adaptive_avg_pool2d_forward);
+  m.def("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward);
+  m.def("max_unpool2d_forward", &max_unpool2d_forward);
+  m.def("max_unpool2d_scatter", &max_unpool2d_scatter);
+  m.def("max_unpool2d_gather", &max_unpool2d_gather);
   // The number of CPU threads, which _C's functions take, plays no part here.
   m.def("choose_conv2d",
         [](Conv2dDirection direction, const Conv2dShape& shape, int) { return to_dict(cuda::choose_conv2d(direction, shape)); });
   m.def("choose_pool2d", [](Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int) {
     return to_dict(cuda::choose_pool2d(op, direction, shape));
+  });
+  m.def("choose_sized_pool2d", [](SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, int) {
+    return to_dict(cuda::choose_sized_pool2d(op, direction, shape));
   });
   m.def("kernels", &kernels);
   m.def("force_kernel", &cuda::force_kernel);

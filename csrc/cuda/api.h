@@ -17,6 +17,9 @@ namespace cnn_ext::cuda {
 // or the kernels were not built for it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream);
+// Indices that it reads and that lie outside the plane are ignored.
+void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
+                      cudaStream_t stream);
 size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias);
 
 // What such a call would do.
@@ -27,11 +30,12 @@ struct Choice {
 };
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape);
 Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape);
+Choice choose_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape);
 
 // The table, in order of preference. Works without a device: then no row is supported.
 struct KernelRow {
   std::string name;
-  std::string op;         // conv2d, max_pool2d, avg_pool2d
+  std::string op;         // conv2d, max_pool2d, avg_pool2d, adaptive_max_pool2d, ...
   std::string direction;  // forward, backward_input, ...
   std::string arch;
   bool supported;  // by the current device

@@ -14,22 +14,30 @@ namespace {
 constexpr const char* kConv2dDirections[] = {"forward", "backward_input", "backward_weight", "backward_bias"};
 constexpr const char* kPool2dDirections[] = {"forward", "backward", "gather"};
 constexpr const char* kPool2dOps[] = {"max_pool2d", "avg_pool2d"};
+constexpr const char* kSizedPool2dDirections[] = {"forward", "backward", "scatter", "gather"};
+constexpr const char* kSizedPool2dOps[] = {"adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d"};
 
 const char* op_name(const Conv2dKernel&) { return "conv2d"; }
 const char* op_name(const Pool2dKernel& row) { return kPool2dOps[static_cast<int>(row.op)]; }
+const char* op_name(const SizedPool2dKernel& row) { return kSizedPool2dOps[static_cast<int>(row.op)]; }
 const char* direction_name(const Conv2dKernel& row) { return kConv2dDirections[static_cast<int>(row.direction)]; }
 const char* direction_name(const Pool2dKernel& row) { return kPool2dDirections[static_cast<int>(row.direction)]; }
+const char* direction_name(const SizedPool2dKernel& row) { return kSizedPool2dDirections[static_cast<int>(row.direction)]; }
 
 // One slot for each op and direction: the rows of a slot compete for its calls.
 int slot_of(Conv2dDirection direction) { return static_cast<int>(direction); }
 int slot_of(Pool2dOp op, Pool2dDirection direction) { return 3 * static_cast<int>(op) + static_cast<int>(direction); }
+int slot_of(SizedPool2dOp op, SizedPool2dDirection direction) { return 4 * static_cast<int>(op) + static_cast<int>(direction); }
 int slot_of(const Conv2dKernel& row) { return slot_of(row.direction); }
 int slot_of(const Pool2dKernel& row) { return slot_of(row.op, row.direction); }
+int slot_of(const SizedPool2dKernel& row) { return slot_of(row.op, row.direction); }
 
 std::atomic<const Conv2dKernel*> forced_conv2d[4];
 std::atomic<const Pool2dKernel*> forced_pool2d[6];
+std::atomic<const SizedPool2dKernel*> forced_sized_pool2d[12];
 std::atomic<const Conv2dKernel*>& forced(const Conv2dKernel& row) { return forced_conv2d[slot_of(row)]; }
 std::atomic<const Pool2dKernel*>& forced(const Pool2dKernel& row) { return forced_pool2d[slot_of(row)]; }
+std::atomic<const SizedPool2dKernel*>& forced(const SizedPool2dKernel& row) { return forced_sized_pool2d[slot_of(row)]; }
 
 int current_device() {
   int device = 0;
@@ -63,6 +71,7 @@ bool suits(const Conv2dKernel& row, bool with_bias) {
   return row.direction != Conv2dDirection::backward_input || !with_bias || row.adds_bias;
 }
 bool suits(const Pool2dKernel&, bool) { return true; }
+bool suits(const SizedPool2dKernel&, bool) { return true; }
 
 template <class Kernel, class Shape>
 const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape,
@@ -92,6 +101,11 @@ const Pool2dKernel& row_for(Pool2dOp op, Pool2dDirection direction, const Pool2d
   return choose_row(pool2d_kernels(), slot, forced_pool2d[slot].load(), shape);
 }
 
+const SizedPool2dKernel& row_for(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape) {
+  const int slot = slot_of(op, direction);
+  return choose_row(sized_pool2d_kernels(), slot, forced_sized_pool2d[slot].load(), shape);
+}
+
 template <class Kernel>
 const Kernel* find_row(const std::vector<const Kernel*>& table, const std::string& name) {
   for (const Kernel* row : table) {
@@ -104,6 +118,23 @@ template <class Kernel>
 std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
   const Kernel* previous = forced(slot_member).exchange(row);
   return previous == nullptr ? "" : previous->name;
+}
+
+// Whether the table has the row, which is then forced in the place of `previous`.
+template <class Kernel>
+bool force_in(const std::vector<const Kernel*>& table, const std::string& name, std::string& previous) {
+  const Kernel* row = find_row(table, name);
+  if (row == nullptr) return false;
+  if (!runs_on(*row, capability_or_none())) {
+    throw std::invalid_argument("name: this machine has no CUDA device for kernel \"" + name + "\"");
+  }
+  previous = exchange_forced(*row, row);
+  return true;
+}
+
+template <class Kernel>
+void restore_in(const std::vector<const Kernel*>& table, const std::string& name, const std::string& previous) {
+  if (const Kernel* row = find_row(table, name)) exchange_forced(*row, find_row(table, previous));
 }
 
 template <class Kernel>
@@ -124,6 +155,11 @@ void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape
   row_for(op, direction, shape).run(shape, buffers, stream);
 }
 
+void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
+                      cudaStream_t stream) {
+  row_for(op, direction, shape).run(shape, buffers, stream);
+}
+
 size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias) {
   return row_for(direction, shape, with_bias).plan(shape).workspace_bytes;
 }
@@ -138,28 +174,33 @@ Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& 
   return {row.name, arch_name(row), row.plan(shape)};
 }
 
+Choice choose_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape) {
+  const SizedPool2dKernel& row = row_for(op, direction, shape);
+  return {row.name, arch_name(row), row.plan(shape)};
+}
+
 std::vector<KernelRow> kernel_rows() {
   const int capability = capability_or_none();
   std::vector<KernelRow> rows;
   append_rows(rows, conv2d_kernels(), capability);
   append_rows(rows, pool2d_kernels(), capability);
+  append_rows(rows, sized_pool2d_kernels(), capability);
   return rows;
 }
 
 std::string force_kernel(const std::string& name) {
-  const Conv2dKernel* conv2d = find_row(conv2d_kernels(), name);
-  const Pool2dKernel* pool2d = find_row(pool2d_kernels(), name);
-  if (conv2d == nullptr && pool2d == nullptr) throw std::invalid_argument("name: no kernel is called \"" + name + "\"");
-  const int capability = capability_or_none();
-  if (!(conv2d != nullptr ? runs_on(*conv2d, capability) : runs_on(*pool2d, capability))) {
-    throw std::invalid_argument("name: this machine has no CUDA device for kernel \"" + name + "\"");
+  std::string previous;
+  if (!force_in(conv2d_kernels(), name, previous) && !force_in(pool2d_kernels(), name, previous) &&
+      !force_in(sized_pool2d_kernels(), name, previous)) {
+    throw std::invalid_argument("name: no kernel is called \"" + name + "\"");
   }
-  return conv2d != nullptr ? exchange_forced(*conv2d, conv2d) : exchange_forced(*pool2d, pool2d);
+  return previous;
 }
 
 void restore_forced_kernel(const std::string& name, const std::string& previous) {
-  if (const Conv2dKernel* row = find_row(conv2d_kernels(), name)) exchange_forced(*row, find_row(conv2d_kernels(), previous));
-  if (const Pool2dKernel* row = find_row(pool2d_kernels(), name)) exchange_forced(*row, find_row(pool2d_kernels(), previous));
+  restore_in(conv2d_kernels(), name, previous);
+  restore_in(pool2d_kernels(), name, previous);
+  restore_in(sized_pool2d_kernels(), name, previous);
 }
 
 }  // namespace cnn_ext::cuda

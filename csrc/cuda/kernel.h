@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/shapes.h"
+#include "core/sized_pool2d.h"
 
 namespace cnn_ext::cuda {
 
@@ -43,6 +44,18 @@ struct Pool2dKernel {
   bool (*accepts)(const Pool2dShape&);
   Plan (*plan)(const Pool2dShape&);
   void (*run)(const Pool2dShape&, const Pool2dBuffers&, cudaStream_t);
+  bool needs_proof = false;
+  bool arch_specific = false;
+};
+
+struct SizedPool2dKernel {
+  const char* name;
+  int min_capability;
+  SizedPool2dOp op;
+  SizedPool2dDirection direction;
+  bool (*accepts)(const SizedPool2dShape&);
+  Plan (*plan)(const SizedPool2dShape&);
+  void (*run)(const SizedPool2dShape&, const SizedPool2dBuffers&, cudaStream_t);
   bool needs_proof = false;
   bool arch_specific = false;
 };

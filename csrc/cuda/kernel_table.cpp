@@ -46,10 +46,20 @@ namespace cnn_ext::cuda {
   ROW(avg_pool2d_forward_direct_sm80)  \
   ROW(avg_pool2d_backward_direct_sm80)
 
+#define CNN_EXT_SIZED_POOL2D_ROWS(ROW)          \
+  ROW(adaptive_max_pool2d_forward_direct_sm80)  \
+  ROW(adaptive_avg_pool2d_forward_direct_sm80)  \
+  ROW(adaptive_avg_pool2d_backward_direct_sm80) \
+  ROW(max_unpool2d_forward_direct_sm80)         \
+  ROW(max_unpool2d_scatter_direct_sm80)         \
+  ROW(max_unpool2d_gather_direct_sm80)
+
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
+#define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
 CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)
 CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)
+CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)
 
 #define CNN_EXT_ADDRESS(row) &row,
 
@@ -60,6 +70,11 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
 
 const std::vector<const Pool2dKernel*>& pool2d_kernels() {
   static const std::vector<const Pool2dKernel*> table = {CNN_EXT_POOL2D_ROWS(CNN_EXT_ADDRESS)};
+  return table;
+}
+
+const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels() {
+  static const std::vector<const SizedPool2dKernel*> table = {CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_ADDRESS)};
   return table;
 }
 

@@ -37,6 +37,9 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool exists
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0) : "memory");
 }
 
+// The smaller of what lies there and of `value`, for other threads too.
+__device__ inline void atomic_min(int* shared, int value) { atomicMin(shared, value); }
+
 // Closes the group of the copies queued since the last one.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

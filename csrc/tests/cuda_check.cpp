@@ -23,26 +23,25 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/sized_pool2d_kernel.h"
 #include "cuda/common.cuh"
 #include "cuda/kernel_table.h"
 #include "tests/cases.h"
-#include "tests/emulation/block.h"
-#include "tests/guarded.h"
+#include "tests/cuda_operands.h"
 #include "tests/roundings.h"
 
 namespace cnn_ext::cpu::naive {
 extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward_weight, conv2d_backward_bias;
 extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
+extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_forward, adaptive_avg_pool2d_backward, max_unpool2d_forward,
+    max_unpool2d_scatter, max_unpool2d_gather;
 }  // namespace cnn_ext::cpu::naive
 
 namespace {
 
 using namespace cnn_ext;
 using namespace cnn_ext::tests;
-using cuda::narrow;
 using cuda::widen;
-using emulation::Order;
 namespace naive = cnn_ext::cpu::naive;
 
 const cpu::Conv2dKernel& truth_of(const cuda::Conv2dKernel& row) {
@@ -57,56 +56,13 @@ const cpu::Pool2dKernel& truth_of(const cuda::Pool2dKernel& row) {
   return *rows[static_cast<int>(row.op)][static_cast<int>(row.direction)];
 }
 
-enum class Values { plain, absolute, not_finite };
-
-// The operands of a case, the same for all rows, orders and dtypes but for their rounding.
-struct Run {
-  Order order = Order::forward;
-  Flush flush = Flush::start;
-  Values values = Values::plain;
-};
-
-double operand(uint64_t seed, int64_t i, int64_t count, Values values) {
-  const uint64_t x = random_bits(seed, i);
-  if (values == Values::not_finite) {
-    if (static_cast<int64_t>(random_bits(seed, -1) % static_cast<uint64_t>(count)) == i) return INFINITY;
-    if (static_cast<int64_t>(random_bits(seed, -2) % static_cast<uint64_t>(count)) == i) return NAN;
-  }
-  double value = static_cast<double>(x >> 11) / 4503599627370496.0 - 1.0;
-  if (x & 1) value = std::round(value * 4) / 4;
-  return values == Values::absolute ? std::fabs(value) : value;
+const cpu::SizedPool2dKernel& truth_of(const cuda::SizedPool2dKernel& row) {
+  static const cpu::SizedPool2dKernel* const rows[][4] = {
+      {&naive::adaptive_max_pool2d_forward, nullptr, nullptr, nullptr},
+      {&naive::adaptive_avg_pool2d_forward, &naive::adaptive_avg_pool2d_backward, nullptr, nullptr},
+      {&naive::max_unpool2d_forward, nullptr, &naive::max_unpool2d_scatter, &naive::max_unpool2d_gather}};
+  return *rows[static_cast<int>(row.op)][static_cast<int>(row.direction)];
 }
-
-// Tensors of one call as T, which the kernels read, or as the doubles of the same values.
-template <class T, class Stored>
-class Operands {
- public:
-  explicit Operands(const Run& run) : values_(run.values), tensors_(run.flush) {}
-
-  Stored* values(int64_t count, uint64_t seed) {
-    Stored* data = static_cast<Stored*>(bytes(count * static_cast<int64_t>(sizeof(Stored))));
-    for (int64_t i = 0; i < count; ++i) {
-      const T rounded = narrow<T>(static_cast<cuda::Accumulate<T>>(operand(seed, i, count, values_)));
-      if constexpr (std::is_same_v<T, Stored>) {
-        data[i] = rounded;
-      } else {
-        data[i] = static_cast<Stored>(widen(rounded));
-      }
-    }
-    return data;
-  }
-  void* bytes(int64_t count, const void* source = nullptr) { return tensors_.bytes(count, source); }
-
- private:
-  Values values_;
-  Tensors tensors_;
-};
-
-template <class Stored>
-struct Result {
-  std::vector<Stored> values;
-  std::vector<uint8_t> offsets;  // raw bytes
-};
 
 void call(const cpu::Conv2dKernel& row, Conv2dShape s, const Conv2dBuffers& b, void* workspace) {
   s.dtype = DType::float64;
@@ -120,6 +76,11 @@ void call(const cpu::Pool2dKernel& row, Pool2dShape s, const Pool2dBuffers& b) {
   row.run(s, b, nullptr, 1);
 }
 void call(const cuda::Pool2dKernel& row, const Pool2dShape& s, const Pool2dBuffers& b) { row.run(s, b, nullptr); }
+void call(const cpu::SizedPool2dKernel& row, SizedPool2dShape s, const SizedPool2dBuffers& b) {
+  s.dtype = DType::float64;
+  row.run(s, b, nullptr, 1);
+}
+void call(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s, const SizedPool2dBuffers& b) { row.run(s, b, nullptr); }
 
 // Bytes of the workspace; the naive rows need none.
 size_t workspace_bytes(const cpu::Conv2dKernel&, const Conv2dShape&) { return 0; }
@@ -167,7 +128,24 @@ Result<Stored> run_row(const Kernel& row, const Pool2dShape& s, const Run& run, 
   return {std::vector<Stored>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
 }
 
-// The offsets that a direction reads.
+template <class T, class Stored, class Kernel>
+Result<Stored> run_row(const Kernel& row, const SizedPool2dShape& s, const Run& run, const std::vector<uint8_t>& indices) {
+  emulation::set_order(run.order);
+  Operands<T, Stored> operands(run);
+  const bool unpools = row.op == SizedPool2dOp::max_unpool;
+  const bool writes_small = row.direction == SizedPool2dDirection::gather || (!unpools && row.direction == SizedPool2dDirection::forward);
+  const int64_t large = s.batch * s.channels * s.in_h * s.in_w, small = s.batch * s.channels * s.out_h * s.out_w;
+  const int64_t index_bytes = row.op == SizedPool2dOp::adaptive_avg ? 0 : small * static_cast<int64_t>(sizeof(int64_t));
+  Stored* source = operands.values(writes_small ? large : small, writes_small ? 1 : 4);
+  const int64_t count = writes_small ? small : large;
+  Stored* result = static_cast<Stored*>(operands.bytes(count * static_cast<int64_t>(sizeof(Stored))));
+  void* places = operands.bytes(index_bytes, unpools ? indices.data() : nullptr);
+  call(row, s, {writes_small ? source : result, writes_small ? result : source, static_cast<int64_t*>(places)});
+  const uint8_t* written = static_cast<const uint8_t*>(places);
+  return {std::vector<Stored>(result, result + count), std::vector<uint8_t>(written, written + index_bytes)};
+}
+
+// The offsets or indices that a direction reads.
 template <class T>
 std::vector<uint8_t> offsets_for(const cuda::Conv2dKernel&, const Conv2dShape&) {
   return {};
@@ -179,14 +157,27 @@ std::vector<uint8_t> offsets_for(const cuda::Pool2dKernel& row, const Pool2dShap
   return run_row<T, double>(naive::max_pool2d_forward, s, Run{}, {}).offsets;
 }
 
+// Not all of them different, so that several elements meet.
+template <class T>
+std::vector<uint8_t> offsets_for(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s) {
+  if (row.op != SizedPool2dOp::max_unpool) return {};
+  std::vector<int64_t> indices(static_cast<size_t>(s.batch * s.channels * s.out_h * s.out_w));
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int64_t>(i) * 7919 % (s.in_h * s.in_w) / 2;
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(indices.data());
+  return {bytes, bytes + indices.size() * sizeof(int64_t)};
+}
+
 int64_t roundings_of(const cuda::Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
 int64_t roundings_of(const cuda::Pool2dKernel& row, const Pool2dShape& s) { return roundings(row.op, row.direction, s); }
+
+int64_t roundings_of(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s) { return roundings(row.op, row.direction, s); }
 
 // The results of each image, where they do not depend on the others: 0 if they do.
 int64_t images(const cuda::Conv2dKernel& row, const Conv2dShape& s) {
   return row.direction == Conv2dDirection::forward || row.direction == Conv2dDirection::backward_input ? s.batch : 0;
 }
 int64_t images(const cuda::Pool2dKernel&, const Pool2dShape& s) { return s.batch; }
+int64_t images(const cuda::SizedPool2dKernel&, const SizedPool2dShape& s) { return s.batch; }
 
 // What the errors of a sum's terms follow.
 struct Arithmetic {
@@ -311,8 +302,10 @@ void check_dtype(DType dtype, const std::string& dtype_name, const Options& opti
   size_t variant = 3 * static_cast<size_t>(dtype);
   for (const auto& [layout, layout_name] : layouts) {
     for (const Case& c : sample(options.pool2d_file, variant++, options.every)) {
-      check_rows<T>(cuda::pool2d_kernels(), "case " + c.name + ", " + dtype_name + " " + layout_name, pool2d_shape(c, dtype, layout),
-                    options);
+      const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name;
+      const Pool2dShape shape = pool2d_shape(c, dtype, layout);
+      check_rows<T>(cuda::pool2d_kernels(), what, shape, options);
+      check_rows<T>(cuda::sized_pool2d_kernels(), "sizes of " + what, sized_pool2d_shape(shape), options);
     }
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
       for (const Case& c : sample(options.conv2d_file, variant++, options.every)) {
@@ -326,7 +319,8 @@ void check_dtype(DType dtype, const std::string& dtype_name, const Options& opti
 bool has_row(const std::string& name) {
   const auto is_named = [&](const auto* row) { return name == row->name; };
   return std::any_of(cuda::conv2d_kernels().begin(), cuda::conv2d_kernels().end(), is_named) ||
-         std::any_of(cuda::pool2d_kernels().begin(), cuda::pool2d_kernels().end(), is_named);
+         std::any_of(cuda::pool2d_kernels().begin(), cuda::pool2d_kernels().end(), is_named) ||
+         std::any_of(cuda::sized_pool2d_kernels().begin(), cuda::sized_pool2d_kernels().end(), is_named);
 }
 
 Options parse(int argc, char** argv) {

@@ -340,7 +340,7 @@ def run_sized_pool2d(
     shape = case.shape(input.dtype, layout)
 
     def result(size: tuple[int, ...], dtype: torch.dtype = input.dtype) -> torch.Tensor:
-        return empty(size, dtype, layout, shift)
+        return empty(size, dtype, layout, shift, row.device)
 
     if row.op == "max_unpool2d":
         reads_large = row.direction == "gather"
@@ -354,8 +354,8 @@ def run_sized_pool2d(
             out = (*out, *([result(case.small_size, torch.int64)] if with_indices else []))
     absent = [None] if row.op == "adaptive_max_pool2d" and not with_indices else []
     with forced(row):
-        kernel(shape, *(dense(operand, layout, shift) for operand in operands), *out, *absent)
-    return out
+        kernel(shape, *(dense(operand, layout, shift, row.device) for operand in operands), *out, *absent)
+    return tuple(t.cpu() for t in out)
 
 
 def run(row: Row, case, layouts, **operands) -> tuple[torch.Tensor, ...]:

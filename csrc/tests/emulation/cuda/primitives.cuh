@@ -24,6 +24,12 @@ void cp_async(void* shared, const void* global, bool exists) {
   emulation::queue_copy(shared, global, kBytes, exists);
 }
 inline void cp_async_16(void* shared, const void* global, bool exists) { cp_async<16>(shared, global, exists); }
+inline void atomic_min(int* shared, int value) {
+  int held = __atomic_load_n(shared, __ATOMIC_RELAXED);
+  while (value < held && !__atomic_compare_exchange_n(shared, &held, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
 inline void cp_async_commit() { emulation::close_copy_group(); }
 template <int kGroups>
 void cp_async_wait() {
