@@ -115,7 +115,12 @@ def _install_block(results: Path, root: Path) -> str:
 
 
 def _pictures(path: Path, root: Path) -> list[str]:
-    found = sorted(path.parent.glob(f"{path.stem}_*.png"))
+    others = [other.stem for other in path.parent.glob(f"{path.stem}_*.json")]  # whose names begin alike
+    found = [
+        picture
+        for picture in sorted(path.parent.glob(f"{path.stem}_*.png"))
+        if not any(picture.stem.startswith(f"{other}_") for other in others)
+    ]
     return [f"![{picture.stem.replace('_', ' ')}]({_link(picture, root)})" for picture in found]
 
 
