@@ -110,7 +110,7 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
 
 
 def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
-    """``_run`` with what CUDA kernels want: aligned tensors, and memory from torch's allocator. CPU kernels bring their own."""
+    """``_run`` with what CUDA kernels want: aligned tensors, memory from torch. CPU kernels bring their own."""
     device = tensors[0].device
     if device.type == "cpu":
         _run(kernel, shape, *tensors)
