@@ -165,11 +165,7 @@ class WgmmaGatherGemm {
       add_up_again(p_, phase_, place_, own);
       __syncthreads();
     }
-    if (by_rows) {
-      store_pixels(own);
-    } else {
-      store_channels(own);
-    }
+    store(own, by_rows);
     if (p_.parts > 1) cluster_barrier();  // the others read this block's shared memory
   }
 
@@ -277,45 +273,25 @@ class WgmmaGatherGemm {
 
   __device__ float bias(int col) const { return p_.bias == nullptr ? 0 : widen(p_.bias[place_.group * p_.cols + col]); }
 
-  // nhwc: neighbouring threads take neighbouring channels.
-  __device__ void store_pixels(const SumLines& own) const {
-    const int width = p_.result_chunk, units = kCols / width;
+  // Neighbouring threads take neighbours in memory: channels in nhwc, pixels in nchw.
+  __device__ void store(const SumLines& own, bool by_rows) const {
+    const int width = p_.result_chunk, units = own.length / width;
 #pragma unroll 1
     for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
-      const int line = own.first + index / units, at = index % units * width, col = place_.first_col + at;
-      T* pixel = target(place_.first_row + line);
+      const int line = own.first + index / units, at = index % units * width;
+      const int col = place_.first_col + (by_rows ? at : line);
+      T* pixel = target(place_.first_row + (by_rows ? line : at));
       if (pixel == nullptr || col >= p_.cols) continue;
-      const float* sums = own.sums + line * own.pitch + at;
-      if (width == 1) {
-        pixel[col] = narrow<T>(*sums + bias(col));
-      } else {
-        float values[kChunk<T>];
-#pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + bias(col + i);
-        store_chunk(pixel + col, kChunk<T>, true, values);
-      }
-    }
-  }
-
-  // nchw: neighbouring threads take neighbouring pixels.
-  __device__ void store_channels(const SumLines& own) const {
-    const int width = p_.result_chunk, units = kGatherRows / width;
-#pragma unroll 1
-    for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
-      const int line = own.first + index / units, at = index % units * width, col = place_.first_col + line;
-      T* pixel = target(place_.first_row + at);
-      if (pixel == nullptr || col >= p_.cols) continue;
-      const float* sums = own.sums + line * own.pitch + at;
-      const float shift = bias(col);
       pixel += col * p_.result_strides.c;
+      const float* sums = own.sums + line * own.pitch + at;
       if (width == 1) {
-        *pixel = narrow<T>(*sums + shift);
-      } else {
-        float values[kChunk<T>];
-#pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + shift;
-        store_chunk(pixel, kChunk<T>, true, values);
+        *pixel = narrow<T>(*sums + bias(col));
+        continue;
       }
+      float values[kChunk<T>];
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + bias(by_rows ? col + i : col);
+      store_chunk(pixel, kChunk<T>, true, values);
     }
   }
 
