@@ -1,7 +1,9 @@
-"""The CNNs of torchvision and timm, converted: do logits and parameter gradients equal the original's?
+"""Every classification and segmentation model of torchvision, and timm's CNN families, converted: do logits and
+parameter gradients equal the original's?
 
-Random weights, evaluation mode (batch statistics and dropout would hide what the layers do), float64, where rounding
-is far below what a wrong value would show (float32 for the largest, for the memory). A result may be off by
+Random weights (of a head that starts as zeros too), evaluation mode (batch statistics and dropout would hide what the
+layers do), float64, where rounding is far below what a wrong value would show (float32 for the largest, for the
+memory). A result may be off by
 
     eps * 2 * layers * sqrt(terms)    relative to the largest of the logits, or of all gradients,
 
@@ -90,8 +92,7 @@ def _architectures(only: Callable[[str], object]) -> Iterator[tuple[str, str, Ca
     if torchvision is not None:
         for module in (torchvision.models, torchvision.models.segmentation):
             for name in filter(only, torchvision.models.list_models(module=module)):
-                if _is_cnn(name):
-                    yield "torchvision", name, _torchvision_builder(torchvision, name), _size(name)
+                yield "torchvision", name, _torchvision_builder(torchvision, name), _size(name)
     timm = _imported("timm")
     if timm is not None:
         for name in filter(only, TIMM):
@@ -106,13 +107,9 @@ def _imported(library: str):
         return None
 
 
-def _is_cnn(name: str) -> bool:
-    return not name.startswith(("vit_", "swin_", "maxvit"))
-
-
 def _size(name: str) -> int:
     """Small, but for those that need more for their last feature map."""
-    if name.startswith(("botnet", "focalnet")):
+    if name.startswith(("botnet", "focalnet", "maxvit", "vit_")):
         return 256 if name.startswith("botnet") else 224
     return 128 if "inception" in name or "nception" in name or name in ("alexnet", "legacy_xception") else 64
 
@@ -130,7 +127,7 @@ def _torchvision_builder(torchvision, name: str) -> Callable[[], nn.Module]:
 def _compare(library: str, name: str, build: Callable[[], nn.Module], size: int) -> Row:
     started = time.perf_counter()
     torch.manual_seed(1)
-    model = build().eval()
+    model = _without_zeros(build().eval())
     dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= MOST_DOUBLES else torch.float32
     model = model.to(dtype)
     images = torch.randn(BATCH, 3, size, size, dtype=torch.float64).to(dtype)
@@ -154,6 +151,14 @@ def _compare(library: str, name: str, build: Callable[[], nn.Module], size: int)
     )
     gc.collect()
     return row
+
+
+def _without_zeros(model: nn.Module) -> nn.Module:
+    """With random values in weights that start as zeros, as a vision transformer's head: they would hide the rest."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def _run(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

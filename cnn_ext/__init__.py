@@ -31,6 +31,7 @@ from cnn_ext.nn import (
     MaxUnpool2d,
     conversion_report,
     convert,
+    pack,
     revert,
 )
 from cnn_ext.override import override
@@ -69,6 +70,7 @@ __all__ = [
     "kernels",
     "output_size",
     "override",
+    "pack",
     "revert",
     "tune_malloc",
 ]

@@ -178,18 +178,22 @@ def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, group
         check_tensor(op, "bias", bias)
     if input.dim() not in (axes + 1, axes + 2) or weight.dim() != axes + 2:
         check_conv_ranks(op, input, weight, axes)
+    are_ints = type(stride) is type(padding) is type(dilation) is type(groups) is int
+    if are_ints and 0 <= stride | padding | dilation | groups <= INT64_MAX:  # each of them
+        return (stride,) * axes, (padding,) * (2 * axes), (dilation,) * axes, groups
     stride = conv_ints(op, "stride", stride, axes)
     dilation = conv_ints(op, "dilation", dilation, axes)
-    if type(padding) is int:
-        padding = (integer(op, "padding", padding),) * (2 * axes)
-    else:
-        as_ints = _CONV_INTS[axes]
-        padding = resolve_padding(
-            op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_ints=as_ints
-        )
+    as_ints = _CONV_INTS[axes]
+    padding = resolve_padding(
+        op, padding, input.shape, weight.shape, stride, dilation, words=CONV_WORDS, as_ints=as_ints
+    )
+    _check_not_negative(padding)
+    return stride, padding, dilation, integer(op, "groups", groups)
+
+
+def _check_not_negative(padding) -> None:
     if min(padding) < 0:
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
-    return stride, padding, dilation, integer(op, "groups", groups)
 
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -226,8 +230,7 @@ def _transposed_sides(op: str, padding, kernel_size, stride, dilation) -> tuple[
         return tuple(sides)
     as_ints = functools.partial(conv_ints, axes=axes)
     sides = resolve_padding(op, padding, (), kernel_size, stride, dilation, words=TRANSPOSED_WORDS, as_ints=as_ints)
-    if min(sides) < 0:
-        raise RuntimeError(f"negative padding is not supported, but got padding={list(sides)}")
+    _check_not_negative(sides)
     return sides
 
 

@@ -61,6 +61,7 @@ def cuda() -> ModuleType:
     return _load("_cuda")
 
 
+PackedWeight = cpu.PackedWeight
 Conv2dShape = cpu.Conv2dShape
 Conv2dReluPoolShape = cpu.Conv2dReluPoolShape
 Pool2dShape = cpu.Pool2dShape
@@ -95,6 +96,12 @@ def on_device(shape, device: torch.device):
     return shape if device.type == "cpu" else shape.with_tf32(_tf32_allowed())
 
 
+def _run_packed(kernel: str, shape, *tensors: torch.Tensor | None, packed: PackedWeight) -> None:
+    """Runs a CPU kernel on a weight that is kept packed."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    getattr(cpu, kernel)(shape, *addresses, packed, torch.get_num_threads())
+
+
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
     """Runs ``kernel`` of the module for the tensors' device, the first of which is always there.
 
@@ -123,7 +130,15 @@ def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | Non
 
 
 def conv2d_forward(shape, input, weight, bias, output):
-    _run_conv2d("conv2d_forward", "forward", shape, input, weight, bias, output)
+    if input.is_cpu:  # as below, sooner
+        bias = 0 if bias is None else bias.data_ptr()
+        addresses = input.data_ptr(), weight.data_ptr(), bias, output.data_ptr()
+        return cpu.conv2d_forward(shape, *addresses, torch.get_num_threads())
+    return _run_conv2d("conv2d_forward", "forward", shape, input, weight, bias, output)
+
+
+def conv2d_forward_packed(shape, input, weight, bias, output, packed):
+    _run_packed("conv2d_forward_packed", shape, input, weight, bias, output, packed=packed)
 
 
 def conv2d_backward_input(shape, grad_output, weight, grad_input):
@@ -145,6 +160,10 @@ def conv2d_backward_bias(shape, grad_output, grad_bias):
 
 def conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets):
     _run("conv2d_relu_max_pool2d_forward", shape, input, weight, bias, output, offsets)
+
+
+def conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, packed):
+    _run_packed("conv2d_relu_max_pool2d_forward_packed", shape, input, weight, bias, output, packed=packed)
 
 
 def conv2d_relu_max_pool2d_backward_input(shape, grad_output, mask, weight, grad_input):

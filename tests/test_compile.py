@@ -76,3 +76,39 @@ def test_export():
     exported = torch.export.export(model, (images,))
     assert torch.equal(exported.module()(images), model(images))
     assert "cnn_ext.conv2d_forward" in str(exported.graph)
+
+
+C = cnn_ext.functional
+DYNAMIC = {
+    "conv1d": lambda x, w: C.conv1d(x[:, :, 0], w[:, :, 0], padding="same"),
+    "conv_transpose2d": lambda x, w: C.conv_transpose2d(x, w, stride=2, output_padding=1),
+    "conv_transpose1d": lambda x, w: C.conv_transpose1d(x[:, :, 0], w[:, :, 0], stride=2),
+    "max_pool1d": lambda x, w: C.max_pool1d(x[:, :, 0], 2),
+    "avg_pool1d": lambda x, w: C.avg_pool1d(x[:, :, 0], 2),
+    "adaptive_avg_pool2d": lambda x, w: C.adaptive_avg_pool2d(x, (3, 2)),
+    "adaptive_max_pool2d": lambda x, w: C.adaptive_max_pool2d(x, (3, 2)),
+    "max_unpool2d": lambda x, w: C.max_unpool2d(*C.max_pool2d(x, 2, return_indices=True), 2),
+    "conv2d_relu_max_pool2d": lambda x, w: C.conv2d_relu_max_pool2d(x, w),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_one_graph_for_every_batch(name):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    function = DYNAMIC[name]
+    compiled = torch.compile(function, fullgraph=True, backend=count, dynamic=True)
+    weight = torch.randn(4, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    for batch in (2, 3, 5):
+        input = torch.randn(batch, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        outputs = [call(input, weight) for call in (compiled, function)]
+        assert torch.equal(*outputs)
+        gradients = [torch.autograd.grad(o.square().sum(), (input, weight), allow_unused=True) for o in outputs]
+        for got, wanted in zip(*gradients, strict=True):
+            assert got is wanted is None or torch.equal(got, wanted)
+    assert len(graphs) == 1

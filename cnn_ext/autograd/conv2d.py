@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save
-from cnn_ext.ops.shapes import is_channels_last, spec
+from cnn_ext.ops.shapes import conv2d_output_size, is_channels_last, spec
 
 
 class _Forward(Function):
@@ -28,10 +28,9 @@ class _Forward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, _, ctx.geometry = inputs
-        input_needs, weight_needs, *_ = ctx.needs_input_grad
-        save(ctx, (input, weight), (weight_needs, input_needs))
+        input_needs, weight_needs, _, _ = ctx.needs_input_grad
+        save(ctx, (input, weight), (input if weight_needs else None, weight if input_needs else None))
         ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
-        ctx.output_size = output.shape
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
@@ -52,7 +51,7 @@ class _Forward(Function):
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, _):
         input, weight = ctx.saved_tensors
         tangent = conv2d_tangent(input, weight, input_tangent, weight_tangent, ctx.geometry)
-        return plus_bias(tangent, bias_tangent, ctx.output_size)
+        return plus_bias(tangent, bias_tangent, conv2d_output_size(input.shape, weight.shape, *ctx.geometry[:4]))
 
 
 class _BackwardInput(Function):
@@ -66,7 +65,7 @@ class _BackwardInput(Function):
     def setup_context(ctx, inputs, grad_input):
         grad_output, weight, _, ctx.geometry = inputs
         grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
-        save(ctx, (grad_output, weight), (weight_needs, grad_output_needs))
+        save(ctx, (grad_output, weight), (grad_output if weight_needs else None, weight if grad_output_needs else None))
         ctx.input_size, ctx.weight = grad_input.shape, spec(weight) if weight_needs else None
         ctx.channels_last = not grad_input.is_contiguous()
 
@@ -102,7 +101,7 @@ class _BackwardWeight(Function):
     def setup_context(ctx, inputs, output):
         grad_output, input, ctx.geometry, ctx.weight = inputs
         grad_output_needs, input_needs, *_ = ctx.needs_input_grad
-        save(ctx, (grad_output, input), (input_needs, grad_output_needs))
+        save(ctx, (grad_output, input), (grad_output if input_needs else None, input if grad_output_needs else None))
         ctx.input_size = input.shape
 
     @staticmethod
@@ -162,7 +161,11 @@ def plus_bias(output, bias, output_size):
     return bias.expand(output_size) if output is None else output + bias
 
 
-conv2d = differentiable(_Forward)
+def _compute(input, weight, bias, geometry, **hints):
+    return ops.conv2d_forward(input, weight, bias, *geometry, **hints)
+
+
+conv2d = differentiable(_Forward, _compute)
 conv2d_backward_input = differentiable(_BackwardInput)
 conv2d_backward_weight = differentiable(_BackwardWeight)
 conv2d_backward_bias = differentiable(_BackwardBias)

@@ -27,9 +27,7 @@ class _Forward(Function):
 
     @staticmethod
     def forward(input, weight, bias, geometry, pool, with_offsets):
-        return ops.conv2d_relu_max_pool2d_forward(
-            input, weight, bias, *geometry[:4], *pool, with_offsets, *geometry[4:]
-        )
+        return _compute(input, weight, bias, geometry, pool, with_offsets)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -38,7 +36,7 @@ class _Forward(Function):
         ctx.mark_non_differentiable(offsets)
         input_needs, weight_needs, *_ = ctx.needs_input_grad
         mask = offsets if has_pooling(ctx.pool) else values
-        save(ctx, (input, weight, mask), (weight_needs, input_needs, True))
+        save(ctx, (input, weight, mask), (input if weight_needs else None, weight if input_needs else None, mask))
         ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
         ctx.channels_last = not values.is_contiguous()
 
@@ -78,7 +76,11 @@ class _BackwardInput(Function):
     def setup_context(ctx, inputs, output):
         grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool = inputs
         grad_output_needs, _, weight_needs, *_ = ctx.needs_input_grad
-        save(ctx, (grad_output, mask, weight), (weight_needs, True, grad_output_needs))
+        save(
+            ctx,
+            (grad_output, mask, weight),
+            (grad_output if weight_needs else None, mask, weight if grad_output_needs else None),
+        )
         ctx.weight = spec(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
@@ -117,7 +119,11 @@ class _BackwardWeight(Function):
     def setup_context(ctx, inputs, output):
         grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight = inputs
         grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
-        save(ctx, (grad_output, mask, input), (input_needs, True, grad_output_needs))
+        save(
+            ctx,
+            (grad_output, mask, input),
+            (grad_output if input_needs else None, mask, input if grad_output_needs else None),
+        )
         ctx.input_size = input.shape
 
     @staticmethod
@@ -151,7 +157,7 @@ class _BackwardBias(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, mask, ctx.pool = inputs
-        save(ctx, (mask,), (True,))
+        save(ctx, (mask,), (mask,))
 
     @staticmethod
     def backward(ctx, grad):
@@ -164,7 +170,13 @@ class _BackwardBias(Function):
         return _backward_bias(tangent, mask, ctx.pool)
 
 
-_forward = differentiable(_Forward)
+def _compute(input, weight, bias, geometry, pool, with_offsets, **hints):
+    return ops.conv2d_relu_max_pool2d_forward(
+        input, weight, bias, *geometry[:4], *pool, with_offsets, *geometry[4:], **hints
+    )
+
+
+_forward = differentiable(_Forward, _compute)
 _backward_input = differentiable(_BackwardInput)
 _backward_weight = differentiable(_BackwardWeight)
 _backward_bias = differentiable(_BackwardBias)
@@ -184,6 +196,6 @@ def _pick(conv: torch.Tensor, mask: torch.Tensor, pool) -> torch.Tensor:
     return conv.masked_fill(stopped, 0.0)
 
 
-def conv2d_relu_max_pool2d(input: torch.Tensor, weight: torch.Tensor, bias, geometry, pool) -> torch.Tensor:
+def conv2d_relu_max_pool2d(input: torch.Tensor, weight: torch.Tensor, bias, geometry, pool, **hints) -> torch.Tensor:
     """The fused operator. ``geometry`` is that of autograd.conv2d, ``pool`` is (pool_size, pool_stride)."""
-    return _forward(input, weight, bias, geometry, pool, needs_backward(input, weight, bias))[0]
+    return _forward(input, weight, bias, geometry, pool, needs_backward(input, weight, bias), **hints)[0]

@@ -24,7 +24,7 @@ class _Forward(Function):
     def setup_context(ctx, inputs, output):
         input, weight, _, _, ctx.geometry = inputs
         input_needs, weight_needs, *_ = ctx.needs_input_grad
-        save(ctx, (input, weight), (weight_needs, input_needs))
+        save(ctx, (input, weight), (input if weight_needs else None, weight if input_needs else None))
         ctx.output_size, ctx.weight = output.shape, spec(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 

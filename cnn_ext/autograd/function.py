@@ -108,17 +108,16 @@ def _as_traced(arg):
 
 
 def save(ctx, tensors: tuple, needed: tuple) -> None:
-    """Keeps, of ``tensors``, those that backward needs; ``jvp``, which torch calls at once if at all, finds them all.
+    """Keeps what backward needs of ``tensors``, None in place of others; ``jvp``, which torch calls at once if at all,
+    finds them all.
 
     Gradients and tangents that do not exist are to come as None.
     """
     ctx.set_materialize_grads(False)
-    kept = [tensor if need else None for tensor, need in zip(tensors, needed, strict=True)]
-    if torch.compiler.is_compiling():
-        ctx.save_for_backward(*kept)
-        return
-    ctx.save_for_backward(*(tensors if getattr(ctx, "keeps_all", False) else kept))
-    ctx.save_for_forward(*tensors)
+    keeps_all = getattr(ctx, "keeps_all", False)
+    ctx.save_for_backward(*(tensors if keeps_all else needed))
+    if (keeps_all or forward_ad._current_level >= 0) and not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
 
 
 def bilinear_tangent(function: Callable, operands: tuple, tangents: tuple) -> torch.Tensor | None:
@@ -133,13 +132,18 @@ def bilinear_tangent(function: Callable, operands: tuple, tangents: tuple) -> to
 def needs_backward(*arguments) -> bool:
     """Whether a derivative may be asked for; under torch.func, in forward mode and while torch.jit traces, the tensors
     at hand do not tell."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return True
-    if torch.is_grad_enabled():
+    return _asks_for_derivative(arguments)
+
+
+def _asks_for_derivative(arguments, is_grad_enabled=torch.is_grad_enabled, tensor=torch.Tensor) -> bool:
+    """The same in plain eager mode. This runs before every call."""
+    if is_grad_enabled():
         for argument in arguments:
-            if isinstance(argument, torch.Tensor) and argument.requires_grad:
+            if isinstance(argument, tensor) and argument.requires_grad:
                 return True
-    return False
+    return forward_ad._current_level >= 0
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -156,22 +160,26 @@ def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return grad if is_channels_last(spec(grad)) else grad.clone(memory_format=torch.channels_last)
 
 
-def differentiable(function: type[Function]) -> Callable:
+def differentiable(function: type[Function], compute: Callable | None = None) -> Callable:
     """The callable of a Function written with ``setup_context``: each caller of it gets the variant it needs, and one
-    that asks for no derivative none, which is the fastest."""
+    that asks for no derivative none, which is the fastest: it calls ``compute``, if given with hints, which change no
+    result, else ``function.forward``."""
     eager, traced, transformed = (make(function) for make in (_eager_variant, _traced_variant, _transformed_variant))
-    compute = function.forward
+    compute = compute or function.forward
     apply_eagerly = super(Function, eager).apply  # without what torch's own apply does for torch.func
 
-    def apply(*args):
-        if torch.compiler.is_compiling():
+    compiling, transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+    tracing = torch._C._get_tracing_state
+
+    def apply(*args, **hints):
+        if compiling():
             return traced.apply(*_distinct(args))
-        if torch._C._are_functorch_transforms_active():
+        if transforming():
             return transformed.apply(*(_Leaf(arg) if isinstance(arg, tuple) else arg for arg in args))
-        if torch._C._get_tracing_state():
-            args = tuple(map(_as_traced, args))
+        if tracing():
+            return apply_eagerly(*map(_as_traced, args))
         try:
-            return apply_eagerly(*args) if needs_backward(*args) else compute(*args)
+            return apply_eagerly(*args) if _asks_for_derivative(args) else compute(*args, **hints)
         except RuntimeError:
             living = unwrap_dead_wrappers(args)  # of tensors that outlived their transform
             if all(map(operator.is_, args, living)):

@@ -25,7 +25,7 @@ class _MaxForward(Function):
         input, ctx.window, _ = inputs
         _, offsets = output
         ctx.mark_non_differentiable(offsets)
-        save(ctx, (offsets,), (True,))
+        save(ctx, (offsets,), (offsets,))
         ctx.input_size = input.shape
         ctx.channels_last = is_channels_last(spec(input))
 
@@ -51,7 +51,7 @@ class _MaxBackward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, offsets, ctx.input_size, ctx.window = inputs
-        save(ctx, (offsets,), (True,))
+        save(ctx, (offsets,), (offsets,))
 
     @staticmethod
     def backward(ctx, grad):
@@ -74,7 +74,7 @@ class _MaxGather(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, offsets, ctx.window = inputs
-        save(ctx, (offsets,), (True,))
+        save(ctx, (offsets,), (offsets,))
         ctx.input_size = input.shape
 
     @staticmethod

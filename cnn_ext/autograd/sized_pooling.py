@@ -70,7 +70,7 @@ class _MaxForward(Function):
     def setup_context(ctx, inputs, output):
         _, indices = output
         ctx.mark_non_differentiable(indices)
-        save(ctx, (indices,), (True,))
+        save(ctx, (indices,), (indices,))
         ctx.plane = tuple(inputs[0].shape[2:])
         ctx.channels_last = is_channels_last(spec(inputs[0]))
 
@@ -95,7 +95,7 @@ class _Scatter(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, indices, ctx.plane = inputs
-        save(ctx, (indices,), (True,))
+        save(ctx, (indices,), (indices,))
 
     @staticmethod
     def backward(ctx, grad):
@@ -118,7 +118,7 @@ class _Gather(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, indices = inputs
-        save(ctx, (indices,), (True,))
+        save(ctx, (indices,), (indices,))
         ctx.plane = tuple(input.shape[2:])
         ctx.channels_last = not output.is_contiguous()
 
@@ -143,7 +143,7 @@ class _Unpool(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, indices, ctx.plane = inputs
-        save(ctx, (indices,), (True,))
+        save(ctx, (indices,), (indices,))
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod

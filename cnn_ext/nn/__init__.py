@@ -12,6 +12,7 @@ from cnn_ext.nn.conv import (
 )
 from cnn_ext.nn.convert import conversion_report, convert, revert
 from cnn_ext.nn.fused import ConvReLUPool2d
+from cnn_ext.nn.packing import pack
 from cnn_ext.nn.pooling import (
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
@@ -41,5 +42,6 @@ __all__ = [
     "MaxUnpool2d",
     "conversion_report",
     "convert",
+    "pack",
     "revert",
 ]

@@ -12,6 +12,8 @@ _EXTENDED_WORDS = tuple(word for word in CONV_WORDS if word not in ("valid", "sa
 class _Conv(Unscriptable):
     """What the layers over one axis and two share; stands before torch's class among their bases."""
 
+    packing = None  # or a Packing, of a layer that keeps its packed weight
+
     def __init__(
         self,
         in_channels,
@@ -47,7 +49,18 @@ class _Conv(Unscriptable):
 
     def _conv_forward(self, input, weight, bias):
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return self._compute(*arguments, padding_mode=self.padding_mode)
+        if self.packing is None or not self._may_keep(input):
+            return self._compute(*arguments, padding_mode=self.padding_mode)
+        return self._compute(*arguments, padding_mode=self.padding_mode, packing=self.packing)
+
+    def _may_keep(self, input) -> bool:
+        """Whether this call is one that packed weights are kept for; a call in training mode drops them."""
+        if torch.compiler.is_compiling():
+            return False
+        if self.training:
+            self.packing.clear()
+        is_plain = type(input) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+        return is_plain and not self.training and not torch.is_grad_enabled()
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

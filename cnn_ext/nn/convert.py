@@ -15,6 +15,7 @@ from cnn_ext.nn.conv import Conv1d, Conv2d
 from cnn_ext.nn.derived import Overridden, overridden
 from cnn_ext.nn.fuse import FUSED, FusedConv2d, find_chains, unfuse
 from cnn_ext.nn.fused import ConvReLUPool2d
+from cnn_ext.nn.packing import unpack
 from cnn_ext.nn.swap import computes_itself, swap, torchs_class, unswapped_class
 
 _POOL_KINDS = ("MaxPool", "AvgPool", "LPPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "MaxUnpool")
@@ -119,6 +120,7 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
     for name, module in model.named_modules():
         _check_revertible(name, module)
     for module in model.modules():
+        unpack(module)
         if isinstance(module, Overridden):
             module.__class__ = module.original
         if type(module) in FUSED:

@@ -30,15 +30,16 @@ class FusedConv2d(ConvReLUPool2d):
     norms: tuple[torch.nn.BatchNorm2d, ...] = ()  # at most one; in a tuple it is not registered here a second time
     has_relu = True
 
-    def _compute(self, input, weight, bias, *geometry, padding_mode):
+    def _compute(self, input, weight, bias, *geometry, packing=None, padding_mode):
+        keywords = {"padding_mode": padding_mode, "packing": packing}
         for norm in self.norms:
             if norm.training or norm.running_mean is None:
-                output = functional.conv2d(input, weight, bias, *geometry, padding_mode=padding_mode)
+                output = functional.conv2d(input, weight, bias, *geometry, **keywords)
                 return self._compute_behind(torch.nn.BatchNorm2d.forward(norm, output))
-            weight, bias = _folded(weight, bias, norm)
+            weight, bias = _folded(weight, bias, norm) if packing is None else _kept_folded(packing, weight, bias, norm)
         if self.has_relu:
-            return super()._compute(input, weight, bias, *geometry, padding_mode=padding_mode)
-        return functional.conv2d(input, weight, bias, *geometry, padding_mode=padding_mode)
+            return super()._compute(input, weight, bias, *geometry, **keywords)
+        return functional.conv2d(input, weight, bias, *geometry, **keywords)
 
     def _compute_behind(self, normalised):
         """What the chain does with the output of its normalisation, which nobody else sees."""
@@ -60,6 +61,18 @@ def _folded(weight, bias, norm: torch.nn.BatchNorm2d) -> tuple[torch.Tensor, tor
     if norm.affine:
         shift = shift + norm.bias
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _kept_folded(packing, weight, bias, norm: torch.nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without gradients, as it was the last time if nothing has changed since."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fold():
+        return _folded(weight, bias, norm)
+
+    tensors = (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return packing.folded.of(fold, tensors, (norm.eps,))
 
 
 class FusedBatchNorm2d(torch.nn.BatchNorm2d):

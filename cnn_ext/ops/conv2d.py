@@ -100,7 +100,7 @@ def geometry_key(stride, padding, dilation, groups):
 
 def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     if memory_format is torch.contiguous_format:
-        return like.new_empty(size)  # the same, sooner
+        return like.new_empty(*size)  # the same, sooner
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -123,7 +123,8 @@ def prepare_forward(
     allow_winograd: bool = False,
     padding_mode: str = "zeros",
 ):
-    """The checked call: kernel shape, output size, layouts, and whether there is anything to compute."""
+    """The checked call: kernel shape, output size, layouts, whether there is anything to compute, and whether all
+    tensors lie as the kernel reads them."""
     output_size, memory_format = _plan_forward(input, weight, bias, geometry)
     _check_padding_mode(padding_mode, input.size, geometry[1])
     has_terms = 0 not in (*output_size, input.size[1])
@@ -139,12 +140,17 @@ def prepare_forward(
         allow_winograd,
         padding_mode,
     )
-    return shape, output_size, memory_format, weight_format, has_terms
+    is_dense = shapes.is_dense(input, memory_format) and shapes.is_dense(weight, weight_format)
+    is_dense = is_dense and (bias is None or bias.stride[0] == 1)
+    return shape, output_size, memory_format, weight_format, has_terms, is_dense
 
 
-def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"):
+def _forward(
+    input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros", packing=None
+):
+    packed = None if packing is None else packing.packed_weight(weight)
     bias_spec = None if bias is None else spec(bias)
-    shape, output_size, memory_format, weight_format, has_terms = prepare_forward(
+    shape, output_size, memory_format, weight_format, has_terms, is_dense = prepare_forward(
         spec(input),
         spec(weight),
         bias_spec,
@@ -158,9 +164,14 @@ def _forward(input, weight, bias, stride, padding, dilation, groups, allow_winog
     output = empty(output_size, input, memory_format)
     if not has_terms:  # the bias is all there is
         return output.zero_() if bias is None else output.copy_(bias.view(1, -1, 1, 1))
-    input = input.contiguous(memory_format=memory_format)
-    weight = weight.contiguous(memory_format=weight_format)
-    _native.conv2d_forward(shape, input, weight, None if bias is None else bias.contiguous(), output)
+    if not is_dense:
+        input = input.contiguous(memory_format=memory_format)
+        weight = weight.contiguous(memory_format=weight_format)
+        bias = None if bias is None else bias.contiguous()
+    if packed is None:
+        _native.conv2d_forward(shape, input, weight, bias, output)
+    else:
+        _native.conv2d_forward_packed(shape, input, weight, bias, output, packed)
     return output
 
 

@@ -86,8 +86,20 @@ def prepare_forward(
 
 
 def _forward(
-    input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets, allow_winograd=False
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    pool_size,
+    pool_stride,
+    with_offsets,
+    allow_winograd=False,
+    packing=None,
 ):
+    packed = None if packing is None or with_offsets else packing.packed_weight(weight)
     pool = _pool_key(pool_size, pool_stride)
     shape, output_size, memory_format, weight_format = prepare_forward(
         spec(input),
@@ -105,7 +117,10 @@ def _forward(
         input = input.contiguous(memory_format=memory_format)
         weight = weight.contiguous(memory_format=weight_format)
         bias = None if bias is None else bias.contiguous()
-        _native.conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets)
+        if packed is None:
+            _native.conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets)
+        else:
+            _native.conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, packed)
     return output, _no_offsets(input) if offsets is None else offsets
 
 

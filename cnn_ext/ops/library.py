@@ -11,22 +11,11 @@ _LIBRARY = torch.library.Library("cnn_ext", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
-def _is_observed(
-    # Bound once: this runs before every call.
-    modes=torch._C._len_torch_dispatch_stack,
-    transformed=torch._C._are_functorch_transforms_active,
-    traced=torch._C._get_tracing_state,
-    profiled=torch.autograd._profiler_enabled,
-) -> bool:
-    """Whether a mode, a transform, a tracer or a profiler wants to see the operator."""
-    return modes() or transformed() or traced() or profiled()
-
-
 def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     """Defines an operator with one implementation for both devices and a fake one, and returns what calls it.
 
     Plain tensors that nobody observes go to the implementation directly: the dispatcher would take longer than the
-    kernel of a small problem.
+    kernel of a small problem. Hints, which the operator does not have, go there alone: they change no result.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,12 +31,19 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
             return TRANSLATIONS[name](*args)
         return operator(*args)
 
-    def call(*args):
-        if torch.compiler.is_compiling() or _is_observed():
+    # Who may want to see the operator: torch.compile, a mode, a transform, a tracer, a profiler. This runs before every
+    # call, so the functions are looked up once.
+    compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+    transformed, traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    profiled = torch.autograd._profiler_enabled
+
+    def call(*args, **hints):
+        if compiling() or modes() or transformed() or traced() or profiled():
             return dispatch(*args)
+        for arg in args[:tensors]:
+            if type(arg) not in _PLAIN:
+                return operator(*args)
         first = args[0]
-        if (first.is_cpu or first.is_cuda) and _PLAIN.issuperset(map(type, args[:tensors])):
-            return compute(*args)
-        return operator(*args)
+        return compute(*args, **hints) if first.is_cpu or first.is_cuda else operator(*args)
 
     return call

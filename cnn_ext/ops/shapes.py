@@ -108,6 +108,16 @@ def is_channels_last(tensor: TensorSpec) -> bool:
     return True
 
 
+def is_dense(tensor: TensorSpec, memory_format: torch.memory_format) -> bool:
+    """Whether a 4-D tensor lies without gaps in a format; the stride of an axis of one element says nothing."""
+    step = 1
+    for axis in (3, 2, 1, 0) if memory_format == torch.contiguous_format else (1, 3, 2, 0):
+        if tensor.size[axis] != 1 and tensor.stride[axis] != step:
+            return False
+        step *= tensor.size[axis]
+    return True
+
+
 def memory_format(*tensors: TensorSpec) -> torch.memory_format:
     """The layout of a call: channels_last as soon as one of its tensors is."""
     return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format

@@ -45,6 +45,14 @@ void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Add
   run(Conv2dDirection::forward, shape, b, threads);
 }
 
+void conv2d_forward_packed(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, cpu::PackedWeight& packed,
+                           int threads) {
+  Conv2dBuffers b{};
+  b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
+  const py::gil_scoped_release unlocked;
+  cpu::run_conv2d(Conv2dDirection::forward, shape, b, packed, threads);
+}
+
 void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, int threads) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.weight = pointer(weight), b.grad_input = pointer(grad_input);
@@ -88,6 +96,15 @@ void conv2d_relu_max_pool2d_forward(const Conv2dReluPoolShape& shape, Address in
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias);
   b.output = pointer(output), b.offsets = static_cast<uint8_t*>(pointer(offsets));
   run(Conv2dDirection::forward, shape, b, threads);
+}
+
+// Without offsets: what keeps a packed weight asks for no gradient.
+void conv2d_relu_max_pool2d_forward_packed(const Conv2dReluPoolShape& shape, Address input, Address weight, Address bias, Address output,
+                                           cpu::PackedWeight& packed, int threads) {
+  Conv2dReluPoolBuffers b{};
+  b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
+  const py::gil_scoped_release unlocked;
+  cpu::run_conv2d_relu_pool(Conv2dDirection::forward, shape, b, packed, threads);
 }
 
 void conv2d_relu_max_pool2d_backward_input(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address weight,
@@ -195,6 +212,9 @@ py::list kernels() {
 
 void bind_cpu(py::module_& m) {
   m.def("conv2d_forward", &conv2d_forward);
+  py::class_<cpu::PackedWeight>(m, "PackedWeight").def(py::init<>()).def_property_readonly("bytes", &cpu::PackedWeight::bytes);
+  m.def("conv2d_forward_packed", &conv2d_forward_packed);
+  m.def("conv2d_relu_max_pool2d_forward_packed", &conv2d_relu_max_pool2d_forward_packed);
   m.def("conv2d_backward_input", &conv2d_backward_input);
   m.def("conv_transpose2d_forward", &conv_transpose2d_forward);
   m.def("conv2d_backward_weight", &conv2d_backward_weight);

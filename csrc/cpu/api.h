@@ -7,12 +7,18 @@
 #include "core/shapes.h"
 #include "core/sized_pool2d.h"
 #include "cpu/kernel.h"
+#include "cpu/packed_weight.h"
 
 namespace cnn_ext::cpu {
 
 // Runs the first row of the table that this machine supports and that accepts the shape (or the forced row), on up to `threads` threads.
 // Throws std::invalid_argument where a forced row refuses the shape or no row accepts it.
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
+// The same with the weight as it is kept packed, packed for this call where it is not kept yet in the form that the call needs. A row that
+// packs no weight, and a weight that is not finite, keep nothing.
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, PackedWeight& weight, int threads);
+void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers,
+                          PackedWeight& weight, int threads);
 // The same by the table alone, for rows that are made of other ones.
 void run_conv2d_unforced(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads);
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, int threads);

@@ -1,7 +1,11 @@
 // Chooses the row for a call, gives it scratch and threads, and runs it.
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <type_traits>
@@ -148,6 +152,36 @@ void run(int slot, const Shape& shape, const Buffers& buffers, int threads) {
   });
 }
 
+int64_t groups_of(const Conv2dShape& s) { return s.groups; }
+int64_t groups_of(const Conv2dReluPoolShape& s) { return s.conv.groups; }
+
+// The row with which a call begins.
+template <class Kernel, class Shape>
+const Kernel* first_row(int slot, const Shape& shape) {
+  const Kernel* first = nullptr;
+  offer<Kernel>(slot, shape, [&](const Kernel& row) { return (first = &row) != nullptr; });
+  return first;
+}
+
+// With a packed weight if it is kept in the form that the call needs, else packing it; false where a run of this kind is not to be had.
+template <class Kernel, class Packing, class Shape, class Buffers>
+bool run_packed(const std::vector<const Packing*>& table, int slot, const Shape& shape, const Buffers& buffers, PackedWeight& weight,
+                int threads) {
+  const Kernel* row = first_row<Kernel>(slot, shape);
+  const auto packing = std::find_if(table.begin(), table.end(), [&](const Packing* candidate) { return candidate->row == row; });
+  if (packing == table.end()) return false;
+  const Workspace workspace(row->plan(shape, threads).workspace_bytes);
+  auto wanted = std::make_shared<PackedWeight::Content>(PackedWeight::Content{row, (*packing)->form(shape), groups_of(shape)});
+  if (const auto kept = weight.get(); kept != nullptr && kept->matches(*wanted)) {
+    return (*packing)->run(shape, buffers, {kept->data.get(), true}, workspace.data(), threads) == Outcome::done;
+  }
+  wanted->data.reset(std::aligned_alloc(64, wanted->form.bytes));
+  if (wanted->data == nullptr) throw std::bad_alloc();
+  if ((*packing)->run(shape, buffers, {wanted->data.get(), false}, workspace.data(), threads) != Outcome::done) return false;
+  weight.set(std::move(wanted));
+  return true;
+}
+
 template <class Kernel, class Shape, class Buffers>
 void run_table(int slot, const Shape& shape, const Buffers& buffers, Isa most, int threads) {
   offer_table<Kernel>(slot, shape, most, nullptr,
@@ -185,6 +219,18 @@ std::string exchange_forced(const Kernel& slot_member, const Kernel* row) {
 
 void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads) {
   run<Conv2dKernel>(slot_of(direction), shape, buffers, threads);
+}
+
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, PackedWeight& weight, int threads) {
+  const int slot = slot_of(direction), team = usable_threads(shape, threads);
+  if (!run_packed<Conv2dKernel>(packing_conv2d(), slot, shape, buffers, weight, team)) run_conv2d(direction, shape, buffers, threads);
+}
+
+void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers,
+                          PackedWeight& weight, int threads) {
+  const int slot = slot_of(direction), team = usable_threads(shape, threads);
+  if (run_packed<Conv2dReluPoolKernel>(packing_conv2d_relu_pool(), slot, shape, buffers, weight, team)) return;
+  run_conv2d_relu_pool(direction, shape, buffers, threads);
 }
 
 void run_conv2d_unforced(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, int threads) {

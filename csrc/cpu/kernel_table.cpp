@@ -53,6 +53,16 @@ namespace cnn_ext::cpu {
   ROW(conv2d_relu_max_pool2d_backward_weight_converted)    \
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
+// Those whose packed weight may be kept.
+#define CNN_EXT_PACKING_CONV2D_ROWS(ROW, SPECIAL) \
+  SPECIAL(conv2d_forward_pointwise_packing)       \
+  SPECIAL(conv2d_forward_pixels_packing)          \
+  ROW(conv2d_forward_direct_packing)
+
+#define CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(ROW, SPECIAL) \
+  SPECIAL(conv2d_relu_max_pool2d_forward_pixels_packing)    \
+  SPECIAL(conv2d_relu_max_pool2d_forward_direct_packing)
+
 #define CNN_EXT_POOL2D_ROWS(ROW, SPECIAL) \
   SPECIAL(max_pool2d_forward_2x2)         \
   SPECIAL(max_pool2d_forward_strips)      \
@@ -92,20 +102,25 @@ constexpr Isa kLeastWithSpecialRows = Isa::baseline;
 #define CNN_EXT_DECLARE_CONV2D_RELU_POOL(row) extern const Conv2dReluPoolKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
 #define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
-#define CNN_EXT_DECLARE(isa)                                                                        \
-  namespace isa {                                                                                   \
-  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows;                               \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                               \
-  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL) \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                               \
-  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                           \
+#define CNN_EXT_DECLARE_PACKING_CONV2D(row) extern const PackingConv2d row;
+#define CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL(row) extern const PackingConv2dReluPool row;
+#define CNN_EXT_DECLARE(isa)                                                                                                \
+  namespace isa {                                                                                                           \
+  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows;                                                       \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                                                       \
+  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL)                         \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                                                       \
+  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                                                   \
+  CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D, CNN_EXT_DECLARE_PACKING_CONV2D)                               \
+  CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL, CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL) \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
 #if defined(CNN_EXT_HAS_AMX)
 namespace avx512 {
 extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx;
-}
+extern const PackingConv2d conv2d_forward_amx_packing;
+}  // namespace avx512
 #endif
 
 // Made of other rows: the fused operator of the rows of its parts, for every shape that no fused kernel serves, and backward_input where
@@ -178,6 +193,38 @@ const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels() {
           &naive::conv2d_relu_max_pool2d_backward_weight, &naive::conv2d_relu_max_pool2d_backward_bias}) {
       rows.push_back(row);
     }
+    return rows;
+  }();
+  return table;
+}
+
+#define CNN_EXT_ADD_PACKING_CONV2D(isa)                           \
+  {                                                               \
+    using namespace isa;                                          \
+    CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
+  }
+#define CNN_EXT_ADD_PACKING_CONV2D_RELU_POOL(isa)                           \
+  {                                                                         \
+    using namespace isa;                                                    \
+    CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
+  }
+
+const std::vector<const PackingConv2d*>& packing_conv2d() {
+  static const std::vector<const PackingConv2d*> table = [] {
+    std::vector<const PackingConv2d*> rows;
+#if defined(CNN_EXT_HAS_AMX)
+    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx_packing};
+#endif
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_PACKING_CONV2D)
+    return rows;
+  }();
+  return table;
+}
+
+const std::vector<const PackingConv2dReluPool*>& packing_conv2d_relu_pool() {
+  static const std::vector<const PackingConv2dReluPool*> table = [] {
+    std::vector<const PackingConv2dReluPool*> rows;
+    CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_PACKING_CONV2D_RELU_POOL)
     return rows;
   }();
   return table;

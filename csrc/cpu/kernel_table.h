@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "cpu/packed.h"
 #include "cpu/sized_pool2d_kernel.h"
 
 namespace cnn_ext::cpu {
@@ -13,6 +14,10 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels();
 const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels();
 const std::vector<const Pool2dKernel*>& pool2d_kernels();
 const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels();
+
+// Those of the rows whose packed weight may be kept.
+const std::vector<const PackingConv2d*>& packing_conv2d();
+const std::vector<const PackingConv2dReluPool*>& packing_conv2d_relu_pool();
 
 // Whether a row serves a shape.
 template <class Kernel, class Shape>

@@ -32,4 +32,6 @@ extern const Conv2dKernel conv2d_backward_input_direct = {CNN_EXT_KERNEL_NAME("c
                                                           BackwardInput::run,
                                                           /*adds_bias=*/true};
 
+extern const PackingConv2d conv2d_forward_direct_packing = {&conv2d_forward_direct, Forward::form, Forward::run_packed};
+
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -120,14 +120,25 @@ int64_t unit_sums(const Blocking& b) {
 
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
+// The output channels of a group in whole units, as their weights are packed.
+template <class Tile>
+int64_t packed_outputs(const Gather& g) {
+  const int64_t last = Tile::units(g.outputs) - 1;
+  return last < 0 ? 0 : Tile::first(g.outputs, last) + Tile::width(g.outputs, last);
+}
+
+template <class T, class Tile>
+int64_t packed_bytes(const Gather& g) {
+  return aligned(g.groups * packed_outputs<Tile>(g) * g.terms() * static_cast<int64_t>(sizeof(T)));
+}
+
 template <class T, class Tile, class Source, class Sink>
 Scratch make_scratch(const Gather& g, const Blocking& b) {
   constexpr int64_t kSize = sizeof(T);
   Scratch s{};
-  const int64_t units = Tile::units(g.outputs);
-  for (int64_t u = 0; u < units; ++u) s.group_bias += Tile::width(g.outputs, u);
+  s.group_bias = packed_outputs<Tile>(g);
   s.group_weights = s.group_bias * g.terms();
-  s.bias = aligned(g.groups * s.group_weights * kSize);
+  s.bias = packed_bytes<T, Tile>(g);
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
   s.taps = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
   s.workers = s.taps + aligned(g.h.count * static_cast<int64_t>(sizeof(TapRange)));

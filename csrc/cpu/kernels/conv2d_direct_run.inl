@@ -4,19 +4,23 @@
 
 #include "cpu/kernels/conv2d_direct_blocking.inl"
 #include "cpu/kernels/conv2d_direct_pack.inl"
+#include "cpu/packed.h"
 #include "cpu/parallel.h"
 
 namespace {
 
 using cnn_ext::Conv2dBuffers;
 using cnn_ext::cpu::Outcome;
+using cnn_ext::cpu::Packed;
+using cnn_ext::cpu::PackedForm;
 
 constexpr int64_t kSerialPack = 1 << 14;  // weights
 
 template <class T, class Tile, class Source, class Sink>
 class GatherRun {
  public:
-  GatherRun(const Gather& g, const Source& source, const T* weight, const T* bias, const Sink& sink, void* workspace, int threads)
+  GatherRun(const Gather& g, const Source& source, const T* weight, const T* bias, const Sink& sink, Packed packed, void* workspace,
+            int threads)
       : g_(g),
         b_(make_blocking<T, Tile>(g, threads)),
         scratch_(make_scratch<T, Tile, Source, Sink>(g, b_)),
@@ -26,10 +30,12 @@ class GatherRun {
         bias_(bias),
         sink_(sink),
         memory_(static_cast<char*>(workspace)),
+        packed_(static_cast<T*>(packed.data != nullptr ? packed.data : workspace)),
+        is_packed_(packed.is_ready),
         threads_(threads) {}
 
   Outcome run() const {
-    if (!pack_weights()) return Outcome::not_finite;
+    if (!is_packed_ && !pack_weights()) return Outcome::not_finite;
     pack_bias();
     fill_offsets(g_, layout_, b_.channels, offsets(0));
     fill_offsets(g_, layout_, channels_of(b_.channel_blocks - 1), offsets(b_.channel_blocks - 1));
@@ -41,7 +47,6 @@ class GatherRun {
  private:
   static constexpr int64_t kSize = sizeof(T);
 
-  T* packed() const { return reinterpret_cast<T*>(memory_); }
   T* packed_bias() const { return reinterpret_cast<T*>(memory_ + scratch_.bias); }
   T* staged(int worker) const { return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes); }
   T* sums(int worker) const { return staged(worker) + scratch_.staged_bytes / kSize; }
@@ -69,7 +74,7 @@ class GatherRun {
   int64_t outputs_of(int64_t unit) const { return clamp(g_.outputs - Tile::first(g_.outputs, unit), 0, Tile::width(g_.outputs, unit)); }
 
   T* packed_weights(int64_t group, int64_t unit, int64_t channel_block) const {
-    return packed() + group * scratch_.group_weights + Tile::first(g_.outputs, unit) * g_.terms() +
+    return packed_ + group * scratch_.group_weights + Tile::first(g_.outputs, unit) * g_.terms() +
            channel_block * b_.channels * g_.taps() * Tile::width(g_.outputs, unit);
   }
 
@@ -295,6 +300,8 @@ class GatherRun {
   const T* const bias_;
   const Sink sink_;
   char* const memory_;
+  T* const packed_;
+  const bool is_packed_;
   const int threads_;
 };
 
@@ -310,15 +317,23 @@ Plan plan_gathers(const Ends& ends, int threads) {
   return plan;
 }
 
+// packed: of a direction that is one problem.
 template <class T, class Tile, class Ends>
-Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, void* workspace, int threads) {
+Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, Packed packed, void* workspace, int threads) {
   for (int64_t i = 0; i < ends.count(); ++i) {
     const Gather g = ends.gather(i);
     if (g.is_empty()) continue;
     using Run = GatherRun<T, Tile, typename Ends::Source, typename Ends::Sink>;
-    if (Run(g, ends.source(g), weight, bias, ends.sink(g), workspace, threads).run() == Outcome::not_finite) return Outcome::not_finite;
+    const Run run(g, ends.source(g), weight, bias, ends.sink(g), packed, workspace, threads);
+    if (run.run() == Outcome::not_finite) return Outcome::not_finite;
   }
   return Outcome::done;
+}
+
+template <template <class> class Tile>
+PackedForm packed_form(const Gather& g, cnn_ext::DType dtype) {
+  const int64_t bytes = dtype == cnn_ext::DType::float32 ? packed_bytes<float, Tile<float>>(g) : packed_bytes<double, Tile<double>>(g);
+  return {static_cast<size_t>(bytes), 0};
 }
 
 // From tensor to tensor.
@@ -345,17 +360,22 @@ struct GatherRow {
     return plan_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, {}}, threads);
   }
   template <class T>
-  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+    const TensorEnds<T, kDirection> ends{s, buffers};
     const T* bias = static_cast<const T*>(buffers.bias);
-    return run_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, buffers}, static_cast<const T*>(buffers.weight), bias, workspace, threads);
+    return run_gathers<T, Tile<T>>(ends, static_cast<const T*>(buffers.weight), bias, packed, workspace, threads);
   }
   static Plan plan(const Conv2dShape& s, int threads) {
     return s.dtype == cnn_ext::DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
   }
-  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_of<float>(s, buffers, workspace, threads)
-                                              : run_of<double>(s, buffers, workspace, threads);
+  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+    return s.dtype == cnn_ext::DType::float32 ? run_of<float>(s, buffers, packed, workspace, threads)
+                                              : run_of<double>(s, buffers, packed, workspace, threads);
   }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+    return run_packed(s, buffers, {}, workspace, threads);
+  }
+  static PackedForm form(const Conv2dShape& s) { return packed_form<Tile>(make_gather(kDirection, s, 0), s.dtype); }
 };
 
 }  // namespace

@@ -88,7 +88,7 @@ Plan plan_of(const Conv2dShape& s, int threads) {
 template <class T>
 Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
   const T* none = nullptr;
-  return run_gathers<T, ChannelTile<T>>(PatchEnds<T>{s, b}, static_cast<const T*>(b.weight), none, workspace, threads);
+  return run_gathers<T, ChannelTile<T>>(PatchEnds<T>{s, b}, static_cast<const T*>(b.weight), none, {}, workspace, threads);
 }
 
 Plan plan(const Conv2dShape& s, int threads) {

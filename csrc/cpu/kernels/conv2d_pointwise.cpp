@@ -27,4 +27,6 @@ extern const Conv2dKernel conv2d_backward_input_pointwise = {CNN_EXT_KERNEL_NAME
                                                              BackwardInput::plan,
                                                              BackwardInput::run};
 
+extern const PackingConv2d conv2d_forward_pointwise_packing = {&conv2d_forward_pointwise, Forward::form, Forward::run_packed};
+
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

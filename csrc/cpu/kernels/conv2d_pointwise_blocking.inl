@@ -88,14 +88,25 @@ struct PointwiseScratch {
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
+// The outputs of a group in whole units, as their weights are packed.
+template <class Tile>
+int64_t packed_outputs(const Product& p) {
+  const int64_t last = Tile::units(p.outputs) - 1;
+  return Tile::first(p.outputs, last) + Tile::width(p.outputs, last);
+}
+
+template <class T, class Tile>
+int64_t packed_bytes(const Product& p) {
+  return aligned(p.groups * packed_outputs<Tile>(p) * p.channels * static_cast<int64_t>(sizeof(T)));
+}
+
 template <class T, class Tile>
 PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlocking& b) {
   constexpr int64_t kSize = sizeof(T);
   PointwiseScratch s{};
-  const int64_t units = Tile::units(p.outputs);
   s.packs_in_tasks = b.blocks == 1;
-  s.group_outputs = Tile::first(p.outputs, units - 1) + Tile::width(p.outputs, units - 1);
-  s.bias = s.packs_in_tasks ? 0 : aligned(p.groups * s.group_outputs * p.channels * kSize);
+  s.group_outputs = packed_outputs<Tile>(p);
+  s.bias = s.packs_in_tasks ? 0 : packed_bytes<T, Tile>(p);
   s.workers = s.bias + aligned(p.groups * s.group_outputs * kSize);
   s.sums = s.packs_in_tasks ? aligned(b.channels * Tile::kMaxWidth * kSize) : 0;
   const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;

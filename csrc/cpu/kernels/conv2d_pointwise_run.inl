@@ -3,12 +3,15 @@
 
 #include "cpu/kernels/conv2d_pointwise_blocking.inl"
 #include "cpu/kernels/conv2d_pointwise_pack.inl"
+#include "cpu/packed.h"
 #include "cpu/parallel.h"
 
 namespace {
 
 using cnn_ext::Conv2dBuffers;
 using cnn_ext::cpu::Outcome;
+using cnn_ext::cpu::Packed;
+using cnn_ext::cpu::PackedForm;
 
 constexpr int64_t kSerialPack = 1 << 14;  // weights
 
@@ -17,7 +20,7 @@ class PointwiseRun {
   static constexpr int64_t kLineElements = 64 / sizeof(T);
 
  public:
-  PointwiseRun(const Product& p, const T* source, const T* weight, const T* bias, T* dest, void* workspace, int threads)
+  PointwiseRun(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads)
       : p_(p),
         b_(make_pointwise_blocking<T, Tile>(p, threads)),
         scratch_(make_pointwise_scratch<T, Tile>(p, b_)),
@@ -26,10 +29,13 @@ class PointwiseRun {
         bias_(bias),
         dest_(dest),
         memory_(static_cast<char*>(workspace)),
+        packed_(static_cast<T*>(packed.data != nullptr ? packed.data : workspace)),
+        packs_in_tasks_(packed.data == nullptr && scratch_.packs_in_tasks),
+        is_packed_(packed.is_ready),
         threads_(threads) {}
 
   void run() const {
-    if (!scratch_.packs_in_tasks) pack_all();
+    if (!is_packed_ && !packs_in_tasks_) pack_all();
     pack_bias();
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
   }
@@ -58,7 +64,7 @@ class PointwiseRun {
   int64_t outputs_of(int64_t unit) const { return smaller(Tile::width(p_.outputs, unit), p_.outputs - Tile::first(p_.outputs, unit)); }
 
   T* packed_weights(int64_t group, int64_t unit, int64_t channel_block) const {
-    return memory(0) + (group * scratch_.group_outputs + Tile::first(p_.outputs, unit)) * p_.channels +
+    return packed_ + (group * scratch_.group_outputs + Tile::first(p_.outputs, unit)) * p_.channels +
            channel_block * b_.channels * Tile::width(p_.outputs, unit);
   }
 
@@ -177,7 +183,7 @@ class PointwiseRun {
     const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1;
     PointwiseTile<T> tile{};
     tile.weights = packed_weights(group, unit, channel_block);
-    if (scratch_.packs_in_tasks) {
+    if (packs_in_tasks_) {
       pack(group, unit, channel_block, own_weights(worker));
       tile.weights = own_weights(worker);
     }
@@ -217,6 +223,8 @@ class PointwiseRun {
   const T* const bias_;
   T* const dest_;
   char* const memory_;
+  T* const packed_;
+  const bool packs_in_tasks_, is_packed_;
   const int threads_;
 };
 
@@ -263,7 +271,7 @@ Plan plan_product(const Conv2dShape& s, int threads) {
 }
 
 template <class T, Conv2dDirection kDirection>
-Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
+Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
   constexpr bool forward = kDirection == Conv2dDirection::forward;
   const Product p = make_product(kDirection, s);
   const T* source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
@@ -273,11 +281,19 @@ Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, void* wo
   if (!forward && s.out_h * s.out_w < s.in_h * s.in_w) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
   if (p.is_empty()) return Outcome::done;
   if (prefers_point_lanes<T>(p)) {
-    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, workspace, threads).run();
+    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
   } else {
-    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, workspace, threads).run();
+    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
   }
   return Outcome::done;
+}
+
+// Each tile packs in a form of its own.
+template <class T>
+PackedForm product_form(const Product& p) {
+  const bool point_lanes = prefers_point_lanes<T>(p);
+  const int64_t bytes = point_lanes ? packed_bytes<T, PointLanes<T>>(p) : packed_bytes<T, OutputLanes<T>>(p);
+  return {static_cast<size_t>(bytes), point_lanes ? 1 : 0};
 }
 
 // The functions of a table row.
@@ -291,9 +307,16 @@ struct PointwiseRow {
   static Plan plan(const Conv2dShape& s, int threads) {
     return s.dtype == cnn_ext::DType::float32 ? plan_product<float, kDirection>(s, threads) : plan_product<double, kDirection>(s, threads);
   }
+  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+    return s.dtype == cnn_ext::DType::float32 ? run_product<float, kDirection>(s, buffers, packed, workspace, threads)
+                                              : run_product<double, kDirection>(s, buffers, packed, workspace, threads);
+  }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_product<float, kDirection>(s, buffers, workspace, threads)
-                                              : run_product<double, kDirection>(s, buffers, workspace, threads);
+    return run_packed(s, buffers, {}, workspace, threads);
+  }
+  static PackedForm form(const Conv2dShape& s) {
+    const Product p = make_product(kDirection, s);
+    return s.dtype == cnn_ext::DType::float32 ? product_form<float>(p) : product_form<double>(p);
   }
 };
 

@@ -89,17 +89,24 @@ struct FusedRow {
     return has_pooling(s) ? plan_gathers<T, Tile<T>>(Pooled<T>{s, none}, threads) : plan_gathers<T, Tile<T>>(Relu<T>{s, none}, threads);
   }
   template <class T>
-  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
     const T* weight = static_cast<const T*>(b.weight);
     const T* bias = static_cast<const T*>(b.bias);
-    return has_pooling(s) ? run_gathers<T, Tile<T>>(Pooled<T>{s, b}, weight, bias, workspace, threads)
-                          : run_gathers<T, Tile<T>>(Relu<T>{s, b}, weight, bias, workspace, threads);
+    return has_pooling(s) ? run_gathers<T, Tile<T>>(Pooled<T>{s, b}, weight, bias, packed, workspace, threads)
+                          : run_gathers<T, Tile<T>>(Relu<T>{s, b}, weight, bias, packed, workspace, threads);
   }
   static Plan plan(const Conv2dReluPoolShape& s, int threads) {
     return s.conv.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
   }
+  static Outcome run_packed(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
+    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, packed, workspace, threads)
+                                          : run_of<double>(s, b, packed, workspace, threads);
+  }
   static Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+    return run_packed(s, b, {}, workspace, threads);
+  }
+  static PackedForm form(const Conv2dReluPoolShape& s) {
+    return packed_form<Tile>(make_gather_of_rows(Conv2dDirection::forward, s.conv, 0), s.conv.dtype);
   }
 };
 
@@ -148,5 +155,10 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_direct =
     accepts<Conv2dDirection::backward_input>,
     BackwardInput<ChannelTile>::plan,
     BackwardInput<ChannelTile>::run};
+
+extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_pixels_packing = {
+    &conv2d_relu_max_pool2d_forward_pixels, Forward<PixelTile>::form, Forward<PixelTile>::run_packed};
+extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_direct_packing = {
+    &conv2d_relu_max_pool2d_forward_direct, Forward<ChannelTile>::form, Forward<ChannelTile>::run_packed};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -13,6 +13,7 @@
 #include "cpu/kernels/amx/conv2d_amx_pack.inl"
 #include "cpu/kernels/amx/conv2d_amx_stage.inl"
 #include "cpu/kernels/amx/conv2d_amx_write.inl"
+#include "cpu/packed.h"
 #include "cpu/parallel.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -111,8 +112,8 @@ Blocking make_blocking(const Gather& g, int threads) {
 
 class TileRun {
  public:
-  TileRun(const Gather& g, const BFloat16* source, const BFloat16* weight, const BFloat16* bias, BFloat16* dest, void* workspace,
-          int threads)
+  TileRun(const Gather& g, const BFloat16* source, const BFloat16* weight, const BFloat16* bias, BFloat16* dest, Packed packed,
+          void* workspace, int threads)
       : g_(g),
         b_(make_blocking(g, threads)),
         staged_(g, b_.rows),
@@ -121,12 +122,16 @@ class TileRun {
         bias_(bias),
         dest_(dest + g.h.dest_first * g.dest.h + g.w.dest_first * g.dest.w),
         memory_(static_cast<char*>(workspace)),
+        packed_(static_cast<BFloat16*>(packed.data != nullptr ? packed.data : workspace)),
+        is_packed_(packed.is_ready),
         threads_(threads) {}
 
   Plan plan() const { return {kOutputs, kPoints, b_.tasks(g_.groups), static_cast<size_t>(worker_place(threads_))}; }
 
+  size_t packed_bytes() const { return static_cast<size_t>(offsets_place()); }
+
   Outcome run() const {
-    if (!pack()) return Outcome::not_finite;
+    if (!is_packed_ && !pack()) return Outcome::not_finite;
     fill_offsets(g_, staged_, offsets());
     parallel_for(threads_, b_.tasks(g_.groups), [&](int worker, int64_t task) { run_task(worker, task); });
     return Outcome::done;
@@ -145,7 +150,6 @@ class TileRun {
   }
   static constexpr int64_t sums_bytes() { return kPoints * kOutputs * sizeof(float); }
 
-  BFloat16* weights() const { return reinterpret_cast<BFloat16*>(memory_); }
   int32_t* offsets() const { return reinterpret_cast<int32_t*>(memory_ + offsets_place()); }
   float* sums(int worker) const { return reinterpret_cast<float*>(memory_ + worker_place(worker)); }
   BFloat16* staged(int worker) const { return reinterpret_cast<BFloat16*>(memory_ + worker_place(worker) + sums_bytes()); }
@@ -155,7 +159,7 @@ class TileRun {
     parallel_for(threads_, g_.groups * units(), [&](int, int64_t i) {
       const int64_t group = i / units(), first = i % units() * kOutputs;
       const BFloat16* src = weight_ + group * g_.weight_group + first * g_.weight_output;
-      if (!pack_unit(g_, src, smaller(kOutputs, g_.outputs - first), staged_.channel_blocks, weights() + i * unit_weights())) {
+      if (!pack_unit(g_, src, smaller(kOutputs, g_.outputs - first), staged_.channel_blocks, packed_ + i * unit_weights())) {
         __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
       }
     });
@@ -198,10 +202,10 @@ class TileRun {
 
   // The points [begin, end), in the numbering of staged_.
   void run_points(int worker, const Place& p, int64_t unit, int64_t begin, int64_t end) const {
-    const BFloat16* packed = weights() + (p.group * units() + unit) * unit_weights();
+    const BFloat16* weights = packed_ + (p.group * units() + unit) * unit_weights();
     for (int64_t point = begin; point < end; point += kPoints) {
       const BFloat16* first = staged(worker) + point * staged_.point_pitch;
-      multiply(first, first + kTilePoints * staged_.point_pitch, staged_.point_pitch, offsets(), steps(), packed, sums(worker));
+      multiply(first, first + kTilePoints * staged_.point_pitch, staged_.point_pitch, offsets(), steps(), weights, sums(worker));
       write(p, unit, point, smaller(point + kPoints, end), sums(worker));
     }
   }
@@ -240,6 +244,8 @@ class TileRun {
   const BFloat16* const bias_;
   BFloat16* const dest_;
   char* const memory_;
+  BFloat16* const packed_;
+  const bool is_packed_;
   const int threads_;
 };
 
@@ -249,7 +255,7 @@ Plan plan(const Conv2dShape& s, int threads) {
   for (int64_t i = 0; i < gather_count(kDirection, s); ++i) {
     const Gather g = make_gather_of_rows(kDirection, s, i);
     if (g.is_empty()) continue;
-    const Plan one = TileRun(g, nullptr, nullptr, nullptr, nullptr, nullptr, threads).plan();
+    const Plan one = TileRun(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, threads).plan();
     plan.tasks += one.tasks;
     if (one.workspace_bytes > plan.workspace_bytes) plan.workspace_bytes = one.workspace_bytes;
   }
@@ -257,7 +263,7 @@ Plan plan(const Conv2dShape& s, int threads) {
 }
 
 template <Conv2dDirection kDirection>
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& b, Packed packed, void* workspace, int threads) {
   constexpr bool kForward = kDirection == Conv2dDirection::forward;
   const auto* source = static_cast<const BFloat16*>(kForward ? b.input : b.grad_output);
   auto* dest = static_cast<BFloat16*>(kForward ? b.output : b.grad_input);
@@ -265,10 +271,20 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
   for (int64_t i = 0; i < gather_count(kDirection, s); ++i) {
     const Gather g = make_gather_of_rows(kDirection, s, i);
     if (g.is_empty()) continue;
-    const TileRun tiles(g, source, static_cast<const BFloat16*>(b.weight), bias, dest, workspace, threads);
+    const TileRun tiles(g, source, static_cast<const BFloat16*>(b.weight), bias, dest, packed, workspace, threads);
     if (tiles.run() == Outcome::not_finite) return Outcome::not_finite;
   }
   return Outcome::done;
+}
+
+template <Conv2dDirection kDirection>
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  return run_packed<kDirection>(s, b, {}, workspace, threads);
+}
+
+PackedForm form(const Conv2dShape& s) {
+  const Gather g = make_gather_of_rows(Conv2dDirection::forward, s, 0);
+  return {TileRun(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, 1).packed_bytes(), 0};
 }
 
 bool accepts(const Conv2dShape& s) {
@@ -290,5 +306,7 @@ extern const Conv2dKernel conv2d_backward_input_amx = {CNN_EXT_KERNEL_NAME("conv
                                                        plan<Conv2dDirection::backward_input>,
                                                        run<Conv2dDirection::backward_input>,
                                                        /*adds_bias=*/true};
+
+extern const PackingConv2d conv2d_forward_amx_packing = {&conv2d_forward_amx, form, run_packed<Conv2dDirection::forward>};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA
