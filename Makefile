@@ -32,7 +32,7 @@ test-all: $(VENV)/.installed  ## also what takes minutes: every CUDA kernel on e
 
 test-cuda: $(VENV)/.installed  ## on a machine with a GPU: the test suite, then every kernel under compute-sanitizer where it exists
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-cuda: torch sees no GPU on this machine")'
-	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(BIN)/python -m pytest -q
+	$(if $(DATA),CNN_EXT_DATA=$(DATA)) $(PYTEST)
 	$(foreach tool,$(if $(COMPUTE_SANITIZER),memcheck racecheck initcheck synccheck),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $(tool) \
 	  --target-processes all --error-exitcode 9 $(BIN)/python -m pytest -q tests/test_kernels.py -k _sm &&) \
 	echo "compute-sanitizer: $(or $(COMPUTE_SANITIZER),not found)"

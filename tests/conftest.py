@@ -1,12 +1,10 @@
-"""Fixtures of all tests: fixed seeds, the number of threads put back, and the devices that there are."""
+"""Fixtures of all tests: fixed seeds, and the number of threads put back."""
 
 import random
 
 import numpy
 import pytest
 import torch
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,9 +41,3 @@ def fixed_state():
 def one_thread() -> None:
     """For tests of many tiny tensors: on a busy machine a team of threads waits longer than it works."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that this machine has."""
-    return torch.device(request.param)
