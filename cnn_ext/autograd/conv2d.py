@@ -30,7 +30,7 @@ class _Forward(Function):
         input, weight, _, ctx.geometry = inputs
         input_needs, weight_needs, _, _ = ctx.needs_input_grad
         save(ctx, (input, weight), (input if weight_needs else None, weight if input_needs else None))
-        ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
+        ctx.input_size, ctx.weight = input.shape if input_needs else None, spec(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod

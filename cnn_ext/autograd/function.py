@@ -138,7 +138,7 @@ def needs_backward(*arguments) -> bool:
 
 
 def _asks_for_derivative(arguments, is_grad_enabled=torch.is_grad_enabled, tensor=torch.Tensor) -> bool:
-    """The same in plain eager mode. This runs before every call."""
+    """The same in plain eager mode. This runs before every call, so the functions are looked up once."""
     if is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, tensor) and argument.requires_grad:

@@ -2,13 +2,15 @@
 
 import torch
 
+is_autocast_on = torch._C._is_any_autocast_enabled  # on whatever device
 
-def cast_for_autocast(*tensors, is_active=torch._C._is_any_autocast_enabled) -> tuple:
+
+def cast_for_autocast(*tensors) -> tuple:
     """The operands of a convolution, those of float16, bfloat16 and float32 in the dtype of the region around the call.
 
     The casts are differentiable, so gradients arrive in the dtypes of the tensors given.
     """
-    return tuple(map(_cast, tensors)) if is_active() else tensors
+    return tuple(map(_cast, tensors)) if is_autocast_on() else tensors
 
 
 def _cast(tensor):

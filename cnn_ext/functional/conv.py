@@ -4,7 +4,7 @@ import torch
 
 from cnn_ext import autograd, policy
 from cnn_ext._arguments import check_padding_mode, conv_geometry, fused_pool
-from cnn_ext.functional.autocast import cast_for_autocast
+from cnn_ext.functional.autocast import cast_for_autocast, is_autocast_on
 from cnn_ext.functional.overridable import overridable
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS, check_conv_tensors, conv_output_size, spec
 
@@ -50,7 +50,8 @@ def conv2d(
         NotImplementedError: a dtype or device that no kernel serves.
     """
     given = weight
-    input, weight, bias = cast_for_autocast(input, weight, bias)
+    if is_autocast_on():
+        input, weight, bias = cast_for_autocast(input, weight, bias)
     geometry = conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups, axes=2)
     hints = {} if packing is None else _hints(packing, given, weight)
     if activation is None and padding_mode == "zeros" and input.dim() == 4:  # the usual case, sooner

@@ -149,14 +149,9 @@ def _forward(
     input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros", packing=None
 ):
     packed = None if packing is None else packing.packed_weight(weight)
-    bias_spec = None if bias is None else spec(bias)
+    geometry, bias_spec = geometry_key(stride, padding, dilation, groups), None if bias is None else spec(bias)
     shape, output_size, memory_format, weight_format, has_terms, is_dense = prepare_forward(
-        spec(input),
-        spec(weight),
-        bias_spec,
-        geometry_key(stride, padding, dilation, groups),
-        allow_winograd,
-        padding_mode,
+        spec(input), spec(weight), bias_spec, geometry, allow_winograd, padding_mode
     )
     if _pads_a_copy(padding_mode, input):
         input = pad(input, padding, padding_mode, memory_format)
