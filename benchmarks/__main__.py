@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     zoo = commands.add_parser("models", help="compare converted models of torchvision and timm with the originals")
     zoo.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     zoo.add_argument("--only", metavar="REGEX", default="", help="architectures whose name matches")
+    zoo.add_argument("--resume", action="store_true", help="leave out, and keep, what the result has already")
     writer = commands.add_parser("report", help="write the recorded results into README.md")
     writer.add_argument("--results", type=Path, default=RESULTS)
     writer.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.write(options.results, options.readme)
             return 0
         if options.command == "models":
-            return models.measure(options.out, options.only)
+            return models.measure(options.out, options.only, options.resume)
         if options.command == "overhead":
             overhead.measure(options.out)
             return 0

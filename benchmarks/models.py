@@ -34,6 +34,7 @@ from benchmarks.tables import Column, markdown, plain
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BATCH, CLASSES = 2, 10
+LIBRARIES = ("torchvision", "timm")
 MOST_DOUBLES = 200_000_000  # parameters; a model, its gradients and those to compare with are 24 bytes for each
 
 # One or two of each CNN family of timm, the small variants.
@@ -60,25 +61,43 @@ class Row:
         return max(self.logits_error, self.gradient_error) <= self.tolerance
 
 
-def measure(results: Path, pattern: str) -> int:
-    """Writes ``results``/models_cpu.json and docs/models.md; 1 where a model differs."""
-    started, rows = time.perf_counter(), []
-    for library, name, build, size in _architectures(re.compile(pattern).search):
-        rows.append(_compare(library, name, build, size))
-        _progress(rows[-1])
-    if not rows:
-        raise BenchmarkError("models: neither torchvision nor timm has a model of that name here, or can be imported")
-    document = machine.describe("cpu") | {
-        "command": shlex.join(["python", "-m", "benchmarks", "models", *(["--only", pattern] if pattern else [])]),
-        "seconds": time.perf_counter() - started,
-        "rows": [asdict(row) | {"equal": row.equal} for row in rows],
-    }
+def measure(results: Path, pattern: str, resume: bool) -> int:
+    """Writes ``results``/models_cpu.json and docs/models.md after every architecture; 1 where a model differs.
+
+    With ``resume`` what the file has already stays there and is not measured again.
+    """
     path = results / "models_cpu.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    DOCUMENT.write_text(page(document))
+    document = machine.describe("cpu") | {"command": _command(pattern, resume)}
+    rows = {(row["library"], row["name"]): row for row in _recorded(path)} if resume else {}
+    for library, name, build, size in _architectures(re.compile(pattern).search):
+        if (library, name) in rows:
+            continue
+        row = _compare(library, name, build, size)
+        _progress(row)
+        recorded = {"date": document["date"], "source_hash": document["versions"]["source_hash"]}
+        rows[library, name] = asdict(row) | {"equal": row.equal} | recorded
+        document["rows"] = sorted(rows.values(), key=lambda row: (LIBRARIES.index(row["library"]), row["name"]))
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        DOCUMENT.write_text(page(document))
+    if "rows" not in document:
+        raise BenchmarkError("models: neither torchvision nor timm has a (further) model of that name, or is here")
     print(plain(COLUMNS, document["rows"]))
     print(f"wrote {path}\nwrote {DOCUMENT}")
-    return int(not all(row.equal for row in rows))
+    return int(not all(row["equal"] for row in document["rows"]))
+
+
+def _command(pattern: str, resume: bool) -> str:
+    options = [*(["--only", pattern] if pattern else []), *(["--resume"] if resume else [])]
+    return shlex.join(["python", "-m", "benchmarks", "models", *options])
+
+
+def _recorded(path: Path) -> list[dict]:
+    """The rows of an earlier run, with the date and the sources that they were measured with."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    recorded = {"date": document["date"], "source_hash": document["versions"]["source_hash"]}
+    return [recorded | row for row in document["rows"]]
 
 
 def _progress(row: Row) -> None:

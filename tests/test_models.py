@@ -1,5 +1,7 @@
 """The comparison of converted models: it calls equal what is equal, and a wrong layer different."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -37,3 +39,27 @@ def test_the_page_counts_what_is_equal():
     document["rows"] = [models.asdict(row) | {"equal": row.equal} for row in rows]
     text = models.page(document)
     assert "1 of 1 architectures" in text and "`small_cnn`" in text and "differs" not in text
+
+
+def test_a_run_that_is_resumed_keeps_what_there_is(tmp_path, monkeypatch):
+    measured = []
+
+    def architectures(only):
+        return [("timm", name, small_cnn, 16) for name in ("a", "b") if only(name)]
+
+    def compare(library, name, build, size):
+        measured.append(name)
+        return compared(library, name, build, size)
+
+    compared = models._compare
+    monkeypatch.setattr(models, "_architectures", architectures)
+    monkeypatch.setattr(models, "_compare", compare)
+    monkeypatch.setattr(models, "DOCUMENT", tmp_path / "models.md")
+    assert models.measure(tmp_path, "b", resume=False) == 0
+    assert models.measure(tmp_path, "", resume=True) == 0
+    assert measured == ["b", "a"]
+    rows = json.loads((tmp_path / "models_cpu.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["a", "b"] and all(row["date"] for row in rows)
+    assert "2 of 2 architectures" in (tmp_path / "models.md").read_text()
+    with pytest.raises(models.BenchmarkError, match="further"):
+        models.measure(tmp_path, "", resume=True)
