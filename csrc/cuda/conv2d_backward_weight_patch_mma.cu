@@ -170,7 +170,8 @@ class PatchBackwardWeight {
       source += group() * kOwnCols;
       const int cols = g.group_out - first_col_ - group() * kOwnCols;
 #pragma unroll
-      for (int i = 0; i < kOwnPixels; ++i) read(source + i * g.out.w, row_exists && w + i < g.out_w ? cols : 0, words[i]);
+      for (int i = 0; i < kOwnPixels; ++i)
+        read_words(source + i * g.out.w, row_exists && w + i < g.out_w ? cols : 0, p.has_vectors, words[i]);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         if constexpr (sizeof(T) == 4) {
@@ -189,28 +190,9 @@ class PatchBackwardWeight {
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i, source += 8 * g.out.c) {
         uint32_t words[2];
-        read(source, row_exists && channel_of(i / 2, i % 2) < g.group_out ? g.out_w - w : 0, words);
+        read_words(source, row_exists && channel_of(i / 2, i % 2) < g.group_out ? g.out_w - w : 0, p.has_vectors, words);
         a[i / 2][i % 2] = words[0], a[i / 2][2 + i % 2] = words[1];
       }
-    }
-  }
-
-  // Neighbouring elements of grad_output; those from `count` on are zeros.
-  template <int kWords>
-  __device__ void read(const T* source, int count, uint32_t (&words)[kWords]) const {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = 0;
-    if (!p.has_vectors) {
-#pragma unroll
-      for (int i = 0; i < kWords * kPerWord<T>; ++i) {
-        if (i < count) words[i / kPerWord<T>] |= bits_of(source[i]) << i % kPerWord<T> * 16;
-      }
-    } else if (count > 0) {
-      constexpr int kAtOnce = smaller(kWords, 4);
-#pragma unroll
-      for (int i = 0; i < kWords; i += kAtOnce) load_words<kAtOnce>(source + i * kPerWord<T>, words + i);
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = sizeof(T) == 4 ? to_tf32(__uint_as_float(words[i])) : words[i];
     }
   }
 

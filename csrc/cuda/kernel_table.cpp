@@ -23,6 +23,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_direct_sm80)                  \
   ROW(conv2d_backward_input_depthwise_sm80)        \
   ROW(conv2d_backward_input_depthwise_planes_sm80) \
+  ROW(conv2d_backward_input_patch_mma_sm80)        \
   ROW(conv2d_backward_input_mma_sm80)              \
   ROW(conv2d_backward_input_implicit_gemm_sm80)    \
   ROW(conv2d_backward_input_direct_sm80)           \

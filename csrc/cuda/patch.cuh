@@ -29,7 +29,7 @@ inline int64_t col_tiles_of(const Conv2dShape& s) { return ceil_div<int64_t>(s.o
 
 // What all of these rows take, as far as the patch fits shared memory.
 inline bool suits_patch(const Conv2dShape& s) {
-  return has_mma_type(s) && s.groups == 1 && s.in_channels < kLeastMmaChannels && has_int_extents(s) &&
+  return has_mma_type(s) && s.groups == 1 && s.in_channels > 0 && s.in_channels < kLeastMmaChannels && has_int_extents(s) &&
          all_below(kMostReach, {s.kernel_h * s.dilation_h, s.kernel_w * s.dilation_w}) &&
          all_below(kMostStride, {s.stride_h, s.stride_w}) &&
          all_below(kMaxExtent, {product({s.in_w, s.in_channels}), product({s.out_h, s.out_w})});
@@ -43,14 +43,16 @@ inline int width_bits_of(int out_w) {
   return out_w > 8 ? 4 : 3;
 }
 
-// The tiles of the output images: 8 x 32 pixels, 16 x 16 or 32 x 8, by the width of the image.
+// The tiles of the images of a batch: of the output 8 x 32 pixels, 16 x 16 or 32 x 8, by the width of the image.
 struct PatchTiles {
-  explicit PatchTiles(const Conv2dGeometry& g)
-      : width_bits(width_bits_of(g.out_w)),
+  PatchTiles(int width_bits_, int height_, int image_h, int image_w)
+      : width_bits(width_bits_),
         width(1 << width_bits),
-        height(kTilePixels / width),
-        in_row(ceil_div(g.out_w, width)),
-        of_image(ceil_div(g.out_h, height) * in_row.divisor()) {}
+        height(height_),
+        in_row(ceil_div(image_w, width)),
+        of_image(ceil_div(image_h, height) * in_row.divisor()) {}
+  explicit PatchTiles(const Conv2dGeometry& g)
+      : PatchTiles(width_bits_of(g.out_w), kTilePixels >> width_bits_of(g.out_w), g.out_h, g.out_w) {}
 
   // Of a pixel in its tile.
   CNN_EXT_HOST_DEVICE int row_of(int pixel) const { return pixel >> width_bits; }
@@ -70,7 +72,7 @@ class TileCursor {
         tile_(range % tiles.of_image),
         images_(ranges / tiles.of_image),
         rest_(ranges % tiles.of_image) {}
-  // The image, and the first output of the tile.
+  // The image, and the first pixel of the tile.
   __device__ PlaneIndex at() const {
     const int row = tiles_.in_row.quotient(tile_);
     return {n_, row * tiles_.height, (tile_ - row * tiles_.in_row.divisor()) * tiles_.width};
@@ -156,6 +158,26 @@ __device__ void store_vector(T* target, const float (&values)[kCount]) {
     }
   }
   store_words(target, words);
+}
+
+// Neighbouring elements as the words of a fragment, in TF32 where they are float32; those from `count` on are zeros. is_vector: they are
+// aligned to the size of all, up to 16 bytes, and exist together.
+template <class T, int kWords>
+__device__ void read_words(const T* source, int count, bool is_vector, uint32_t (&words)[kWords]) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = 0;
+  if (!is_vector) {
+#pragma unroll
+    for (int i = 0; i < kWords * kPerWord<T>; ++i) {
+      if (i < count) words[i / kPerWord<T>] |= bits_of(source[i]) << i % kPerWord<T> * 16;
+    }
+  } else if (count > 0) {
+    constexpr int kAtOnce = smaller(kWords, 4);
+#pragma unroll
+    for (int i = 0; i < kWords; i += kAtOnce) load_words<kAtOnce>(source + i * kPerWord<T>, words + i);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = sizeof(T) == 4 ? to_tf32(__uint_as_float(words[i])) : words[i];
+  }
 }
 
 // The number n of kVector neighbours that end up in one thread: index n of the product's columns 8 * j + n, of which a thread holds two
