@@ -12,7 +12,7 @@ import torch
 from cnn_ext import _native
 from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
-from cnn_ext.ops.padding import fold, pad, padded_size
+from cnn_ext.ops.padding import NO_PADDING, fold, pad, padded_size, pads_a_copy
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
@@ -85,14 +85,6 @@ def _check_padding_mode(mode: str, input_size, padding) -> None:
             )
 
 
-_NO_PADDING = (0, 0, 0, 0)
-
-
-def _pads_a_copy(mode: str, tensor: torch.Tensor) -> bool:
-    """Whether the padding of a mode is written out: the kernels of CUDA know zeros alone."""
-    return mode != "zeros" and tensor.is_cuda
-
-
 def geometry_key(stride, padding, dilation, groups):
     """The dispatcher's lists as a key."""
     return tuple(stride), tuple(padding), tuple(dilation), groups
@@ -153,9 +145,9 @@ def _forward(
     shape, output_size, memory_format, weight_format, has_terms, is_dense = prepare_forward(
         spec(input), spec(weight), bias_spec, geometry, allow_winograd, padding_mode
     )
-    if _pads_a_copy(padding_mode, input):
+    if pads_a_copy(padding_mode, input):
         input = pad(input, padding, padding_mode, memory_format)
-        return _forward(input, weight, bias, stride, _NO_PADDING, dilation, groups)
+        return _forward(input, weight, bias, stride, NO_PADDING, dilation, groups)
     output = empty(output_size, input, memory_format)
     if not has_terms:  # the bias is all there is
         return output.zero_() if bias is None else output.copy_(bias.view(1, -1, 1, 1))
@@ -221,9 +213,9 @@ def _backward_input(
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd, padding_mode
     )
-    if _pads_a_copy(padding_mode, grad_output):
+    if pads_a_copy(padding_mode, grad_output):
         size = padded_size(input_size, padding)
-        grad_padded = _backward_input(grad_output, weight, size, stride, _NO_PADDING, dilation, groups)
+        grad_padded = _backward_input(grad_output, weight, size, stride, NO_PADDING, dilation, groups)
         return fold(grad_padded, padding, padding_mode, memory_format)
     grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() == 0:
@@ -300,10 +292,10 @@ def _backward_weight(
     shape, memory_format, weight_format = prepare_backward_weight(
         spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd, padding_mode
     )
-    if _pads_a_copy(padding_mode, input):
+    if pads_a_copy(padding_mode, input):
         input = pad(input, padding, padding_mode, memory_format)
         return _backward_weight(
-            grad_output, input, weight_size, stride, _NO_PADDING, dilation, groups, channels_last_weight
+            grad_output, input, weight_size, stride, NO_PADDING, dilation, groups, channels_last_weight
         )
     grad_weight = empty(weight_size, input, weight_format)
     if grad_weight.numel() == 0:

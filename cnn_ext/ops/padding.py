@@ -6,6 +6,13 @@ the order in which ``fold`` adds is fixed, and nothing waits for the device.
 
 import torch
 
+NO_PADDING = (0, 0, 0, 0)
+
+
+def pads_a_copy(mode: str, tensor: torch.Tensor) -> bool:
+    """Whether the padding of a mode is written out: the kernels of CUDA know zeros alone."""
+    return mode != "zeros" and tensor.is_cuda
+
 
 def _sides(padded: torch.Tensor, axis: int, padding, mode: str):
     """Along an axis: the two paddings, each with the elements that it copies, which lie inside."""
