@@ -29,7 +29,7 @@ struct ChannelTiles {
   static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
     const int64_t step = p.vectors * kLanes<T>;
     const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
-    const AddPatch<T> tile = tile_of<T>(p.vectors, 1, p.channels);
+    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels);
     Patch patch{p.images.size(),         0, 0, p.image_pixels * step, s.out_w * step, input_image, s.stride_h * input_row,
                 s.stride_w * p.channels, 0};
     for (int64_t r = 0; r < s.kernel_h; ++r) {

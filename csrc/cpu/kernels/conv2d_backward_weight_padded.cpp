@@ -24,7 +24,7 @@ struct PaddedTiles {
   static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
     const int64_t step = p.vectors * kLanes<T>;
     const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
-    const AddPatch<T> tile = tile_of<T>(p.vectors, 1, p.channels);
+    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels);
     const Patch patch{p.images.size(),        p.rows.size(),           p.columns.size(),
                       p.image_pixels * step,  s.out_w * step,          input_image,
                       s.stride_h * input_row, s.stride_w * p.channels, 0};

@@ -46,7 +46,7 @@ struct TapTiles {
       const Range r = part_of(s.kernel_h, row_parts, i);
       for (int64_t j = 0; j < length_parts; ++j) {
         const Range e = part_of(length, length_parts, j);
-        const AddPatch<T> tile = tile_of<T>(p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
+        const AddPatch<T> tile = tile_of(T{}, p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
         tile(patch, first_output, first_input + r.begin * s.dilation_h * input_row + e.begin, p.sums + (r.begin * length + e.begin) * step,
              length * step);
       }

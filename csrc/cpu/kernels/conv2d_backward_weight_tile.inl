@@ -1,7 +1,4 @@
-// The register tile of backward_weight: 2 vectors of output channels (1 for the last few) times up to kTileEntries entries of grad_weight,
-// each the sum of grad_output times one input element per pixel. Of the 32 (16) registers 28 (12) are sums, 2 hold grad_output and 1 an
-// input element in all lanes, which serves two multiplications: 14 + 2 loads for 28 of them, so the multipliers and not the loads are the
-// limit.
+// The register tile of backward_weight, as its rows see it; conv2d_backward_weight_tile.cpp compiles it once for all of them.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -13,6 +10,8 @@ constexpr int kTileVectors = 2;
 constexpr int kTileEntries = (kVectorRegisters - 4) / kTileVectors;
 constexpr int kTileRows = 3;  // tap rows that one tile may span
 
+}  // namespace
+
 // The pixels that one tile sums over; distances in elements. A pixel of grad_output is followed by the next one of its row.
 struct Patch {
   int64_t images, rows, columns;
@@ -21,57 +20,13 @@ struct Patch {
   int64_t input_tap_row;  // from an entry to that of the next tap row
 };
 
-// sums[entry][vector of output channels] += sum over the patch; entries = kRows tap rows of kColumns neighbouring elements each. The patch
-// is summed in registers first, so that a long sum is made of short ones.
-template <class T, int kVectors, int kRows, int kColumns>
-void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums, int64_t sums_row) {
-  constexpr int lanes = kLanes<T>, entries = kRows * kColumns;
-  Vec<T> sum[entries][kVectors] = {};
-  for (int64_t image = 0; image < patch.images; ++image) {
-    for (int64_t row = 0; row < patch.rows; ++row) {
-      const T* g = grad_output + image * patch.grad_output_image + row * patch.grad_output_row;
-      const T* x = input + image * patch.input_image + row * patch.input_row;
-      for (int64_t column = 0; column < patch.columns; ++column) {
-        Vec<T> channels[kVectors];
-        for (int v = 0; v < kVectors; ++v) channels[v] = load(g + v * lanes);
-#pragma GCC unroll 14
-        for (int e = 0; e < entries; ++e) {
-          const Vec<T> element = broadcast_from(x + e / kColumns * patch.input_tap_row + e % kColumns);
-          for (int v = 0; v < kVectors; ++v) sum[e][v] = fma(element, channels[v], sum[e][v]);
-        }
-        g += kVectors * lanes;
-        x += patch.input_column;
-      }
-    }
-  }
-#pragma GCC unroll 14
-  for (int e = 0; e < entries; ++e) {
-    T* to = sums + e / kColumns * sums_row + e % kColumns * kVectors * lanes;
-    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, load(to + v * lanes) + sum[e][v]);
-  }
-}
-
 template <class T>
 using AddPatch = void (*)(const Patch&, const T* grad_output, const T* input, T* sums, int64_t sums_row);
 
-// The tile of these vectors, tap rows and entries per row; rows * columns <= kTileEntries.
-template <class T, int kVectors, int kRows, int kColumns = kTileEntries / kRows>
-inline AddPatch<T> tile_of(int rows, int columns) {
-  if constexpr (kColumns == 0) {
-    return nullptr;
-  } else {
-    if (rows != kRows) {
-      if constexpr (kRows > 1) return tile_of<T, kVectors, kRows - 1>(rows, columns);
-    }
-    if (columns == kColumns) return add_patch<T, kVectors, kRows, kColumns>;
-    return tile_of<T, kVectors, kRows, kColumns - 1>(rows, columns);
-  }
-}
+// The tile of these vectors of output channels, tap rows, and entries per row; rows * columns <= kTileEntries. It does
+//   sums[entry][vector] += sum over the patch; entries = `rows` tap rows of `columns` neighbouring elements each. The first argument says
+//   the type alone.
+AddPatch<float> tile_of(float type, int vectors, int rows, int columns);
+AddPatch<double> tile_of(double type, int vectors, int rows, int columns);
 
-template <class T>
-inline AddPatch<T> tile_of(int vectors, int rows, int columns) {
-  return vectors == 1 ? tile_of<T, 1, kTileRows>(rows, columns) : tile_of<T, kTileVectors, kTileRows>(rows, columns);
-}
-
-}  // namespace
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

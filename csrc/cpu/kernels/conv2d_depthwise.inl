@@ -53,16 +53,16 @@ struct Axis {
   int64_t last_source(int64_t last) const { return place(last - 1) * source_step() + (forward ? (taps - 1) * dilation - pad : 0) + 1; }
 };
 
-// nhwc tensors of at least a vector of channels, one output channel each: what the kernels without a stage take.
+// nhwc tensors in float32 of at least a vector of channels, one output channel each: what the kernels without a stage take.
 inline bool accepts_depthwise_channels(const Conv2dShape& s) {
-  const int lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
-  return accepts_depthwise(s) && s.layout == Layout::nhwc && multiplier_of(s) == 1 && s.groups >= lanes;
+  return accepts_depthwise(s) && s.dtype == DType::float32 && s.layout == Layout::nhwc && multiplier_of(s) == 1 &&
+         s.groups >= kLanes<float>;
 }
 
-// nhwc tensors of at least a vector of channels in groups of 2, 4 or 8, as many outputs as inputs.
+// nhwc tensors in float32 of at least a vector of channels in groups of 2, 4 or 8, as many outputs as inputs.
 inline bool accepts_grouped_channels(const Conv2dShape& s) {
-  if ((s.dtype != DType::float32 && s.dtype != DType::float64) || s.layout != Layout::nhwc) return false;
-  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>, group = s.in_channels / s.groups;
+  if (s.dtype != DType::float32 || s.layout != Layout::nhwc) return false;
+  const int64_t lanes = kLanes<float>, group = s.in_channels / s.groups;
   return s.groups > 1 && s.in_channels == s.out_channels && s.in_channels >= lanes && group <= lanes &&
          (group == 2 || group == 4 || group == 8);
 }

@@ -239,13 +239,12 @@ Plan plan_job(const Conv2dShape& s, bool forward, int threads) {
 
 template <bool kForward>
 Plan plan(const Conv2dShape& s, int threads) {
-  return s.dtype == DType::float32 ? plan_job<float>(s, kForward, threads) : plan_job<double>(s, kForward, threads);
+  return plan_job<float>(s, kForward, threads);
 }
 
 template <bool kForward>
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? run_job<float>(s, b, kForward, workspace, threads)
-                                   : run_job<double>(s, b, kForward, workspace, threads);
+  return run_job<float>(s, b, kForward, workspace, threads);
 }
 
 }  // namespace

@@ -301,11 +301,9 @@ Plan plan_job(const Conv2dShape& s) {
   return {kLanes<T>, 1, job.chunks * job.blocks, static_cast<size_t>(bytes)};
 }
 
-Plan plan(const Conv2dShape& s, int) { return s.dtype == DType::float32 ? plan_job<float>(s) : plan_job<double>(s); }
+Plan plan(const Conv2dShape& s, int) { return plan_job<float>(s); }
 
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? run_job<float>(s, b, workspace, threads) : run_job<double>(s, b, workspace, threads);
-}
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) { return run_job<float>(s, b, workspace, threads); }
 
 // Where fewer than a third of the columns lie between the borders (7x7 on 7x7 maps), the masks cost more than the other kernel's stage.
 bool accepts_depthwise_weight(const Conv2dShape& s) {

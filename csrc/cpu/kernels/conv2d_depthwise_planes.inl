@@ -20,22 +20,14 @@ inline uint32_t first_bits_of(int64_t count) { return static_cast<uint32_t>((uin
 // Any subset of the lanes: bit j stands for lane j. load_bits takes the other lanes as zeros; memory outside the subset is not touched.
 #if defined(__AVX512F__)
 inline Vec<float> load_bits(const float* p, uint32_t bits) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p); }
-inline Vec<double> load_bits(const double* p, uint32_t bits) { return _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p); }
 inline void store_bits(float* p, Vec<float> v, uint32_t bits) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v); }
-inline void store_bits(double* p, Vec<double> v, uint32_t bits) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>(bits), v); }
 #elif defined(__AVX2__)
 inline __m256i lanes_of_bits_32(uint32_t bits) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
 }
-inline __m256i lanes_of_bits_64(uint32_t bits) {
-  const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
-  return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), bit), bit);
-}
 inline Vec<float> load_bits(const float* p, uint32_t bits) { return _mm256_maskload_ps(p, lanes_of_bits_32(bits)); }
-inline Vec<double> load_bits(const double* p, uint32_t bits) { return _mm256_maskload_pd(p, lanes_of_bits_64(bits)); }
 inline void store_bits(float* p, Vec<float> v, uint32_t bits) { _mm256_maskstore_ps(p, lanes_of_bits_32(bits), v); }
-inline void store_bits(double* p, Vec<double> v, uint32_t bits) { _mm256_maskstore_pd(p, lanes_of_bits_64(bits), v); }
 #else
 template <class T>
 inline Vec<T> load_bits(const T* p, uint32_t bits) {
@@ -93,11 +85,10 @@ bool all_finite(const T* p, int64_t count) {
   return true;
 }
 
-// nchw maps that fill most of a vector: with fewer columns a channel in each lane (conv2d_depthwise.cpp) is faster.
+// nchw maps in float32 that fill most of a vector: with fewer columns a channel in each lane (conv2d_depthwise.cpp) is faster.
 inline bool accepts_planes(const Conv2dShape& s, int64_t columns) {
-  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
-  return (s.dtype == DType::float32 || s.dtype == DType::float64) && s.layout == Layout::nchw && s.groups > 1 &&
-         s.groups == s.in_channels && 4 * columns >= 3 * lanes;
+  return s.dtype == DType::float32 && s.layout == Layout::nchw && s.groups > 1 && s.groups == s.in_channels &&
+         4 * columns >= 3 * kLanes<float>;
 }
 
 // Columns read one after the other, or every second; neighbouring rows of the output then meet in the same input rows.

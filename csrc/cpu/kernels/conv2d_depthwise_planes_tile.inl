@@ -6,7 +6,8 @@
 namespace {
 
 constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
-constexpr int kTapRows = 7;   // of a group: larger kernels take several
+// Tap rows of a group: larger kernels take several. Those of more than 5 rows rarely have a stride.
+constexpr int most_tap_rows(int step) { return step == 1 ? 7 : 5; }
 constexpr int kFewRows = 4;   // sums of a tile in one column
 constexpr int kManyRows = 7;  // where the registers allow
 constexpr int most_rows(int64_t vectors) { return vectors <= (kVectorRegisters == 32 ? 2 : 1) ? kManyRows : kFewRows; }
@@ -30,7 +31,7 @@ struct TileArguments {
   const uint32_t* stored;  // [vector]
 };
 
-// Up to kTapRows tap rows of one source map.
+// Some tap rows of one source map.
 template <class T>
 struct TapGroup {
   const T* source;  // as of the tile, of the group's first tap row
@@ -134,10 +135,10 @@ void compute_sums(const TileArguments<T>& a) {
   }
   for (int64_t map = 0; map < a.maps; ++map) {
     for (int64_t tap = 0, taps; tap < a.tap_rows; tap += taps) {
-      taps = ceil_div(a.tap_rows - tap, ceil_div(a.tap_rows - tap, kTapRows));
+      taps = ceil_div(a.tap_rows - tap, ceil_div(a.tap_rows - tap, most_tap_rows(kStep)));
       const TapGroup<T> group = {a.source + map * a.source_map + tap * a.source_row, a.weights + (map * a.tap_rows + tap) * a.tap_columns,
                                  a.first_index - tap, a.last_index - tap};
-      add_group<T, kRows, kVectors, kStep>(a, taps, group, sum, typename CountedLanes<kTapRows>::type{});
+      add_group<T, kRows, kVectors, kStep>(a, taps, group, sum, typename CountedLanes<most_tap_rows(kStep)>::type{});
     }
   }
 #pragma GCC unroll 7

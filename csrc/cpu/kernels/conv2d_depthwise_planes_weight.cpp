@@ -271,13 +271,9 @@ Plan plan_job(const Conv2dShape& s, int threads) {
   return {1, kGradRows * kLanes<T>, job.chunks * s.out_channels, static_cast<size_t>(bytes)};
 }
 
-Plan plan(const Conv2dShape& s, int threads) {
-  return s.dtype == DType::float32 ? plan_job<float>(s, threads) : plan_job<double>(s, threads);
-}
+Plan plan(const Conv2dShape& s, int threads) { return plan_job<float>(s, threads); }
 
-Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? run_job<float>(s, b, workspace, threads) : run_job<double>(s, b, workspace, threads);
-}
+Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) { return run_job<float>(s, b, workspace, threads); }
 
 // Kernels of more than one tile are faster with a channel in each lane (conv2d_depthwise_weight.cpp).
 bool accepts(const Conv2dShape& s) {

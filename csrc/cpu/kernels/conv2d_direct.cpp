@@ -11,8 +11,24 @@ namespace {
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
 
-using Forward = GatherRow<ChannelTile, Conv2dDirection::forward>;
-using BackwardInput = GatherRow<ChannelTile, Conv2dDirection::backward_input>;
+template <Conv2dDirection kDirection>
+struct Row {
+  using Float = GatherRow<float, ChannelTile<float>, kDirection>;
+  using Double = GatherRow<double, ChannelTile<double>, kDirection>;
+
+  static bool is_float(const Conv2dShape& s) { return s.dtype == DType::float32; }
+  static Plan plan(const Conv2dShape& s, int threads) { return (is_float(s) ? Float::plan : Double::plan)(s, threads); }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return (is_float(s) ? Float::run : Double::run)(s, b, workspace, threads);
+  }
+  static PackedForm form(const Conv2dShape& s) { return (is_float(s) ? Float::form : Double::form)(s); }
+  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& b, Packed packed, void* workspace, int threads) {
+    return (is_float(s) ? Float::run_packed : Double::run_packed)(s, b, packed, workspace, threads);
+  }
+};
+
+using Forward = Row<Conv2dDirection::forward>;
+using BackwardInput = Row<Conv2dDirection::backward_input>;
 
 }  // namespace
 

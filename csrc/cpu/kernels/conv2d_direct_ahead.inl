@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace {
+namespace cnn_ext::cpu::CNN_EXT_ISA {
 
 // What a register tile fetches on its way: at each of its first `count` steps the line at `at`, which then moves on by `step` bytes, and
 // after them the last one again. (Where there is nothing to fetch: any line at hand. A null pointer is looked up every time.)
@@ -12,6 +12,12 @@ struct Fetch {
   const char* at;
   int64_t step, count;
 };
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
+
+namespace {
+
+using cnn_ext::cpu::CNN_EXT_ISA::Fetch;
 
 template <class T>
 Fetch fetch_nothing(const T* at_hand) {

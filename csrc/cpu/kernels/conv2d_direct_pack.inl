@@ -125,4 +125,12 @@ class Packer {
   int64_t width_ = 0;
 };
 
+// Packs one unit and block of channels; whether all weights were finite.
+template <class T>
+__attribute__((noinline)) bool pack_unit(const Gather& g, const T* src, int64_t outputs, int64_t width, int64_t channels, T* dst) {
+  Packer<T> packer;
+  packer.pack(g, src, outputs, width, channels, dst);
+  return packer.found_finite();
+}
+
 }  // namespace

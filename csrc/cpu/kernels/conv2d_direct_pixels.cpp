@@ -11,8 +11,8 @@ bool accepts(const Conv2dShape& s) {
   return pixels_are_cheaper(make_gather(kDirection, s, 0), s.dtype, s.layout);
 }
 
-using Forward = GatherRow<PixelTile, Conv2dDirection::forward>;
-using BackwardInput = GatherRow<PixelTile, Conv2dDirection::backward_input>;
+using Forward = GatherRow<float, PixelTile<float>, Conv2dDirection::forward>;
+using BackwardInput = GatherRow<float, PixelTile<float>, Conv2dDirection::backward_input>;
 
 }  // namespace
 

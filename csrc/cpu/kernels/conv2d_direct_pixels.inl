@@ -1,4 +1,4 @@
-// Which of the two register tiles serves a gather convolution faster.
+// Which of the two register tiles serves a gather convolution faster, in float32.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_run.inl"
@@ -26,8 +26,7 @@ bool is_cheaper(const Gather& g, bool nchw) {
 
 inline bool pixels_are_cheaper(const Gather& g, DType dtype, Layout layout) {
   const bool nchw = layout == Layout::nchw;
-  if (dtype == DType::float32) return is_cheaper<float>(g, nchw);
-  return dtype == DType::float64 && is_cheaper<double>(g, nchw);
+  return dtype == DType::float32 && is_cheaper<float>(g, nchw);
 }
 
 }  // namespace

@@ -86,10 +86,9 @@ class GatherRun {
       const int64_t channel_block = i % b_.channel_blocks, unit = i / b_.channel_blocks % units, group = i / b_.channel_blocks / units;
       const T* src = weight_ + group * g_.weight_group + Tile::first(g_.outputs, unit) * g_.weight_output +
                      channel_block * b_.channels * g_.weight_channel;
-      Packer<T> packer;
-      packer.pack(g_, src, outputs_of(unit), Tile::width(g_.outputs, unit), channels_of(channel_block),
-                  packed_weights(group, unit, channel_block));
-      if (!packer.found_finite()) __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
+      if (!pack_unit(g_, src, outputs_of(unit), Tile::width(g_.outputs, unit), channels_of(channel_block),
+                     packed_weights(group, unit, channel_block)))
+        __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
     });
     return finite != 0;
   }
@@ -330,10 +329,9 @@ Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, Packed pac
   return Outcome::done;
 }
 
-template <template <class> class Tile>
-PackedForm packed_form(const Gather& g, cnn_ext::DType dtype) {
-  const int64_t bytes = dtype == cnn_ext::DType::float32 ? packed_bytes<float, Tile<float>>(g) : packed_bytes<double, Tile<double>>(g);
-  return {static_cast<size_t>(bytes), 0};
+template <class T, class Tile>
+PackedForm packed_form(const Gather& g) {
+  return {static_cast<size_t>(packed_bytes<T, Tile>(g)), 0};
 }
 
 // From tensor to tensor.
@@ -352,30 +350,19 @@ struct TensorEnds {
   const Conv2dBuffers& buffers;
 };
 
-// The functions of a table row.
-template <template <class> class Tile, Conv2dDirection kDirection>
+// The functions of a table row of one type.
+template <class T, class Tile, Conv2dDirection kDirection>
 struct GatherRow {
-  template <class T>
-  static Plan plan_of(const Conv2dShape& s, int threads) {
-    return plan_gathers<T, Tile<T>>(TensorEnds<T, kDirection>{s, {}}, threads);
-  }
-  template <class T>
-  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+  static Plan plan(const Conv2dShape& s, int threads) { return plan_gathers<T, Tile>(TensorEnds<T, kDirection>{s, {}}, threads); }
+  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
     const TensorEnds<T, kDirection> ends{s, buffers};
     const T* bias = static_cast<const T*>(buffers.bias);
-    return run_gathers<T, Tile<T>>(ends, static_cast<const T*>(buffers.weight), bias, packed, workspace, threads);
-  }
-  static Plan plan(const Conv2dShape& s, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
-  }
-  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_of<float>(s, buffers, packed, workspace, threads)
-                                              : run_of<double>(s, buffers, packed, workspace, threads);
+    return run_gathers<T, Tile>(ends, static_cast<const T*>(buffers.weight), bias, packed, workspace, threads);
   }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
     return run_packed(s, buffers, {}, workspace, threads);
   }
-  static PackedForm form(const Conv2dShape& s) { return packed_form<Tile>(make_gather(kDirection, s, 0), s.dtype); }
+  static PackedForm form(const Conv2dShape& s) { return packed_form<T, Tile>(make_gather(kDirection, s, 0)); }
 };
 
 }  // namespace

@@ -160,7 +160,8 @@ struct TensorSource {
 
 // Rows that are dense in memory: one channel after the other.
 template <class T, class Source>
-inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line, T* staged) {
+__attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line,
+                                            T* staged) {
   const int64_t step = g.w.source_step;
   const int64_t rows = window_of(g.h, task.rows).span;
   for (int64_t r = 0; r < rows; ++r) {
@@ -184,7 +185,8 @@ inline void stage_planes(const Gather& g, const StagedLayout& l, const StageTask
 
 // Channels innermost: squares of lanes x lanes are transposed on the way.
 template <class T, class Source>
-inline void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* staged) {
+__attribute__((noinline)) void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source,
+                                                   T* staged) {
   constexpr int kV = kLanes<T>;
   const int64_t step = g.w.source_step;
   const int64_t rows = window_of(g.h, task.rows).span;

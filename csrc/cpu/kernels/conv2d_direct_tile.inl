@@ -1,20 +1,11 @@
-// Register tiles: sums of a few output channels at a few grid points, over some steps (tap row, channel, tap column) of a block of the
-// reduction. 32 registers hold 28 accumulators, 16 hold 12.
-//
-// ChannelTile has output channels in the lanes: 2 vectors of them x up to 14 grid points (6 with 16 registers). A step loads 2 vectors of
-// weights and broadcasts one input value for every 2 FMAs, so that the two load ports feed the two FMA ports with a third of their slots to
-// spare. Rows of at most half a tile are taken two at a time.
-//
-// PixelTile has grid points in the lanes: up to 14 (6) output channels x 1 or 2 vectors of a row, of 1, 2 or 4 rows while the channels are
-// few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without transposing.
+// Register tiles, as the loops around them see them: sums of a few output channels at a few grid points, over some steps (tap row, channel,
+// tap column) of a block of the reduction. What sums is compiled once for all rows: conv2d_direct_channel_tile.cpp, _pixel_tile.cpp.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/simd/vec.h"
 
-namespace {
-
-constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
+namespace cnn_ext::cpu::CNN_EXT_ISA {
 
 template <class T>
 struct TileTask {
@@ -37,26 +28,20 @@ struct TileTask {
   Fetch source_ahead, dest_ahead;
 };
 
-// The steps of a tile are gone through in two runs: while there is a destination to fetch, and after that.
-template <class T, class Step>
-inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, const Step& step) {
-  const int32_t* offset = task.offsets;
-  const int32_t* const end = offset + task.steps;
-  const char* source = task.source_ahead.at;
-  const char* dest = task.dest_ahead.at;
-  int64_t source_step = task.source_ahead.step, dest_step = task.dest_ahead.step;
-  const int32_t* stop = offset + (task.dest_ahead.count < task.steps ? task.dest_ahead.count : task.steps);
-  while (true) {
-    for (; offset != stop; ++offset) {
-      step(*offset);
-      __builtin_prefetch(source, 0, 2);
-      __builtin_prefetch(dest, 0, 2);
-      source += source_step, dest += dest_step;
-    }
-    if (stop == end) return;
-    stop = end, dest_step = 0;
-  }
-}
+// A tile of 1 or 2 vectors of output channels x rows * cols grid points.
+void run_channel_tile(const TileTask<float>& task, int vectors, int rows, int cols);
+void run_channel_tile(const TileTask<double>& task, int vectors, int rows, int cols);
+
+// A tile of `width` output channels x `rows` rows of 1 or 2 vectors of grid points.
+void run_pixel_tile(const TileTask<float>& task, int width, int rows, int vectors);
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
+
+namespace {
+
+using cnn_ext::cpu::CNN_EXT_ISA::TileTask;
+
+constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
 
 // The positive part; NaN stays.
 template <class T>
@@ -78,35 +63,9 @@ void rectify_tile(const TileTask<T>& task, int64_t rows, int64_t count, int64_t 
   }
 }
 
-template <class T, int kVectors, int kRows, int kCols>
-void channel_tile(const TileTask<T>& task) {
-  constexpr int kV = kLanes<T>, kPoints = kRows * kCols;
-  Vec<T> sum[kPoints][kVectors] = {};
-  const T* weights = task.weights;
-  const T* const staged = task.staged;
-  const int64_t row_step = task.row_step;
-  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
-    const T* in = staged + offset;
-    Vec<T> weight[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
-    weights += kVectors * kV;
-#pragma GCC unroll 14
-    for (int i = 0; i < kPoints; ++i) {
-      const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
-    }
-  });
-#pragma GCC unroll 14
-  for (int i = 0; i < kPoints; ++i) {
-    const T* from = task.before + i / kCols * task.before_row_pitch + i % kCols * task.before_pitch;
-    T* to = task.out + i / kCols * task.row_pitch + i % kCols * task.pitch;
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(to + v * kV, load(from + v * kV) + sum[i][v]);
-  }
-}
-
+// ChannelTile has output channels in the lanes: 2 vectors of them x up to 14 grid points (6 with 16 registers). A step loads 2 vectors of
+// weights and broadcasts one input value for every 2 FMAs, so that the two load ports feed the two FMA ports with a third of their slots to
+// spare. Rows of at most half a tile are taken two at a time.
 template <class T>
 struct ChannelTile {
   static constexpr int kV = kLanes<T>;
@@ -129,82 +88,12 @@ struct ChannelTile {
   static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, cols, width); }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
-    if (width == kMaxWidth) {
-      run_rows<2>(task, rows, cols);
-    } else {
-      run_rows<1>(task, rows, cols);
-    }
-  }
-
- private:
-  template <int kVectors>
-  static void run_rows(const TileTask<T>& task, int64_t rows, int64_t cols) {
-    if (rows == 1) {
-      run_cols<kVectors, 1, kMaxPoints>(task, cols);
-    } else {
-      run_cols<kVectors, 2, kMaxPoints / 2>(task, cols);
-    }
-  }
-
-  template <int kVectors, int kRows, int kCols>
-  static void run_cols(const TileTask<T>& task, int64_t cols) {
-    if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols>(task);
-    if constexpr (kCols > 1) run_cols<kVectors, kRows, kCols - 1>(task, cols);
+    cnn_ext::cpu::CNN_EXT_ISA::run_channel_tile(task, static_cast<int>(width / kV), static_cast<int>(rows), static_cast<int>(cols));
   }
 };
 
-template <class T, int kWidth, int kRows, int kVectors>
-void pixel_tile(const TileTask<T>& task) {
-  constexpr int kV = kLanes<T>, kPoints = kRows * kVectors;
-  Vec<T> sum[kPoints][kWidth] = {};
-  const T* weights = task.weights;
-  const T* const staged = task.staged;
-  const int64_t row_step = task.row_step;
-  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
-    const T* in = staged + offset;
-    if constexpr (kWidth < kPoints) {
-      Vec<T> weight[kWidth];
-#pragma GCC unroll 14
-      for (int k = 0; k < kWidth; ++k) weight[k] = broadcast_from(weights + k);
-#pragma GCC unroll 8
-      for (int p = 0; p < kPoints; ++p) {
-        const Vec<T> x = load(in + p / kVectors * row_step + p % kVectors * kV);
-#pragma GCC unroll 14
-        for (int k = 0; k < kWidth; ++k) sum[p][k] = fma(x, weight[k], sum[p][k]);
-      }
-    } else {
-      Vec<T> x[kPoints];
-#pragma GCC unroll 8
-      for (int p = 0; p < kPoints; ++p) x[p] = load(in + p / kVectors * row_step + p % kVectors * kV);
-#pragma GCC unroll 14
-      for (int k = 0; k < kWidth; ++k) {
-        const Vec<T> weight = broadcast_from(weights + k);
-#pragma GCC unroll 8
-        for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
-      }
-    }
-    weights += kWidth;
-  });
-  const T* const bias = task.bias;
-  const int last = task.last;
-#pragma GCC unroll 14
-  for (int k = 0; k < kWidth; ++k) {
-    const Vec<T> offset = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
-#pragma GCC unroll 8
-    for (int p = 0; p < kPoints; ++p) {
-      const int row = p / kVectors, column = p % kVectors * kV;
-      const Vec<T> before = bias != nullptr ? offset : load(task.before + row * task.before_row_pitch + k * task.before_pitch + column);
-      const Vec<T> total = before + sum[p][k];
-      T* const to = task.out + row * task.row_pitch + k * task.pitch + column;
-      if (column + kV < kVectors * kV || last == kV) {
-        store(to, total);
-      } else {
-        store_first(to, total, last);
-      }
-    }
-  }
-}
-
+// PixelTile has grid points in the lanes: up to 14 (6) output channels x 1 or 2 vectors of a row, of 1, 2 or 4 rows while the channels are
+// few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without transposing.
 template <class T>
 struct PixelTile {
   static constexpr int kV = kLanes<T>;
@@ -230,24 +119,12 @@ struct PixelTile {
 
   static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, width, cols); }
 
-  static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { run_width<kMaxWidth>(task, width, rows, cols); }
+  static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
+    cnn_ext::cpu::CNN_EXT_ISA::run_pixel_tile(task, static_cast<int>(width), static_cast<int>(rows), static_cast<int>(vectors(cols)));
+  }
 
  private:
   static int64_t vectors(int64_t cols) { return cols > kV ? 2 : 1; }
-
-  template <int kWidth>
-  static void run_width(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
-    if (width == kWidth) return vectors(cols) == 2 ? run_rows<kWidth, 2, 4>(task, rows) : run_rows<kWidth, 1, 4>(task, rows);
-    if constexpr (kWidth > 1) run_width<kWidth - 1>(task, width, rows, cols);
-  }
-
-  template <int kWidth, int kVectors, int kRows>
-  static void run_rows(const TileTask<T>& task, int64_t rows) {
-    if constexpr (kWidth * kVectors * kRows <= kAccumulators) {
-      if (rows == kRows) return pixel_tile<T, kWidth, kRows, kVectors>(task);
-    }
-    if constexpr (kRows > 1) run_rows<kWidth, kVectors, kRows / 2>(task, rows);
-  }
 };
 
 }  // namespace

@@ -47,7 +47,8 @@ inline void store_items(uint8_t* p, Vec<T> v, int64_t, int count) {
 
 // Writes a matrix (lanes innermost, `pitch` apart) to where its rows and columns belong.
 template <class T, class Out>
-inline void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols, Out* dst, int64_t row_stride, int64_t col_stride) {
+__attribute__((noinline)) void write_matrix(const T* src, int64_t pitch, int64_t rows, int64_t cols, Out* dst, int64_t row_stride,
+                                            int64_t col_stride) {
   constexpr int kV = kLanes<T>;
   if (col_stride == 1) {
     for (int64_t i = 0; i < rows; ++i) {

@@ -14,8 +14,7 @@ namespace {
 bool accepts(const Conv2dShape& s) {
   const bool tiles = s.stride_h == s.kernel_h && s.stride_w == s.kernel_w && s.pad_top == 0 && s.pad_left == 0 && s.dilation_h == 1 &&
                      s.dilation_w == 1 && s.in_h == s.out_h * s.kernel_h && s.in_w == s.out_w * s.kernel_w;
-  const bool is_served = s.dtype == DType::float32 || s.dtype == DType::float64;
-  return is_served && tiles && s.groups == 1 && s.kernel_h * s.kernel_w > 1 && s.weight_layout == s.layout;
+  return s.dtype == DType::float32 && tiles && s.groups == 1 && s.kernel_h * s.kernel_w > 1 && s.weight_layout == s.layout;
 }
 
 Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1, PaddingMode::zeros}; }
@@ -80,23 +79,11 @@ struct PatchEnds {
   const Conv2dBuffers& buffers;
 };
 
-template <class T>
-Plan plan_of(const Conv2dShape& s, int threads) {
-  return plan_gathers<T, ChannelTile<T>>(PatchEnds<T>{s, {}}, threads);
-}
-
-template <class T>
-Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  const T* none = nullptr;
-  return run_gathers<T, ChannelTile<T>>(PatchEnds<T>{s, b}, static_cast<const T*>(b.weight), none, {}, workspace, threads);
-}
-
-Plan plan(const Conv2dShape& s, int threads) {
-  return s.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
-}
+Plan plan(const Conv2dShape& s, int threads) { return plan_gathers<float, ChannelTile<float>>(PatchEnds<float>{s, {}}, threads); }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+  const float* none = nullptr;
+  return run_gathers<float, ChannelTile<float>>(PatchEnds<float>{s, b}, static_cast<const float*>(b.weight), none, {}, workspace, threads);
 }
 
 }  // namespace

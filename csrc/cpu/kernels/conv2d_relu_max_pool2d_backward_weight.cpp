@@ -46,29 +46,11 @@ struct MadeUpGradient {
 
 template <class Tiles>
 struct FusedRow {
-  template <class T>
-  using Pooled = BackwardWeight<T, Tiles, MadeUpGradient<T, PooledGradient<T>>>;
-  template <class T>
-  using Relu = BackwardWeight<T, Tiles, MadeUpGradient<T, ReluGradient<T>>>;
+  using Run = BackwardWeight<float, Tiles, MadeUpGradient<float, FusedGradient<float>>>;
 
-  template <class T>
-  static Plan plan_of(const Conv2dReluPoolShape& s, int threads) {
-    return has_pooling(s) ? Pooled<T>(s.conv).plan(threads) : Relu<T>(s.conv).plan(threads);
-  }
-  template <class T>
-  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    const Strides strides = dense_strides(s.conv.layout, s.conv.out_channels, s.pooled_h, s.pooled_w);
-    const T* grad = static_cast<const T*>(b.grad_output);
-    const T* input = static_cast<const T*>(b.input);
-    T* grad_weight = static_cast<T*>(b.grad_weight);
-    if (has_pooling(s)) return Pooled<T>(s.conv).run({{s, grad, b.offsets, strides}}, input, grad_weight, workspace, threads);
-    return Relu<T>(s.conv).run({{grad, static_cast<const T*>(b.output), strides, s.conv.out_w}}, input, grad_weight, workspace, threads);
-  }
-  static Plan plan(const Conv2dReluPoolShape& s, int threads) {
-    return s.conv.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
-  }
+  static Plan plan(const Conv2dReluPoolShape& s, int threads) { return Run(s.conv).plan(threads); }
   static Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+    return Run(s.conv).run({{s, b}}, static_cast<const float*>(b.input), static_cast<float*>(b.grad_weight), workspace, threads);
   }
 };
 

@@ -14,10 +14,9 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-Strides pooled_strides(const Conv2dReluPoolShape& s) { return dense_strides(s.conv.layout, s.conv.out_channels, s.pooled_h, s.pooled_w); }
-
 // Forward: only what a pooling window sees is computed.
-struct ForwardGather {
+struct ForwardEnds {
+  using Source = TensorSource<float>;
   int64_t count() const { return 1; }
   Gather gather(int64_t) const {
     Gather g = make_gather_of_rows(Conv2dDirection::forward, shape.conv, 0);
@@ -27,93 +26,76 @@ struct ForwardGather {
     g.w.count = g.cols.points(shape.pooled_w);
     return g;
   }
+  Source source(const Gather& g) const { return {static_cast<const float*>(buffers.input), g.source}; }
 
   const Conv2dReluPoolShape& shape;
   const Conv2dReluPoolBuffers& buffers;
 };
 
-template <class T>
-struct PooledForward : ForwardGather {
-  using Source = TensorSource<T>;
-  using Sink = PoolSink<T>;
-  Source source(const Gather& g) const { return {static_cast<const T*>(buffers.input), g.source}; }
+struct PooledForward : ForwardEnds {
+  using Sink = PoolSink<float>;
   Sink sink(const Gather&) const {
-    return {static_cast<T*>(buffers.output),
+    return {static_cast<float*>(buffers.output),
             buffers.offsets,
             pooled_strides(shape),
             {shape.pool_h, shape.pool_w, shape.pool_stride_h, shape.pool_stride_w}};
   }
 };
 
-template <class T>
-struct ReluForward : ForwardGather {
-  using Source = TensorSource<T>;
-  using Sink = TensorSink<T>;
-  Source source(const Gather& g) const { return {static_cast<const T*>(buffers.input), g.source}; }
-  Sink sink(const Gather& g) const { return {g, static_cast<T*>(buffers.output), true}; }
+struct ReluForward : ForwardEnds {
+  using Sink = TensorSink<float>;
+  Sink sink(const Gather& g) const { return {g, static_cast<float*>(buffers.output), true}; }
 };
 
-template <class T>
-struct BackwardInputGather {
-  using Sink = TensorSink<T>;
+struct BackwardInput {
+  using Source = FusedGradient<float>;
+  using Sink = TensorSink<float>;
   int64_t count() const { return gather_count(Conv2dDirection::backward_input, shape.conv); }
   Gather gather(int64_t i) const { return make_gather_of_rows(Conv2dDirection::backward_input, shape.conv, i); }
-  Sink sink(const Gather& g) const { return {g, static_cast<T*>(buffers.grad_input), false}; }
+  Source source(const Gather&) const { return {shape, buffers}; }
+  Sink sink(const Gather& g) const { return {g, static_cast<float*>(buffers.grad_input), false}; }
 
   const Conv2dReluPoolShape& shape;
   const Conv2dReluPoolBuffers& buffers;
 };
 
-template <class T>
-struct PooledBackwardInput : BackwardInputGather<T> {
-  using Source = PooledGradient<T>;
-  Source source(const Gather&) const {
-    return {this->shape, static_cast<const T*>(this->buffers.grad_output), this->buffers.offsets, pooled_strides(this->shape)};
-  }
-};
+using Channels = ChannelTile<float>;
+using Pixels = PixelTile<float>;
 
-template <class T>
-struct ReluBackwardInput : BackwardInputGather<T> {
-  using Source = ReluGradient<T>;
-  Source source(const Gather& g) const {
-    return {static_cast<const T*>(this->buffers.grad_output), static_cast<const T*>(this->buffers.output), g.source, g.w.source_size};
-  }
-};
+// A table row's functions.
+template <class Tile, class Ends>
+Plan plan(const Conv2dReluPoolShape& s, int threads) {
+  return plan_gathers<float, Tile>(Ends{s, {}}, threads);
+}
 
-// A table row's functions: with pooling, and with the activation alone.
-template <template <class> class Tile, template <class> class Pooled, template <class> class Relu>
-struct FusedRow {
-  template <class T>
-  static Plan plan_of(const Conv2dReluPoolShape& s, int threads) {
-    const Conv2dReluPoolBuffers none{};
-    return has_pooling(s) ? plan_gathers<T, Tile<T>>(Pooled<T>{s, none}, threads) : plan_gathers<T, Tile<T>>(Relu<T>{s, none}, threads);
-  }
-  template <class T>
-  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
-    const T* weight = static_cast<const T*>(b.weight);
-    const T* bias = static_cast<const T*>(b.bias);
-    return has_pooling(s) ? run_gathers<T, Tile<T>>(Pooled<T>{s, b}, weight, bias, packed, workspace, threads)
-                          : run_gathers<T, Tile<T>>(Relu<T>{s, b}, weight, bias, packed, workspace, threads);
-  }
-  static Plan plan(const Conv2dReluPoolShape& s, int threads) {
-    return s.conv.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
-  }
-  static Outcome run_packed(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
-    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, packed, workspace, threads)
-                                          : run_of<double>(s, b, packed, workspace, threads);
-  }
-  static Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    return run_packed(s, b, {}, workspace, threads);
-  }
-  static PackedForm form(const Conv2dReluPoolShape& s) {
-    return packed_form<Tile>(make_gather_of_rows(Conv2dDirection::forward, s.conv, 0), s.conv.dtype);
-  }
-};
+template <class Tile, class Ends>
+Outcome run_packed(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
+  const float* bias = static_cast<const float*>(b.bias);
+  return run_gathers<float, Tile>(Ends{s, b}, static_cast<const float*>(b.weight), bias, packed, workspace, threads);
+}
 
-template <template <class> class Tile>
-using Forward = FusedRow<Tile, PooledForward, ReluForward>;
-template <template <class> class Tile>
-using BackwardInput = FusedRow<Tile, PooledBackwardInput, ReluBackwardInput>;
+template <class Tile, class Ends>
+Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+  return run_packed<Tile, Ends>(s, b, {}, workspace, threads);
+}
+
+template <class Tile>
+PackedForm form_forward(const Conv2dReluPoolShape& s) {
+  return packed_form<float, Tile>(make_gather_of_rows(Conv2dDirection::forward, s.conv, 0));
+}
+
+Plan plan_forward(const Conv2dReluPoolShape& s, int threads) {
+  return has_pooling(s) ? plan<Channels, PooledForward>(s, threads) : plan<Channels, ReluForward>(s, threads);
+}
+
+Outcome run_forward_packed(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, Packed packed, void* workspace, int threads) {
+  return has_pooling(s) ? run_packed<Channels, PooledForward>(s, b, packed, workspace, threads)
+                        : run_packed<Channels, ReluForward>(s, b, packed, workspace, threads);
+}
+
+Outcome run_forward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+  return run_forward_packed(s, b, {}, workspace, threads);
+}
 
 // Where Winograd's algorithm is allowed and pays, also the composed row is faster.
 template <Conv2dDirection kDirection>
@@ -133,32 +115,32 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_pixels = {CNN_E
                                                                            Isa::CNN_EXT_ISA,
                                                                            Conv2dDirection::forward,
                                                                            accepts_pixels<Conv2dDirection::forward>,
-                                                                           Forward<PixelTile>::plan,
-                                                                           Forward<PixelTile>::run};
+                                                                           plan<Pixels, ReluForward>,
+                                                                           run<Pixels, ReluForward>};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_pixels = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_pixels"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
     accepts_pixels<Conv2dDirection::backward_input>,
-    BackwardInput<PixelTile>::plan,
-    BackwardInput<PixelTile>::run};
+    plan<Pixels, BackwardInput>,
+    run<Pixels, BackwardInput>};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_direct = {CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_forward_direct"),
                                                                            Isa::CNN_EXT_ISA,
                                                                            Conv2dDirection::forward,
                                                                            accepts<Conv2dDirection::forward>,
-                                                                           Forward<ChannelTile>::plan,
-                                                                           Forward<ChannelTile>::run};
+                                                                           plan_forward,
+                                                                           run_forward};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_direct = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_direct"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
     accepts<Conv2dDirection::backward_input>,
-    BackwardInput<ChannelTile>::plan,
-    BackwardInput<ChannelTile>::run};
+    plan<Channels, BackwardInput>,
+    run<Channels, BackwardInput>};
 
-extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_pixels_packing = {
-    &conv2d_relu_max_pool2d_forward_pixels, Forward<PixelTile>::form, Forward<PixelTile>::run_packed};
-extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_direct_packing = {
-    &conv2d_relu_max_pool2d_forward_direct, Forward<ChannelTile>::form, Forward<ChannelTile>::run_packed};
+extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_pixels_packing = {&conv2d_relu_max_pool2d_forward_pixels,
+                                                                                    form_forward<Pixels>, run_packed<Pixels, ReluForward>};
+extern const PackingConv2dReluPool conv2d_relu_max_pool2d_forward_direct_packing = {&conv2d_relu_max_pool2d_forward_direct,
+                                                                                    form_forward<Channels>, run_forward_packed};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -14,12 +14,10 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_direct, conv2d_
 
 namespace {
 
-Strides pooled_strides(const Conv2dReluPoolShape& s) { return dense_strides(s.conv.layout, s.conv.out_channels, s.pooled_h, s.pooled_w); }
-
 // What both directions that gather have in common.
-template <class T, Conv2dDirection kDirection>
+template <Conv2dDirection kDirection>
 struct FusedWinograd {
-  using Scalar = T;
+  using T = float;
 
   static const Conv2dReluPoolKernel& direct_row() {
     return kDirection == Conv2dDirection::forward ? conv2d_relu_max_pool2d_forward_direct : conv2d_relu_max_pool2d_backward_input_direct;
@@ -47,102 +45,69 @@ struct FusedWinograd {
   const Conv2dReluPoolBuffers& buffers;
 };
 
-template <class T>
-struct Forward : FusedWinograd<T, Conv2dDirection::forward> {
+struct Forward : FusedWinograd<Conv2dDirection::forward> {
   using Source = TensorSource<T>;
-  Source source(const Gather& g) const { return {static_cast<const T*>(this->buffers.input), g.source}; }
+  Source source(const Gather& g) const { return {static_cast<const T*>(buffers.input), g.source}; }
 };
 
-template <class T>
-struct ReluForward : Forward<T> {
+struct ReluForward : Forward {
   template <int kOutputs>
   using Sink = TileTensorSink<T, kOutputs>;
-  Gather gather() const { return make_gather(Conv2dDirection::forward, this->shape.conv, 0); }
+  Gather gather() const { return make_gather(Conv2dDirection::forward, shape.conv, 0); }
   template <int kOutputs>
   Sink<kOutputs> sink(const Gather& g) const {
-    return {g, static_cast<T*>(this->buffers.output), true};
+    return {g, static_cast<T*>(buffers.output), true};
   }
 };
 
-template <class T>
-struct PooledForward : Forward<T> {
+struct PooledForward : Forward {
   template <int kOutputs>
   using Sink = TilePoolSink<T, kOutputs>;
   // Only what a window sees is computed.
   Gather gather() const {
-    Gather g = make_gather(Conv2dDirection::forward, this->shape.conv, 0);
-    g.h.count = 2 * this->shape.pooled_h, g.w.count = 2 * this->shape.pooled_w;
+    Gather g = make_gather(Conv2dDirection::forward, shape.conv, 0);
+    g.h.count = 2 * shape.pooled_h, g.w.count = 2 * shape.pooled_w;
     return g;
   }
   template <int kOutputs>
   Sink<kOutputs> sink(const Gather&) const {
-    return {static_cast<T*>(this->buffers.output), this->buffers.offsets, pooled_strides(this->shape), this->shape.pooled_h,
-            this->shape.pooled_w};
+    return {static_cast<T*>(buffers.output), buffers.offsets, pooled_strides(shape), shape.pooled_h, shape.pooled_w};
   }
 };
 
-template <class T>
-struct BackwardInput : FusedWinograd<T, Conv2dDirection::backward_input> {
+struct BackwardInput : FusedWinograd<Conv2dDirection::backward_input> {
+  using Source = FusedGradient<T>;
   template <int kOutputs>
   using Sink = TileTensorSink<T, kOutputs>;
-  Gather gather() const { return make_gather(Conv2dDirection::backward_input, this->shape.conv, 0); }
+  Gather gather() const { return make_gather(Conv2dDirection::backward_input, shape.conv, 0); }
+  Source source(const Gather&) const { return {shape, buffers}; }
   template <int kOutputs>
   Sink<kOutputs> sink(const Gather& g) const {
-    return {g, static_cast<T*>(this->buffers.grad_input), false};
+    return {g, static_cast<T*>(buffers.grad_input), false};
   }
 };
 
-template <class T>
-PooledGradient<T> pooled_gradient(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b) {
-  return {s, static_cast<const T*>(b.grad_output), b.offsets, pooled_strides(s)};
+// The functions of a table row that gathers.
+template <Conv2dDirection kDirection, class Ends>
+Plan plan(const Conv2dReluPoolShape& s, int threads) {
+  return with_tile<float>(kDirection, s.conv, [&](auto tile) { return plan_winograd<tile.kOutputs, tile.kTaps>(Ends{s, {}}, threads); });
 }
 
-template <class T>
-ReluGradient<T> relu_gradient(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b) {
-  return {static_cast<const T*>(b.grad_output), static_cast<const T*>(b.output), pooled_strides(s), s.conv.out_w};
+template <Conv2dDirection kDirection, class Ends>
+Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+  return with_tile<float>(kDirection, s.conv,
+                          [&](auto tile) { return run_winograd<tile.kOutputs, tile.kTaps>(Ends{s, b}, workspace, threads); });
 }
 
-template <class T>
-struct ReluBackwardInput : BackwardInput<T> {
-  using Source = ReluGradient<T>;
-  Source source(const Gather&) const { return relu_gradient<T>(this->shape, this->buffers); }
-};
+constexpr Conv2dDirection kForward = Conv2dDirection::forward, kBackwardInput = Conv2dDirection::backward_input;
 
-template <class T>
-struct PooledBackwardInput : BackwardInput<T> {
-  using Source = PooledGradient<T>;
-  Source source(const Gather&) const { return pooled_gradient<T>(this->shape, this->buffers); }
-};
+Plan plan_forward(const Conv2dReluPoolShape& s, int threads) {
+  return has_pooling(s) ? plan<kForward, PooledForward>(s, threads) : plan<kForward, ReluForward>(s, threads);
+}
 
-// The functions of a table row that gathers: with pooling, and with the activation alone.
-template <Conv2dDirection kDirection, template <class> class Pooled, template <class> class Relu>
-struct GatherRow {
-  // use(tile, ends)
-  template <class T, class Use>
-  static auto with_ends(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, const Use& use) {
-    return with_tile<T>(kDirection, s.conv,
-                        [&](auto tile) { return has_pooling(s) ? use(tile, Pooled<T>{{{s, b}}}) : use(tile, Relu<T>{{{s, b}}}); });
-  }
-  template <class T>
-  static Plan plan_of(const Conv2dReluPoolShape& s, int threads) {
-    const Conv2dReluPoolBuffers none{};
-    return with_ends<T>(s, none, [&](auto tile, const auto& ends) { return plan_winograd<tile.kOutputs, tile.kTaps>(ends, threads); });
-  }
-  template <class T>
-  static Outcome run_of(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    return with_ends<T>(s, b,
-                        [&](auto tile, const auto& ends) { return run_winograd<tile.kOutputs, tile.kTaps>(ends, workspace, threads); });
-  }
-  static Plan plan(const Conv2dReluPoolShape& s, int threads) {
-    return s.conv.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
-  }
-  static Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-    return s.conv.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
-  }
-};
-
-using ForwardRow = GatherRow<Conv2dDirection::forward, PooledForward, ReluForward>;
-using BackwardInputRow = GatherRow<Conv2dDirection::backward_input, PooledBackwardInput, ReluBackwardInput>;
+Outcome run_forward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
+  return has_pooling(s) ? run<kForward, PooledForward>(s, b, workspace, threads) : run<kForward, ReluForward>(s, b, workspace, threads);
+}
 
 bool accepts_forward(const Conv2dReluPoolShape& s) {
   return fuses_directly<Conv2dDirection::forward>(s) && winograd_serves<Conv2dDirection::forward>(s.conv) &&
@@ -156,24 +121,13 @@ bool accepts_backward_weight(const Conv2dReluPoolShape& s) {
 }
 
 Plan plan_weight(const Conv2dReluPoolShape& s, int threads) {
-  const auto plan = [&](const auto& winograd) { return winograd.plan(threads); };
-  return has_pooling(s) ? with_weight_tile<PooledGradient>(s.conv, plan) : with_weight_tile<ReluGradient>(s.conv, plan);
-}
-
-template <class T, int kOutputs, int kTaps>
-Outcome run_tiled(const WinogradWeight<T, kOutputs, kTaps, PooledGradient<T>>& winograd, const Conv2dReluPoolShape& s,
-                  const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-  return winograd.run(pooled_gradient<T>(s, b), static_cast<const T*>(b.input), static_cast<T*>(b.grad_weight), workspace, threads);
-}
-template <class T, int kOutputs, int kTaps>
-Outcome run_tiled(const WinogradWeight<T, kOutputs, kTaps, ReluGradient<T>>& winograd, const Conv2dReluPoolShape& s,
-                  const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-  return winograd.run(relu_gradient<T>(s, b), static_cast<const T*>(b.input), static_cast<T*>(b.grad_weight), workspace, threads);
+  return with_weight_tile<float, FusedGradient<float>>(s.conv, [&](const auto& winograd) { return winograd.plan(threads); });
 }
 
 Outcome run_weight(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
-  const auto run = [&](const auto& winograd) { return run_tiled(winograd, s, b, workspace, threads); };
-  return has_pooling(s) ? with_weight_tile<PooledGradient>(s.conv, run) : with_weight_tile<ReluGradient>(s.conv, run);
+  return with_weight_tile<float, FusedGradient<float>>(s.conv, [&](const auto& winograd) {
+    return winograd.run({s, b}, static_cast<const float*>(b.input), static_cast<float*>(b.grad_weight), workspace, threads);
+  });
 }
 
 }  // namespace
@@ -182,15 +136,15 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_winograd = {CNN
                                                                              Isa::CNN_EXT_ISA,
                                                                              Conv2dDirection::forward,
                                                                              accepts_forward,
-                                                                             ForwardRow::plan,
-                                                                             ForwardRow::run};
+                                                                             plan_forward,
+                                                                             run_forward};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_winograd = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_input_winograd"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_input,
     accepts_backward_input,
-    BackwardInputRow::plan,
-    BackwardInputRow::run};
+    plan<kBackwardInput, BackwardInput>,
+    run<kBackwardInput, BackwardInput>};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_winograd = {
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_weight_winograd"),
     Isa::CNN_EXT_ISA,

@@ -1,6 +1,6 @@
 // Winograd convolution F(2x2, 3x3), F(4x4, 3x3) and F(4x4, 5x5), forward and backward_input, of stride 1 and dilation 1, for any padding
-// and number of groups, in both layouts; only where the caller allows it (Conv2dShape::allow_winograd), for its error is larger than that
-// of a direct sum (docs/kernels/winograd.md has the bound).
+// and number of groups, in both layouts, in float32; only where the caller allows it (Conv2dShape::allow_winograd), for its error is larger
+// than that of a direct sum (docs/kernels/winograd.md has the bound).
 //
 // Both directions are gather convolutions (conv2d_direct_gather.inl): backward_input is one with rotated, transposed weights. Inputs are
 // staged with channels in the lanes and transformed tile by tile, multiplied point by point, and transformed back (_transform, _multiply,
@@ -17,9 +17,9 @@ extern const Conv2dKernel conv2d_forward_direct, conv2d_backward_input_direct;
 
 namespace {
 
-template <class T, Conv2dDirection kDirection>
+template <Conv2dDirection kDirection>
 struct TensorWinograd {
-  using Scalar = T;
+  using T = float;
   using Source = TensorSource<T>;
   template <int kOutputs>
   using Sink = TileTensorSink<T, kOutputs>;
@@ -51,22 +51,13 @@ struct TensorWinograd {
 // A table row's functions.
 template <Conv2dDirection kDirection>
 struct WinogradRow {
-  template <class T>
-  static Plan plan_of(const Conv2dShape& s, int threads) {
-    return with_tile<T>(kDirection, s,
-                        [&](auto tile) { return plan_winograd<tile.kOutputs, tile.kTaps>(TensorWinograd<T, kDirection>{s, {}}, threads); });
-  }
-  template <class T>
-  static Outcome run_of(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-    return with_tile<T>(kDirection, s, [&](auto tile) {
-      return run_winograd<tile.kOutputs, tile.kTaps>(TensorWinograd<T, kDirection>{s, b}, workspace, threads);
-    });
-  }
+  using Ends = TensorWinograd<kDirection>;
   static Plan plan(const Conv2dShape& s, int threads) {
-    return s.dtype == DType::float32 ? plan_of<float>(s, threads) : plan_of<double>(s, threads);
+    return with_tile<float>(kDirection, s, [&](auto tile) { return plan_winograd<tile.kOutputs, tile.kTaps>(Ends{s, {}}, threads); });
   }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-    return s.dtype == DType::float32 ? run_of<float>(s, b, workspace, threads) : run_of<double>(s, b, workspace, threads);
+    return with_tile<float>(kDirection, s,
+                            [&](auto tile) { return run_winograd<tile.kOutputs, tile.kTaps>(Ends{s, b}, workspace, threads); });
   }
 };
 

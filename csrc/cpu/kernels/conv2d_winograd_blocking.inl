@@ -50,8 +50,8 @@ int64_t tile_outputs(const Gather& g) {
 }
 
 inline bool is_winograd_problem(const Conv2dShape& s) {
-  return s.allow_winograd != 0 && s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5) && s.stride_h * s.stride_w == 1 &&
-         s.dilation_h * s.dilation_w == 1 && s.in_channels * s.out_channels > 0;
+  return s.allow_winograd != 0 && s.dtype == DType::float32 && s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5) &&
+         s.stride_h * s.stride_w == 1 && s.dilation_h * s.dilation_w == 1 && s.in_channels * s.out_channels > 0;
 }
 
 template <class T>
@@ -62,9 +62,7 @@ bool pays(const Gather& g) {
 // Whether the Winograd row of this direction takes the shape.
 template <Conv2dDirection kDirection>
 inline bool winograd_serves(const Conv2dShape& s) {
-  if (!is_winograd_problem(s)) return false;
-  const Gather g = make_gather(kDirection, s, 0);
-  return s.dtype == cnn_ext::DType::float32 ? pays<float>(g) : s.dtype == cnn_ext::DType::float64 && pays<double>(g);
+  return is_winograd_problem(s) && pays<float>(make_gather(kDirection, s, 0));
 }
 
 // How a Winograd convolution is cut.

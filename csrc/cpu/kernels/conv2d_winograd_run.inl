@@ -92,7 +92,7 @@ class WinogradRun {
     const int64_t channels = channels_of(channel_block), width = width_of(unit), col_pitch = width, row_pitch = channels * kTaps * width;
     const T* src = weight_ + group * g_.weight_group + unit * kUnit * g_.weight_output + channel_block * b_.channels * g_.weight_channel;
     T* const packed = own(worker, scratch_.own_packed);
-    Packer<T>().pack(g_, src, smaller(width, g_.outputs - unit * kUnit), width, channels, packed);
+    pack_unit(g_, src, smaller(width, g_.outputs - unit * kUnit), width, channels, packed);
     // backward_input reads its taps backwards.
     const bool rotated = g_.h.tap_step < 0;
     const T* const first = packed + (rotated ? (kTaps - 1) * (row_pitch + col_pitch) : 0);
@@ -221,7 +221,7 @@ class WinogradRun {
 // Plan and run with one tile. `Ends` makes the problem's gather, source and sink and names its tensors, and computes one image exactly.
 template <int kOutputs, int kTaps, class Ends>
 Plan plan_winograd(const Ends& ends, int threads) {
-  using T = typename Ends::Scalar;
+  using T = typename Ends::T;
   const Gather g = ends.gather();
   const WinogradBlocking b = make_winograd_blocking<T, kOutputs, kTaps>(g, threads);
   const size_t exact = static_cast<size_t>(suspects_bytes(g.batch)) + ends.exact_bytes(threads);
@@ -232,7 +232,7 @@ Plan plan_winograd(const Ends& ends, int threads) {
 
 template <int kOutputs, int kTaps, class Ends>
 Outcome run_winograd(const Ends& ends, void* workspace, int threads) {
-  using T = typename Ends::Scalar;
+  using T = typename Ends::T;
   using Sink = typename Ends::template Sink<kOutputs>;
   const Gather g = ends.gather();
   if (g.is_empty()) return Outcome::done;

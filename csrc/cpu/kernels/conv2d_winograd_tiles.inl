@@ -140,7 +140,8 @@ class TileStager {
   }
 
   // `count` neighbouring pixels of planes `plane` apart; a row of the destination takes `row_width` of them.
-  static void transpose_pixels(const T* src, int64_t plane, int64_t count, int lanes, int64_t row_width, int64_t pitch, T* dst) {
+  __attribute__((noinline)) static void transpose_pixels(const T* src, int64_t plane, int64_t count, int lanes, int64_t row_width,
+                                                         int64_t pitch, T* dst) {
     int64_t col = 0;
     for (int64_t i = 0; i < count; i += kV) {
       const int items = static_cast<int>(smaller(kV, count - i));

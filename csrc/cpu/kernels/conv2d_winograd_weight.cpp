@@ -9,18 +9,14 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 Plan plan(const Conv2dShape& s, int threads) {
-  return with_weight_tile<TensorSource>(s, [&](const auto& winograd) { return winograd.plan(threads); });
-}
-
-template <class T, int kOutputs, int kTaps, class Gradient>
-Outcome run_tiled(const WinogradWeight<T, kOutputs, kTaps, Gradient>& winograd, const Conv2dShape& s, const Conv2dBuffers& b,
-                  void* workspace, int threads) {
-  const Gradient gradient{static_cast<const T*>(b.grad_output), dense_strides(s.layout, s.out_channels, s.out_h, s.out_w)};
-  return winograd.run(gradient, static_cast<const T*>(b.input), static_cast<T*>(b.grad_weight), workspace, threads);
+  return with_weight_tile<float, TensorSource<float>>(s, [&](const auto& winograd) { return winograd.plan(threads); });
 }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  return with_weight_tile<TensorSource>(s, [&](const auto& winograd) { return run_tiled(winograd, s, b, workspace, threads); });
+  const TensorSource<float> gradient{static_cast<const float*>(b.grad_output), dense_strides(s.layout, s.out_channels, s.out_h, s.out_w)};
+  return with_weight_tile<float, TensorSource<float>>(s, [&](const auto& winograd) {
+    return winograd.run(gradient, static_cast<const float*>(b.input), static_cast<float*>(b.grad_weight), workspace, threads);
+  });
 }
 
 }  // namespace

@@ -362,20 +362,13 @@ bool weight_pays(const Conv2dShape& s) {
 }
 
 // Whether backward_weight is served.
-inline bool winograd_serves_weight(const Conv2dShape& s) {
-  if (!is_winograd_problem(s)) return false;
-  return s.dtype == DType::float32 ? weight_pays<float>(s) : s.dtype == DType::float64 && weight_pays<double>(s);
-}
+inline bool winograd_serves_weight(const Conv2dShape& s) { return is_winograd_problem(s) && weight_pays<float>(s); }
 
-// use(WinogradWeight<T, ...>(s)) with the tile of a shape; Gradient<T> is what the gradient is read from.
-template <template <class> class Gradient, class Use>
+// use(WinogradWeight<T, ...>(s)) with the tile of a shape; the gradient is read from a Gradient.
+template <class T, class Gradient, class Use>
 auto with_weight_tile(const Conv2dShape& s, const Use& use) {
-  const auto with_type = [&](auto zero) {
-    using T = decltype(zero);
-    if (s.kernel_h == 5) return use(WinogradWeight<T, 4, 5, Gradient<T>>(s));
-    return weight_tile_outputs<T>(s) == 4 ? use(WinogradWeight<T, 4, 3, Gradient<T>>(s)) : use(WinogradWeight<T, 2, 3, Gradient<T>>(s));
-  };
-  return s.dtype == DType::float32 ? with_type(0.0f) : with_type(0.0);
+  if (s.kernel_h == 5) return use(WinogradWeight<T, 4, 5, Gradient>(s));
+  return weight_tile_outputs<T>(s) == 4 ? use(WinogradWeight<T, 4, 3, Gradient>(s)) : use(WinogradWeight<T, 2, 3, Gradient>(s));
 }
 
 }  // namespace

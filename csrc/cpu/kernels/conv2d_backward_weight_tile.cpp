@@ -1,0 +1,63 @@
+// The register tile of backward_weight: 2 vectors of output channels (1 for the last few) times up to kTileEntries entries of grad_weight,
+// each the sum of grad_output times one input element per pixel. Of the 32 (16) registers 28 (12) are sums, 2 hold grad_output and 1 an
+// input element in all lanes, which serves two multiplications: 14 + 2 loads for 28 of them, so the multipliers and not the loads are the
+// limit.
+#include "cpu/kernels/conv2d_backward_weight_tile.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+// sums[entry][vector of output channels] += sum over the patch; entries = kRows tap rows of kColumns neighbouring elements each. The patch
+// is summed in registers first, so that a long sum is made of short ones.
+template <class T, int kVectors, int kRows, int kColumns>
+void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums, int64_t sums_row) {
+  constexpr int lanes = kLanes<T>, entries = kRows * kColumns;
+  Vec<T> sum[entries][kVectors] = {};
+  for (int64_t image = 0; image < patch.images; ++image) {
+    for (int64_t row = 0; row < patch.rows; ++row) {
+      const T* g = grad_output + image * patch.grad_output_image + row * patch.grad_output_row;
+      const T* x = input + image * patch.input_image + row * patch.input_row;
+      for (int64_t column = 0; column < patch.columns; ++column) {
+        Vec<T> channels[kVectors];
+        for (int v = 0; v < kVectors; ++v) channels[v] = load(g + v * lanes);
+#pragma GCC unroll 14
+        for (int e = 0; e < entries; ++e) {
+          const Vec<T> element = broadcast_from(x + e / kColumns * patch.input_tap_row + e % kColumns);
+          for (int v = 0; v < kVectors; ++v) sum[e][v] = fma(element, channels[v], sum[e][v]);
+        }
+        g += kVectors * lanes;
+        x += patch.input_column;
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int e = 0; e < entries; ++e) {
+    T* to = sums + e / kColumns * sums_row + e % kColumns * kVectors * lanes;
+    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, load(to + v * lanes) + sum[e][v]);
+  }
+}
+
+template <class T, int kVectors, int kRows, int kColumns = kTileEntries / kRows>
+inline AddPatch<T> tile_of_rows(int rows, int columns) {
+  if constexpr (kColumns == 0) {
+    return nullptr;
+  } else {
+    if (rows != kRows) {
+      if constexpr (kRows > 1) return tile_of_rows<T, kVectors, kRows - 1>(rows, columns);
+    }
+    if (columns == kColumns) return add_patch<T, kVectors, kRows, kColumns>;
+    return tile_of_rows<T, kVectors, kRows, kColumns - 1>(rows, columns);
+  }
+}
+
+template <class T>
+AddPatch<T> find_tile(int vectors, int rows, int columns) {
+  return vectors == 1 ? tile_of_rows<T, 1, kTileRows>(rows, columns) : tile_of_rows<T, kTileVectors, kTileRows>(rows, columns);
+}
+
+}  // namespace
+
+AddPatch<float> tile_of(float, int vectors, int rows, int columns) { return find_tile<float>(vectors, rows, columns); }
+AddPatch<double> tile_of(double, int vectors, int rows, int columns) { return find_tile<double>(vectors, rows, columns); }
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA

@@ -1,0 +1,79 @@
+// The register tile of grid points in the lanes (PixelTile): 32 registers hold 28 accumulators, 16 hold 12. In float32.
+#include "cpu/kernels/conv2d_direct_steps.inl"
+
+namespace cnn_ext::cpu::CNN_EXT_ISA {
+namespace {
+
+template <class T, int kWidth, int kRows, int kVectors>
+void pixel_tile(const TileTask<T>& task) {
+  constexpr int kV = kLanes<T>, kPoints = kRows * kVectors;
+  Vec<T> sum[kPoints][kWidth] = {};
+  const T* weights = task.weights;
+  const T* const staged = task.staged;
+  const int64_t row_step = task.row_step;
+  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
+    const T* in = staged + offset;
+    if constexpr (kWidth < kPoints) {
+      Vec<T> weight[kWidth];
+#pragma GCC unroll 14
+      for (int k = 0; k < kWidth; ++k) weight[k] = broadcast_from(weights + k);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPoints; ++p) {
+        const Vec<T> x = load(in + p / kVectors * row_step + p % kVectors * kV);
+#pragma GCC unroll 14
+        for (int k = 0; k < kWidth; ++k) sum[p][k] = fma(x, weight[k], sum[p][k]);
+      }
+    } else {
+      Vec<T> x[kPoints];
+#pragma GCC unroll 8
+      for (int p = 0; p < kPoints; ++p) x[p] = load(in + p / kVectors * row_step + p % kVectors * kV);
+#pragma GCC unroll 14
+      for (int k = 0; k < kWidth; ++k) {
+        const Vec<T> weight = broadcast_from(weights + k);
+#pragma GCC unroll 8
+        for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
+      }
+    }
+    weights += kWidth;
+  });
+  const T* const bias = task.bias;
+  const int last = task.last;
+#pragma GCC unroll 14
+  for (int k = 0; k < kWidth; ++k) {
+    const Vec<T> offset = bias != nullptr ? broadcast_from(bias + k) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int p = 0; p < kPoints; ++p) {
+      const int row = p / kVectors, column = p % kVectors * kV;
+      const Vec<T> before = bias != nullptr ? offset : load(task.before + row * task.before_row_pitch + k * task.before_pitch + column);
+      const Vec<T> total = before + sum[p][k];
+      T* const to = task.out + row * task.row_pitch + k * task.pitch + column;
+      if (column + kV < kVectors * kV || last == kV) {
+        store(to, total);
+      } else {
+        store_first(to, total, last);
+      }
+    }
+  }
+}
+
+template <int kWidth, int kVectors, int kRows, class T>
+void run_rows(const TileTask<T>& task, int rows) {
+  if constexpr (kWidth * kVectors * kRows <= kAccumulators) {
+    if (rows == kRows) return pixel_tile<T, kWidth, kRows, kVectors>(task);
+  }
+  if constexpr (kRows > 1) run_rows<kWidth, kVectors, kRows / 2>(task, rows);
+}
+
+template <int kWidth, class T>
+void run_width(const TileTask<T>& task, int width, int rows, int vectors) {
+  if (width == kWidth) return vectors == 2 ? run_rows<kWidth, 2, 4>(task, rows) : run_rows<kWidth, 1, 4>(task, rows);
+  if constexpr (kWidth > 1) run_width<kWidth - 1>(task, width, rows, vectors);
+}
+
+}  // namespace
+
+void run_pixel_tile(const TileTask<float>& task, int width, int rows, int vectors) {
+  run_width<kAccumulators / 2>(task, width, rows, vectors);
+}
+
+}  // namespace cnn_ext::cpu::CNN_EXT_ISA
