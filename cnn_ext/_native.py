@@ -131,8 +131,8 @@ def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | Non
 
 def conv2d_forward(shape, input, weight, bias, output):
     if input.is_cpu:  # as below, sooner
-        bias = 0 if bias is None else bias.data_ptr()
-        addresses = input.data_ptr(), weight.data_ptr(), bias, output.data_ptr()
+        bias_address = 0 if bias is None else bias.data_ptr()  # in a name of its own: nobody else may hold the tensor
+        addresses = input.data_ptr(), weight.data_ptr(), bias_address, output.data_ptr()
         return cpu.conv2d_forward(shape, *addresses, torch.get_num_threads())
     return _run_conv2d("conv2d_forward", "forward", shape, input, weight, bias, output)
 

@@ -57,7 +57,8 @@ def test_the_same_bits(name, dtype, channels_last, without_gradients):
         output = layer(input)
         assert torch.equal(output, wanted) and output.stride() == wanted.stride()
     if dtype in (torch.float32, torch.float64):
-        assert (layer.packing.bytes == 0) == (name in KEEP_NOTHING)
+        is_composed = isinstance(layer, cnn_ext.ConvReLUPool2d) and dtype == torch.float64
+        assert (layer.packing.bytes == 0) == (name in KEEP_NOTHING or is_composed)
         assert layer.packing.bytes == 0 or layer.packing.bytes >= layer.weight.nbytes
     unbatched = input[0]
     assert torch.equal(layer(unbatched), wanted[0])
