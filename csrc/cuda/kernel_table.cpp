@@ -15,12 +15,14 @@ namespace cnn_ext::cuda {
 // The most special first.
 #define CNN_EXT_CONV2D_ROWS(ROW)                   \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                   \
+  ROW(conv2d_forward_columns_sm80)                 \
   ROW(conv2d_forward_depthwise_sm80)               \
   ROW(conv2d_forward_depthwise_planes_sm80)        \
   ROW(conv2d_forward_patch_mma_sm80)               \
   ROW(conv2d_forward_mma_sm80)                     \
   ROW(conv2d_forward_implicit_gemm_sm80)           \
   ROW(conv2d_forward_direct_sm80)                  \
+  ROW(conv2d_backward_input_columns_sm80)          \
   ROW(conv2d_backward_input_depthwise_sm80)        \
   ROW(conv2d_backward_input_depthwise_planes_sm80) \
   ROW(conv2d_backward_input_patch_mma_sm80)        \
