@@ -1,6 +1,5 @@
 """Scratch is bounded: over the layers of the benchmark, a call takes at most its packed weights, 2 MB for each thread
-and a quarter of its larger activation (64 MB at most). Winograd's packed weights are its transformed ones. With two
-threads: on one, backward_weight exceeds it for two of these layers (DESIGN.md, known limits).
+and a quarter of its larger activation (64 MB at most). Winograd's packed weights are its transformed ones.
 """
 
 import pytest
@@ -26,11 +25,12 @@ def bound(case: Conv2dCase, threads: int, winograd: bool) -> int:
     return weights + 2 * MB * threads + min(64 * MB, activation // 4)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("winograd", [False, True], ids=["exact", "winograd"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("direction", ["forward", "backward_input", "backward_weight"])
-def test_scratch_is_bounded(direction, layout, winograd):
-    torch.set_num_threads(2)
+def test_scratch_is_bounded(direction, layout, winograd, threads):
+    torch.set_num_threads(threads)
     excess = []
     for case in conv2d_cases():
         input = torch.empty(case.input_size, memory_format=layout)

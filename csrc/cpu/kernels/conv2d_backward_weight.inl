@@ -53,7 +53,8 @@ struct TensorGradient {
 template <class T, class Tiles, class Gradient>
 class BackwardWeight {
  public:
-  explicit BackwardWeight(const Conv2dShape& shape) : s_(shape), work_(work_of(shape)), split_(cheapest_split(work_, estimated_cycles)) {
+  explicit BackwardWeight(const Conv2dShape& shape)
+      : s_(shape), work_(work_of(shape)), split_(cheapest_split(work_, estimated_cycles, partial_bytes_for(work_))) {
     max_out_ = divide_up(work_.out_blocks, split_.out_ranges) * work_.out_block;
     max_in_ = smaller(work_.group_in, divide_up(work_.in_blocks, split_.in_ranges) * divide_up(work_.group_in, work_.in_blocks));
     const int64_t row = Tiles::window_columns(s_) * max_in_ * element();

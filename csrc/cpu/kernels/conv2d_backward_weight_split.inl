@@ -16,7 +16,8 @@ constexpr int64_t kPlannedTeam = 8;
 constexpr int64_t kBlockBytes = 512 << 10;  // packed data of one block: a part of the level-2 cache
 constexpr int64_t kPatchPixels = 208;       // with 32 + 14 floats for each, a patch stays in the level-1 cache over all taps
 constexpr int64_t kPackPixels = 32;         // channels_last: all channel blocks of so many pixels are packed in turn
-constexpr int64_t kPartialBytes = 8 << 20;  // partial sums of all jobs
+constexpr int64_t kPartialBytes = 8 << 20;  // partial sums of all jobs, at most
+constexpr int64_t kSparePartials = 1 << 20;
 
 struct Range {
   int64_t begin, end;
@@ -47,6 +48,8 @@ struct Work {
   int64_t out_blocks, in_blocks;  // of a group
   int64_t input_pixels;           // packed, of an image
   int64_t element_bytes;
+
+  int64_t sums_bytes() const { return groups * out_blocks * out_block * group_in * taps * element_bytes; }
 };
 
 struct Split {
@@ -67,16 +70,22 @@ inline double estimated_cycles(const Work& w, const Split& split) {
   return static_cast<double>(w.groups) * ((multiply + pack) * rounds + add / static_cast<double>(kPlannedTeam)) + start;
 }
 
+// Partial sums may take as much as one gradient, a quarter of the larger activation and a little more.
+inline int64_t partial_bytes_for(const Work& w) {
+  const int64_t outputs = w.out_h * w.out_w * w.group_out, inputs = w.input_pixels * w.group_in;
+  const int64_t activation = w.groups * w.batch * larger(outputs, inputs) * w.element_bytes;
+  return smaller(kPartialBytes, w.sums_bytes() + activation / 4 + kSparePartials);
+}
+
 // By cycles(work, split).
 template <class Cycles>
-inline Split cheapest_split(const Work& w, const Cycles& cycles_of) {
+inline Split cheapest_split(const Work& w, const Cycles& cycles_of, int64_t partial_bytes) {
   Split best{1, 1, 1};
   double best_cycles = cycles_of(w, best);
-  const int64_t sums_bytes = w.groups * w.out_blocks * w.out_block * w.group_in * w.taps * w.element_bytes;
   for (int64_t out_ranges = 1; out_ranges <= w.out_blocks; out_ranges *= 2) {
     for (int64_t in_ranges = 1; in_ranges <= w.in_blocks; in_ranges *= 2) {
       for (int64_t pixel_ranges = 1; pixel_ranges <= 32 && pixel_ranges <= w.batch * w.out_h; pixel_ranges *= 2) {
-        if (pixel_ranges > 1 && pixel_ranges * sums_bytes > kPartialBytes) break;
+        if (pixel_ranges > 1 && pixel_ranges * w.sums_bytes() > partial_bytes) break;
         const Split split{out_ranges, in_ranges, pixel_ranges};
         const double cycles = cycles_of(w, split);
         if (cycles < best_cycles) best = split, best_cycles = cycles;

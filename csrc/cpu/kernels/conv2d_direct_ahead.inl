@@ -37,6 +37,8 @@ class Ahead {
     runs_left_ = run > 0 ? outer.count * middle.count * inner.count : 0;
   }
 
+  Ahead(const T* first, int64_t run) : Ahead(first, {1, 0}, {1, 0}, {1, 0}, run) {}
+
   void share_out(int64_t tiles) {
     const int64_t pieces = runs_left_ == 0 ? 0 : tiles / runs_left_;  // of a run
     piece_ = pieces > 1 ? (run_ + pieces - 1) / pieces : run_;

@@ -19,7 +19,7 @@ constexpr int64_t kReductionTerms = 256;
 constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
-constexpr int64_t kTasksPerThread = 8;  // with fewer, the last one to finish is waited for too long
+constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice
 constexpr int64_t kReadingCost = 6;     // of a unit's packed weight, relative to the staging of a source element
 constexpr int64_t kAlignment = 64;
 
@@ -71,13 +71,14 @@ void fit_points(const Gather& g, Blocking& b) {
 }
 
 // Halves tasks until there are enough. Fewer points per task read the weights more often, fewer units stage the source more often.
-template <class Tile>
+template <class T, class Tile>
 void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
   const int64_t units = b.units;
   for (count_blocks(g, units, b); b.tasks < wanted; count_blocks(g, units, b)) {
     const int64_t points = b.images * b.rows * b.cols;
     const bool may_split_points = b.images > 1 || (b.row_pieces > 1 && points >= 2 * kFewestPoints);
-    if (b.units > 1 && (!may_split_points || kReadingCost * points < b.units * Tile::kMaxWidth * g.taps())) {
+    const int64_t staged = staged_bytes<T>(g, b) / (b.channels * static_cast<int64_t>(sizeof(T)));  // of a channel
+    if (b.units > 1 && (!may_split_points || kReadingCost * staged < b.units * Tile::kMaxWidth * g.taps())) {
       b.units = ceil_div(b.units, 2);
     } else if (may_split_points && b.images > 1) {
       b.images = ceil_div(b.images, 2);
@@ -97,7 +98,7 @@ Blocking make_blocking(const Gather& g, int threads) {
   b.channel_blocks = at_least_1(ceil_div(g.channels, b.channels));
   fit_points<T, Tile>(g, b);
   b.units = Tile::units(g.outputs);
-  split_tasks<Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
+  split_tasks<T, Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
   if (b.row_pieces < g.rows.count && 2 * b.cols <= Tile::kMaxPoints && g.rows.step == 1) set_rows(g, b.row_pieces + b.row_pieces % 2, b);
   count_blocks(g, Tile::units(g.outputs), b);
   return b;
@@ -107,7 +108,7 @@ Blocking make_blocking(const Gather& g, int threads) {
 struct Scratch {
   int64_t group_weights;  // packed weights of one group, in elements
   int64_t group_bias;
-  int64_t bias, offsets, taps, workers;            // offsets into the workspace
+  int64_t bias, offsets, workers;                  // offsets into the workspace
   int64_t staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
@@ -140,8 +141,7 @@ Scratch make_scratch(const Gather& g, const Blocking& b) {
   s.group_weights = s.group_bias * g.terms();
   s.bias = packed_bytes<T, Tile>(g);
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
-  s.taps = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
-  s.workers = s.taps + aligned(g.h.count * static_cast<int64_t>(sizeof(TapRange)));
+  s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
   // One tile's sums; one unit's, where the sink takes them together; or, while blocks of channels add to them, those of the whole task.
   const int64_t complete_sums = Sink::kTakesUnits ? unit_sums<Tile>(b) : Tile::kSums;

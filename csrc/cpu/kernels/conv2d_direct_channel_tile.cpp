@@ -5,18 +5,16 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 template <class T, int kVectors, int kRows, int kCols>
-void channel_tile(const TileTask<T>& task) {
+__attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kCols;
   Vec<T> sum[kPoints][kVectors] = {};
-  const T* weights = task.weights;
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
+  for_steps<kVectors * kV>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
     const T* in = staged + offset;
     Vec<T> weight[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
-    weights += kVectors * kV;
 #pragma GCC unroll 14
     for (int i = 0; i < kPoints; ++i) {
       const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);

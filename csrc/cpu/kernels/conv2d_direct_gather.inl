@@ -59,26 +59,36 @@ inline Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
 
 struct TapRange {
   int64_t begin, end;
+  int64_t count() const { return end - begin; }
 };
 
-// The taps with which grid point i reads inside the source; the others read padding alone.
-inline TapRange taps_inside(const Axis& a, int64_t i) {
+// The taps with which any of `count` grid points from `first` on reads inside the source; the others read padding alone.
+inline TapRange taps_inside(const Axis& a, int64_t first, int64_t count) {
   if (a.padding_mode != PaddingMode::zeros) return {0, a.taps};
-  TapRange range{a.taps, 0};
-  for (int64_t t = 0; t < a.taps; ++t) {
-    const int64_t position = a.source_first + i * a.source_step + t * a.tap_step;
-    if (position < 0 || position >= a.source_size) continue;
-    if (t < range.begin) range.begin = t;
-    range.end = t + 1;
-  }
-  return range.begin < range.end ? range : TapRange{0, 0};
+  const int64_t lowest = a.source_first + first * a.source_step, highest = lowest + (count - 1) * a.source_step;
+  TapRange range{0, a.taps};
+  const auto is_outside = [&](int64_t t) { return highest + t * a.tap_step < 0 || lowest + t * a.tap_step >= a.source_size; };
+  while (range.begin < range.end && is_outside(range.begin)) ++range.begin;
+  while (range.begin < range.end && is_outside(range.end - 1)) --range.end;
+  return range;
 }
 
-// The smallest range that holds both.
-inline TapRange united(const TapRange& a, const TapRange& b) {
-  if (a.begin == a.end) return b;
-  if (b.begin == b.end) return a;
-  return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
+// Whether a tap column may lie in the padding for a whole tile: it does so for the first or the last few grid points of a row.
+inline bool leaves_out_columns(const Gather& g) {
+  constexpr int64_t kFew = 8;
+  const int64_t few = g.w.count < kFew ? g.w.count : kFew;
+  return taps_inside(g.w, 0, few).count() < g.w.taps || taps_inside(g.w, g.w.count - few, few).count() < g.w.taps;
+}
+
+// The steps of a block of the reduction: how many it is from a tap row, a tap column, a channel to the next. Tap rows are outermost, so
+// that grid rows at the edge leave out those that lie in the padding altogether. Neighbouring columns are neighbouring steps, for they
+// share lines of the source, except where tiles at the edge leave out columns, too: there channels are innermost.
+struct StepOrder {
+  int64_t row, col, channel;
+};
+
+inline StepOrder step_order(const Gather& g, int64_t channels) {
+  return leaves_out_columns(g) ? StepOrder{channels * g.w.taps, channels, 1} : StepOrder{channels * g.w.taps, 1, g.w.taps};
 }
 
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {

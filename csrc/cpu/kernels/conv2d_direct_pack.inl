@@ -1,7 +1,6 @@
 // Packing: the weights of one unit (the output channels of one register tile) and one block of channels as [step][unit width], so that a
-// kernel reads them from beginning to end. The steps of a block are [tap row][channel][tap column]: tap rows outermost, so that grid rows
-// at the edge leave out those that lie in the padding altogether. Weights that are not finite are noticed on the way: a staged zero times
-// one of them would be NaN.
+// kernel reads them from beginning to end (conv2d_direct_gather.inl has the order of the steps). Weights that are not finite are noticed on
+// the way: a staged zero times one of them would be NaN.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_gather.inl"
@@ -32,27 +31,37 @@ class Packer {
  private:
   void pack_lanes(const Gather& g, const T* src, int64_t channels, T* dst) {
     if (g.weight_output != 1 && has_dense_taps(g)) return pack_dense_taps(g, src, channels, dst);
-    const int64_t channel_step = g.w.taps * width_;
+    const StepOrder order = step_order(g, channels);
+    const int64_t channel_step = order.channel * width_;
+    if (g.weight_output != 1 && g.weight_channel == 1) {
+      return for_taps(g, order, [&](int64_t tap, int64_t step) {
+        pack_run(src + tap, g.weight_output, channels, Strided{dst + step * width_, channel_step});
+      });
+    }
+    for (int64_t c = 0; c < channels; ++c, src += g.weight_channel, dst += channel_step) {  // its taps lie together
+      for_taps(g, order, [&](int64_t tap, int64_t step) {
+        write(g.weight_output == 1 ? load_first(src + tap, valid_) : gather(src + tap, g.weight_output), dst + step * width_);
+      });
+    }
+  }
+
+  // Calls body(where the tap lies in the weight, its step) for the taps of a channel.
+  template <class Body>
+  static void for_taps(const Gather& g, const StepOrder& order, const Body& body) {
     for (int64_t r = 0; r < g.h.taps; ++r) {
       for (int64_t s = 0; s < g.w.taps; ++s) {
-        const T* tap = src + (g.h.kernel_first + r * g.h.kernel_step) * g.weight_h + (g.w.kernel_first + s * g.w.kernel_step) * g.weight_w;
-        T* step = dst + (r * channels * g.w.taps + s) * width_;
-        if (g.weight_output == 1) {
-          for (int64_t c = 0; c < channels; ++c) write(load_first(tap + c * g.weight_channel, valid_), step + c * channel_step);
-        } else if (g.weight_channel == 1) {
-          pack_run(tap, g.weight_output, channels, Strided{step, channel_step});
-        } else {
-          for (int64_t c = 0; c < channels; ++c) write(gather(tap + c * g.weight_channel, g.weight_output), step + c * channel_step);
-        }
+        const int64_t row = g.h.kernel_first + r * g.h.kernel_step, col = g.w.kernel_first + s * g.w.kernel_step;
+        body(row * g.weight_h + col * g.weight_w, r * order.row + s * order.col);
       }
     }
   }
 
   void pack_dense_taps(const Gather& g, const T* src, int64_t channels, T* dst) {
     const int64_t taps = g.taps();
-    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, channels, width_, dst));
+    const StepOrder order = step_order(g, channels);
+    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, order, width_, dst));
     for (int64_t c = 0; c < channels; ++c) {
-      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, channels, width_, dst + c * g.w.taps * width_));
+      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, order, width_, dst + c * order.channel * width_));
     }
   }
 
@@ -68,13 +77,13 @@ class Packer {
   };
 
   struct TapOrder {
-    TapOrder(const Gather& g, int64_t channels, int64_t width, T* first)
+    TapOrder(const Gather& g, const StepOrder& order, int64_t width, T* first)
         : dst(first),
           rows(g.h.taps),
           cols(g.w.taps),
-          step(width),
-          row_distance((channels * cols - (cols - 1)) * width),
-          channel_distance(width - (rows - 1) * channels * cols * width) {}
+          step(order.col * width),
+          row_distance(order.row * width - (cols - 1) * step),
+          channel_distance((order.channel - (rows - 1) * order.row) * width - (cols - 1) * step) {}
     T* next() {
       T* place = dst;
       if (++col < cols) {

@@ -5,13 +5,12 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 template <class T, int kWidth, int kRows, int kVectors>
-void pixel_tile(const TileTask<T>& task) {
+__attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kVectors;
   Vec<T> sum[kPoints][kWidth] = {};
-  const T* weights = task.weights;
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  for_steps(task, [&](int64_t offset) __attribute__((always_inline)) {
+  for_steps<kWidth>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
     const T* in = staged + offset;
     if constexpr (kWidth < kPoints) {
       Vec<T> weight[kWidth];
@@ -34,7 +33,6 @@ void pixel_tile(const TileTask<T>& task) {
         for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
       }
     }
-    weights += kWidth;
   });
   const T* const bias = task.bias;
   const int last = task.last;

@@ -14,7 +14,8 @@ using cnn_ext::cpu::Outcome;
 using cnn_ext::cpu::Packed;
 using cnn_ext::cpu::PackedForm;
 
-constexpr int64_t kSerialPack = 1 << 14;  // weights
+constexpr int64_t kSerialPack = 1 << 14;     // weights
+constexpr int64_t kNearWeights = 512 << 10;  // bytes
 
 template <class T, class Tile, class Source, class Sink>
 class GatherRun {
@@ -24,6 +25,7 @@ class GatherRun {
       : g_(g),
         b_(make_blocking<T, Tile>(g, threads)),
         scratch_(make_scratch<T, Tile, Source, Sink>(g, b_)),
+        leaves_out_columns_(leaves_out_columns(g)),
         layout_(staged_layout<T>(g, b_.channels, b_.rows, b_.cols)),
         source_(source),
         weight_(weight),
@@ -39,7 +41,6 @@ class GatherRun {
     pack_bias();
     fill_offsets(g_, layout_, b_.channels, offsets(0));
     fill_offsets(g_, layout_, channels_of(b_.channel_blocks - 1), offsets(b_.channel_blocks - 1));
-    for (int64_t y = 0; y < g_.h.count; ++y) taps_of_rows()[y] = taps_inside(g_.h, y);
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
     return Outcome::done;
   }
@@ -59,13 +60,14 @@ class GatherRun {
     return reinterpret_cast<int32_t*>(memory_ + scratch_.offsets) + (last ? b_.channels * g_.taps() : 0);
   }
 
-  TapRange* taps_of_rows() const { return reinterpret_cast<TapRange*>(memory_ + scratch_.taps); }
-
-  // The tap rows that any of `rows` grid rows reads inside the source.
-  TapRange row_taps(int64_t y, int64_t rows) const {
-    TapRange range = taps_of_rows()[y];
-    for (int64_t r = 1; r < rows; ++r) range = united(range, taps_of_rows()[y + r]);
-    return range;
+  // Of the steps of a block of channels, those of the taps that a tile needs.
+  void choose_steps(TileTask<T>& tile, const TapRange& rows, const TapRange& cols, int64_t channel_block, int64_t width) const {
+    const int64_t channels = channels_of(channel_block), row_steps = g_.w.taps * channels;
+    const int64_t chosen = rows.count() == 0 ? 0 : cols.count() * channels;  // of a tap row
+    const bool all = chosen == row_steps;
+    tile.runs = all ? 1 : rows.count(), tile.run_steps = all ? rows.count() * row_steps : chosen, tile.gap = row_steps - chosen;
+    const int64_t first = rows.begin * row_steps + cols.begin * channels;
+    tile.weights += first * width, tile.offsets = offsets(channel_block) + first;
   }
 
   int64_t channels_of(int64_t channel_block) const { return clamp(g_.channels - channel_block * b_.channels, 0, b_.channels); }
@@ -129,7 +131,10 @@ class GatherRun {
     for (int64_t block = 0; block < b_.channel_blocks; ++block) {
       stage_images(worker, p, block);
       Ahead<T> ahead = source_ahead(task, p, block);
-      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit, ahead);
+      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) {
+        Ahead<T> weights = weights_ahead(task, p, block, unit);
+        run_unit(worker, p, block, unit, ahead, weights);
+      }
     }
   }
 
@@ -151,14 +156,31 @@ class GatherRun {
     }
   }
 
-  // What will be staged next. That is this task's next block of channels or, as tasks are handed out in turn, the task that is as many
-  // further as there are threads. (If it turns out to be another one, some time is lost and nothing else.)
+  // What will be staged next. That is this task's next block of channels or, as a thread runs neighbouring tasks, the task behind it. (If
+  // it turns out to be another one, some time is lost and nothing else.)
   Ahead<T> source_ahead(int64_t task, const Place& p, int64_t channel_block) const {
     const bool stays = channel_block + 1 < b_.channel_blocks;
-    if (!stays && task + threads_ >= b_.tasks) return {};
-    const Place next = stays ? p : place_of(task + threads_);
+    if (!stays && task + 1 == b_.tasks) return {};
+    const Place next = stays ? p : place_of(task + 1);
     Ahead<T> ahead = source_.ahead(g_, layout_, stage_task(next, stays ? channel_block + 1 : 0), next.images);
     ahead.share_out((p.unit_end - p.unit) * tiles_of(p));
+    return ahead;
+  }
+
+  // The packed weights that will be read next: the next unit's, those of the next block of channels or of the next task. Few of them stay
+  // in the second cache.
+  Ahead<T> weights_ahead(int64_t task, const Place& p, int64_t channel_block, int64_t unit) const {
+    if (g_.groups * scratch_.group_weights * kSize <= kNearWeights) return {};
+    Place next = p;
+    if (unit + 1 < p.unit_end) {
+      next.unit = unit + 1;
+    } else if (++channel_block == b_.channel_blocks) {
+      if (task + 1 == b_.tasks) return {};
+      next = place_of(task + 1), channel_block = 0;
+    }
+    const int64_t terms = channels_of(channel_block) * g_.taps();
+    Ahead<T> ahead(packed_weights(next.group, next.unit, channel_block), terms * Tile::width(g_.outputs, next.unit));
+    ahead.share_out(tiles_of(p));
     return ahead;
   }
 
@@ -191,9 +213,9 @@ class GatherRun {
   }
 
   // Sums up one block of channels for one unit of output channels.
-  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source) const {
+  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source, Ahead<T>& next_weights) const {
     const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
-    const int64_t row_steps = channels_of(channel_block) * g_.w.taps, channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
+    const int64_t channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
     const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
     const T* weights = packed_weights(p.group, unit, channel_block);
     T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
@@ -207,13 +229,13 @@ class GatherRun {
       int64_t rows = 0;
       for (int64_t y = 0; y < p.rows; y += rows) {
         rows = Tile::rows(width, p.cols, p.rows - y);
-        const TapRange taps = row_taps(p.y + y, rows);
-        tile.weights = weights + taps.begin * row_steps * width;
-        tile.offsets = offsets(channel_block) + taps.begin * row_steps;
-        tile.steps = (taps.end - taps.begin) * row_steps;
+        const TapRange tap_rows = taps_inside(g_.h, p.y + y, rows);
         int64_t x = 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
+          tile.weights = weights;
+          choose_steps(tile, tap_rows, leaves_out_columns_ ? taps_inside(g_.w, p.x + x, cols) : TapRange{0, g_.w.taps}, channel_block,
+                       width);
           tile.staged = staged_image + y * tile.row_step + x;
           tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
           if (keeps_sums()) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
@@ -222,7 +244,8 @@ class GatherRun {
           } else {
             tile.before = tile.out, tile.before_pitch = tile.pitch, tile.before_row_pitch = tile.row_pitch;
           }
-          tile.source_ahead = source.next(tile.steps, tile.weights);
+          tile.weights_ahead = next_weights.next(tile.run_steps, tile.weights);
+          tile.source_ahead = source.next(tile.runs * tile.run_steps, tile.weights);
           if constexpr (!Sink::kTakesUnits) {
             T* const dst = sink_.point(p.n + image, channel, p.y + y, p.x + x);
             if (writing == Writing::in_place) write_in_place(tile, dst, cols);
@@ -293,6 +316,7 @@ class GatherRun {
   const Gather g_;
   const Blocking b_;
   const Scratch scratch_;
+  const bool leaves_out_columns_;
   const StagedLayout layout_;
   const Source source_;
   const T* const weight_;

@@ -5,24 +5,29 @@
 
 namespace {
 
-// The steps of a tile are gone through in two runs: while there is a destination to fetch, and after that.
-template <class T, class Step>
+// Calls step(offset, weights) for the steps of a tile. Its first run is gone through in two parts: while there is a destination to fetch,
+// and after that, as in the other runs, what there is of the weights.
+template <int kWidth, class T, class Step>
 inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, const Step& step) {
   const int32_t* offset = task.offsets;
-  const int32_t* const end = offset + task.steps;
-  const char* source = task.source_ahead.at;
-  const char* dest = task.dest_ahead.at;
-  int64_t source_step = task.source_ahead.step, dest_step = task.dest_ahead.step;
-  const int32_t* stop = offset + (task.dest_ahead.count < task.steps ? task.dest_ahead.count : task.steps);
+  const T* weights = task.weights;
+  const char *source = task.source_ahead.at, *other = task.dest_ahead.at;
+  int64_t source_step = task.source_ahead.step, other_step = task.dest_ahead.step;
+  const int32_t* end = offset + task.run_steps;
+  const int32_t* stop = offset + (task.dest_ahead.count < task.run_steps ? task.dest_ahead.count : task.run_steps);
+  int64_t runs = task.runs;
   while (true) {
-    for (; offset != stop; ++offset) {
-      step(*offset);
+    for (; offset != stop; ++offset, weights += kWidth) {
+      step(*offset, weights);
       __builtin_prefetch(source, 0, 2);
-      __builtin_prefetch(dest, 0, 2);
-      source += source_step, dest += dest_step;
+      __builtin_prefetch(other, 0, 2);
+      source += source_step, other += other_step;
     }
-    if (stop == end) return;
-    stop = end, dest_step = 0;
+    if (stop == end) {
+      if (--runs <= 0) return;
+      offset += task.gap, weights += task.gap * kWidth, end = offset + task.run_steps;
+    }
+    stop = end, other = task.weights_ahead.at, other_step = task.weights_ahead.step;
   }
 }
 

@@ -12,7 +12,8 @@ struct TileTask {
   const T* weights;        // [steps][width]
   const T* staged;         // of the first grid point
   const int32_t* offsets;  // [steps]
-  int64_t steps;
+  // The steps are `runs` of neighbouring ones, `gap` of which lie between the end of one and the beginning of the next.
+  int64_t runs, run_steps, gap;
   int64_t row_step;  // from a grid point to the one below it in the staged block
   // What the sums are added to: the bias, [width] (a channel tile finds it at `before`, too, with pitches of 0), or, where that is null,
   // the sums of the steps before, in scratch. There, and where the new sums go (scratch, too, or the destination itself), every row has
@@ -24,8 +25,8 @@ struct TileTask {
   int64_t pitch;      // from one of these to the next
   int64_t row_pitch;  // from a row to the next
   int last;           // of a pixel tile: lanes to write of a row's last vector
-  // What is fetched meanwhile: a part of what will be staged next, and of where sums will go.
-  Fetch source_ahead, dest_ahead;
+  // What is fetched meanwhile: a part of what will be staged next, of where sums will go, and, in each run, of the weights that follow.
+  Fetch source_ahead, dest_ahead, weights_ahead;
 };
 
 // A tile of 1 or 2 vectors of output channels x rows * cols grid points.

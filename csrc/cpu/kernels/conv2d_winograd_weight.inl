@@ -90,7 +90,7 @@ class WinogradWeight {
   explicit WinogradWeight(const Conv2dShape& s) : s_(s), work_(work_of(s)) {
     const int64_t tiles = s.batch * ceil_div(s.out_h, kOutputs) * ceil_div(s.out_w, kOutputs);
     const WeightCost<T> cost{kPoints, at_least_1(tiles)};
-    split_ = cheapest_split(work_, cost);
+    split_ = cheapest_split(work_, cost, kPartialBytes);
     max_units_ = divide_up(work_.out_blocks, split_.out_ranges), max_vectors_ = divide_up(work_.in_blocks, split_.in_ranges);
     const int64_t fitting = cost.block_tiles(max_units_ * work_.out_block + max_vectors_ * kV);
     fit_tile_blocks(s.batch, s.out_h, s.out_w, kOutputs, blocks_,
