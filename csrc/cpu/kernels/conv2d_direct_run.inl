@@ -61,13 +61,14 @@ class GatherRun {
   }
 
   // Of the steps of a block of channels, those of the taps that a tile needs.
-  void choose_steps(TileTask<T>& tile, const TapRange& rows, const TapRange& cols, int64_t channel_block, int64_t width) const {
+  void choose_steps(TileTask<T>& tile, const T* weights, const TapRange& rows, const TapRange& cols, int64_t channel_block,
+                    int64_t width) const {
     const int64_t channels = channels_of(channel_block), row_steps = g_.w.taps * channels;
     const int64_t chosen = rows.count() == 0 ? 0 : cols.count() * channels;  // of a tap row
     const bool all = chosen == row_steps;
     tile.runs = all ? 1 : rows.count(), tile.run_steps = all ? rows.count() * row_steps : chosen, tile.gap = row_steps - chosen;
     const int64_t first = rows.begin * row_steps + cols.begin * channels;
-    tile.weights += first * width, tile.offsets = offsets(channel_block) + first;
+    tile.weights = weights + first * width, tile.offsets = offsets(channel_block) + first;
   }
 
   int64_t channels_of(int64_t channel_block) const { return clamp(g_.channels - channel_block * b_.channels, 0, b_.channels); }
@@ -230,12 +231,11 @@ class GatherRun {
       for (int64_t y = 0; y < p.rows; y += rows) {
         rows = Tile::rows(width, p.cols, p.rows - y);
         const TapRange tap_rows = taps_inside(g_.h, p.y + y, rows);
+        choose_steps(tile, weights, tap_rows, {0, g_.w.taps}, channel_block, width);
         int64_t x = 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
-          tile.weights = weights;
-          choose_steps(tile, tap_rows, leaves_out_columns_ ? taps_inside(g_.w, p.x + x, cols) : TapRange{0, g_.w.taps}, channel_block,
-                       width);
+          if (leaves_out_columns_) choose_steps(tile, weights, tap_rows, taps_inside(g_.w, p.x + x, cols), channel_block, width);
           tile.staged = staged_image + y * tile.row_step + x;
           tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
           if (keeps_sums()) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
