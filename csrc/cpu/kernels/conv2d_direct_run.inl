@@ -61,14 +61,13 @@ class GatherRun {
   }
 
   // Of the steps of a block of channels, those of the taps that a tile needs.
-  void choose_steps(TileTask<T>& tile, const T* weights, const TapRange& rows, const TapRange& cols, int64_t channel_block,
-                    int64_t width) const {
-    const int64_t channels = channels_of(channel_block), row_steps = g_.w.taps * channels;
+  void choose_steps(TileTask<T>& tile, const T* weights, const TapRange& rows, const TapRange& cols, int64_t block, int64_t width) const {
+    const int64_t channels = channels_of(block), row_steps = g_.w.taps * channels;
     const int64_t chosen = rows.count() == 0 ? 0 : cols.count() * channels;  // of a tap row
     const bool all = chosen == row_steps;
     tile.runs = all ? 1 : rows.count(), tile.run_steps = all ? rows.count() * row_steps : chosen, tile.gap = row_steps - chosen;
     const int64_t first = rows.begin * row_steps + cols.begin * channels;
-    tile.weights = weights + first * width, tile.offsets = offsets(channel_block) + first;
+    tile.weights = weights + first * width, tile.offsets = offsets(block) + first;
   }
 
   int64_t channels_of(int64_t channel_block) const { return clamp(g_.channels - channel_block * b_.channels, 0, b_.channels); }
@@ -132,10 +131,7 @@ class GatherRun {
     for (int64_t block = 0; block < b_.channel_blocks; ++block) {
       stage_images(worker, p, block);
       Ahead<T> ahead = source_ahead(task, p, block);
-      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) {
-        Ahead<T> weights = weights_ahead(task, p, block, unit);
-        run_unit(worker, p, block, unit, ahead, weights);
-      }
+      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit, ahead, weights_ahead(task, p, block, unit));
     }
   }
 
@@ -157,8 +153,7 @@ class GatherRun {
     }
   }
 
-  // What will be staged next. That is this task's next block of channels or, as a thread runs neighbouring tasks, the task behind it. (If
-  // it turns out to be another one, some time is lost and nothing else.)
+  // What will be staged next: this task's next block of channels or, as a thread most often runs neighbouring tasks, the task behind it.
   Ahead<T> source_ahead(int64_t task, const Place& p, int64_t channel_block) const {
     const bool stays = channel_block + 1 < b_.channel_blocks;
     if (!stays && task + 1 == b_.tasks) return {};
@@ -168,8 +163,7 @@ class GatherRun {
     return ahead;
   }
 
-  // The packed weights that will be read next: the next unit's, those of the next block of channels or of the next task. Few of them stay
-  // in the second cache.
+  // The packed weights that will be read next; few of them stay in the second cache in any case.
   Ahead<T> weights_ahead(int64_t task, const Place& p, int64_t channel_block, int64_t unit) const {
     if (g_.groups * scratch_.group_weights * kSize <= kNearWeights) return {};
     Place next = p;
@@ -214,7 +208,7 @@ class GatherRun {
   }
 
   // Sums up one block of channels for one unit of output channels.
-  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source, Ahead<T>& next_weights) const {
+  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source, Ahead<T> next_weights) const {
     const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
     const int64_t channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
     const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
