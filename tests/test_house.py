@@ -74,7 +74,7 @@ CSRC_FLOORS = {
     "tests/": ["core/", "cpu/", "cuda/", "tests/"],
 }
 # What files compiled for an instruction set may include from outside: nothing with a function for the linker to share.
-ISA_STANDARD_HEADERS = {"cstdint", "cstddef", "immintrin.h"}
+ISA_STANDARD_HEADERS = {"cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
 LONGEST_FILE = 400  # lines
 
 

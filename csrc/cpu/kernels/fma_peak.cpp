@@ -17,13 +17,13 @@ constexpr int64_t kFlopsPerRound = int64_t{2} * kAccumulators * kLanes<T>;
 template <class T>
 void run_on_this_thread(int64_t rounds) {
   Vec<T> factor = broadcast<T>(T(0.5)), summand = broadcast<T>(T(1));
-  asm volatile("" : "+x"(factor), "+x"(summand));
+  asm volatile("" : "+" CNN_EXT_VECTOR_REGISTER(factor), "+" CNN_EXT_VECTOR_REGISTER(summand));
   Vec<T> sums[kAccumulators] = {};
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
     for (int i = 0; i < kAccumulators; ++i) sums[i] = fma(sums[i], factor, summand);
 #pragma GCC unroll 12
-    for (int i = 0; i < kAccumulators; ++i) asm volatile("" : "+x"(sums[i]));
+    for (int i = 0; i < kAccumulators; ++i) asm volatile("" : "+" CNN_EXT_VECTOR_REGISTER(sums[i]));
   }
 }
 

@@ -1,5 +1,5 @@
-// One vector type per scalar type, as wide as the instruction set that this source is compiled for: 16 bytes (baseline), 32 (avx2) or
-// 64 (avx512). GCC's vector extensions supply the operators + - * < and ?:, so this file only adds what they lack. Everything has internal
+// One vector type per scalar type, as wide as the instruction set that this source is compiled for: 16 bytes (baseline: SSE2 or NEON), 32
+// (avx2) or 64 (avx512). GCC's vector extensions supply the operators + - * < and ?:, so this file only adds what they lack. Everything has internal
 // linkage, for the same source is compiled once per instruction set.
 #pragma once
 
@@ -7,6 +7,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -20,10 +22,17 @@ constexpr int kVectorBytes = 16;
 #endif
 
 // Registers that a kernel may plan with.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kVectorRegisters = 32;
 #else
 constexpr int kVectorRegisters = 16;
+#endif
+
+// The inline assembler's word for a vector register.
+#if defined(__aarch64__)
+#define CNN_EXT_VECTOR_REGISTER "w"
+#else
+#define CNN_EXT_VECTOR_REGISTER "v"
 #endif
 
 template <class T>
@@ -84,6 +93,15 @@ inline Vec<double> broadcast_from(const double* p) {
   asm("vbroadcastsd %1, %0" : "=x"(v) : "m"(*p));
   return v;
 }
+#elif defined(__aarch64__)
+template <>
+inline Vec<float> broadcast_from(const float* p) {
+  return vld1q_dup_f32(p);
+}
+template <>
+inline Vec<double> broadcast_from(const double* p) {
+  return vld1q_dup_f64(p);
+}
 #else
 template <>
 inline Vec<float> broadcast_from(const float* p) {
@@ -103,6 +121,9 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm
 #elif defined(__AVX2__)
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
 #else
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
