@@ -1,6 +1,6 @@
 // One vector type per scalar type, as wide as the instruction set that this source is compiled for: 16 bytes (baseline: SSE2 or NEON), 32
-// (avx2) or 64 (avx512). GCC's vector extensions supply the operators + - * < and ?:, so this file only adds what they lack. Everything has internal
-// linkage, for the same source is compiled once per instruction set.
+// (avx2) or 64 (avx512). GCC's vector extensions supply the operators + - * < and ?:, so this file only adds what they lack. Everything has
+// internal linkage, for the same source is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
