@@ -89,7 +89,7 @@ def test_hooks_see_what_torchs_layers_show():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_gives_the_same_bits(use_reentrant):
-    net = cnn_ext.convert(model(), fuse=True)[2:]
+    net = cnn_ext.convert(model()[2:], fuse=True)
     head = cnn_ext.Conv2d(1, 4, 3, padding=1)
     input = images().requires_grad_()
 
