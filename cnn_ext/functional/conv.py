@@ -37,7 +37,7 @@ def conv2d(
         activation: None or 'relu', which is then computed with the convolution: its input is never written, and
             backward reads the output instead.
         padding_mode: what the padding holds: 'zeros', or values of the input: 'reflect', 'replicate' or 'circular', as
-            torch.nn.Conv2d has them. The input is read through its padding, never copied into a padded one. On the CPU.
+            torch.nn.Conv2d has them. On the CPU the input is read through its padding, never copied into a padded one.
         packing: where a layer keeps its packed weight (see :func:`cnn_ext.pack`); it changes no result.
 
     Returns:

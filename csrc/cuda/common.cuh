@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "cuda/geometry.h"
 #include "cuda/kernel.h"
@@ -57,7 +58,7 @@ void with_element_type(DType dtype, const Function& function) {
   }
 }
 
-// The same of the types whose sums are float32, where accepts() admits no other.
+// The same of the types whose sums are float32: accepts() admits no other.
 template <class Function>
 void with_single_type(DType dtype, const Function& function) {
   switch (dtype) {
@@ -68,8 +69,9 @@ void with_single_type(DType dtype, const Function& function) {
     case DType::bfloat16:
       return function(__nv_bfloat16{});
     case DType::float64:
-      return;
+      break;
   }
+  throw std::invalid_argument("this kernel takes float32, float16 and bfloat16");
 }
 
 // One thread per element: this thread's, or none (an index not below the count).

@@ -300,7 +300,7 @@ Plan plan(const Conv2dShape& s) {
 }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  with_mma_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const InputProblem<T> problem(s, b);
     const int64_t blocks = plan(s).blocks;

@@ -181,7 +181,7 @@ void launch_tile(const Conv2dShape& s, const Problem<T>& problem, const Splits& 
 // The splits are those of the plan whichever loader runs, so that the bits do not depend on the alignment.
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   const Splits splits = is_narrow(s) ? Division<NarrowMmaTile>(s).splits : Division<WideMmaTile>(s).splits;
-  with_mma_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const Problem<T> problem(s, b, workspace);
     if (!problem.has_vectors()) {

@@ -336,7 +336,7 @@ void launch_layout(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace
 }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  with_mma_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     (s.layout == Layout::nhwc ? launch_layout<T, true> : launch_layout<T, false>)(s, b, workspace, stream);
     launch_sum_partials<T>(workspace, splits_of(s), weight_elements(s), b.grad_weight, stream);

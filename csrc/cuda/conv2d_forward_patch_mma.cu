@@ -359,7 +359,7 @@ void launch_layout(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t st
 }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  with_mma_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     (s.layout == Layout::nhwc ? launch_layout<T, true> : launch_layout<T, false>)(s, b, stream);
   });

@@ -214,7 +214,7 @@ Plan plan_gather_mma(const Conv2dShape& s) {
 
 template <bool kForward>
 void run_gather_mma(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  with_mma_type(s.dtype, [&](auto element) {
+  with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
     const GatherProblem<T, kForward> problem(s, b);
     if (!problem.has_vectors()) {

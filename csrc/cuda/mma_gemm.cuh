@@ -21,7 +21,6 @@
 // gathered.
 #pragma once
 
-#include <stdexcept>
 #include <type_traits>
 
 #include "cuda/chunk_loaders.cuh"
@@ -252,21 +251,5 @@ class MmaGemm {
   const int first_row_, first_col_;
   float sums_[kWarpRows / 16][kWarpCols / 8][4] = {};
 };
-
-// Calls function(T{}) with the element type of a tensor that tensor cores multiply.
-template <class Function>
-void with_mma_type(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float32:
-      return function(float{});
-    case DType::float16:
-      return function(__half{});
-    case DType::bfloat16:
-      return function(__nv_bfloat16{});
-    case DType::float64:
-      break;
-  }
-  throw std::invalid_argument("tensor cores multiply float32 (as TF32), float16 and bfloat16");
-}
 
 }  // namespace cnn_ext::cuda

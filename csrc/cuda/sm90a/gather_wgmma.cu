@@ -234,14 +234,7 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cu
 template <bool kForward>
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   if (plan<kForward>(s).blocks == 0) return;
-  switch (s.dtype) {
-    case DType::float32:
-      return run_typed<float, kForward>(s, b, workspace, stream);
-    case DType::float16:
-      return run_typed<__half, kForward>(s, b, workspace, stream);
-    default:
-      return run_typed<__nv_bfloat16, kForward>(s, b, workspace, stream);
-  }
+  with_single_type(s.dtype, [&](auto element) { run_typed<decltype(element), kForward>(s, b, workspace, stream); });
 }
 
 }  // namespace
