@@ -118,7 +118,7 @@ CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
 #if defined(CNN_EXT_HAS_AMX)
 namespace avx512 {
-extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx;
+extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx, conv2d_backward_weight_amx;
 extern const PackingConv2d conv2d_forward_amx_packing;
 }  // namespace avx512
 #endif
@@ -170,7 +170,7 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
   static const std::vector<const Conv2dKernel*> table = [] {
     std::vector<const Conv2dKernel*> rows;
 #if defined(CNN_EXT_HAS_AMX)
-    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx, &avx512::conv2d_backward_input_amx};
+    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx, &avx512::conv2d_backward_input_amx, &avx512::conv2d_backward_weight_amx};
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
     for (const Conv2dKernel* row : {&composed::conv2d_backward_input, &naive::conv2d_forward, &naive::conv2d_backward_input,

@@ -285,15 +285,21 @@ void check_row(const Kernel& row, const std::string& what, const Shape& shape, c
   if (!problem.empty()) std::printf("%s: %s\n", running, problem.c_str());
 }
 
-// Every row of the table that this machine supports, that has the wanted name ("": any) and that accepts the shape.
+// Which rows a case is run by: those of the wanted name ("": any), and of a case that is not a half type's turn those of the matrix unit.
+struct Wanted {
+  std::string name;
+  bool matrix_unit_alone = false;
+  bool has(const char* row) const { return (name.empty() || name == row) && (!matrix_unit_alone || std::strstr(row, "_amx_") != nullptr); }
+};
+
+// Every wanted row of the table that this machine supports and that accepts the shape.
 template <class T, class Kernel, class Shape>
-void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const std::string& only) {
+void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const Wanted& wanted) {
   for (const Kernel* naive : table) {
     if (naive != &naive_row(table, *naive)) continue;
     std::vector<const Kernel*> rows;
     std::copy_if(table.begin(), table.end(), std::back_inserter(rows), [&](const Kernel* row) {
-      return same_slot(*row, *naive) && (only.empty() || only == row->name) && row->isa <= best_isa() &&
-             row->accepts(admitted(*row, shape));
+      return same_slot(*row, *naive) && wanted.has(row->name) && row->isa <= best_isa() && row->accepts(admitted(*row, shape));
     });
     if (rows.empty()) continue;
     const Oracle<T> truth = oracle<T>(*naive, shape);
@@ -311,35 +317,32 @@ bool has_row(const std::string& name) {
 
 template <class T>
 void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_file, const char* pool2d_file, const std::string& only) {
-  // The paths of a half are those of float32 between other loads and stores: some cases show that.
+  // The paths of a half are those of float32 between other loads and stores: some cases show that. Those of the matrix unit are its own.
   const size_t step = is_half(dtype) ? kHalfStep : 1;
-  const auto cases_of = [step](const char* file) {
-    std::vector<Case> cases;
-    size_t i = 0;
-    for (const Case& c : read_cases(file)) {
-      if (i++ % step == 0) cases.push_back(c);
-    }
-    return cases;
-  };
   const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
   for (const auto& [layout, layout_name] : layouts) {
     const std::string variant = dtype_name + " " + layout_name;
-    for (const Case& c : cases_of(pool2d_file)) {
+    size_t turn = 0;
+    for (const Case& c : read_cases(pool2d_file)) {
+      if (turn++ % step != 0) continue;
       const Pool2dShape pool = pool2d_shape(c, dtype, layout);
-      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool, only);
-      check_rows<T>(sized_pool2d_kernels(), "sizes of case " + c.name + ", " + variant, sized_pool2d_shape(pool), only);
+      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool, {only});
+      check_rows<T>(sized_pool2d_kernels(), "sizes of case " + c.name + ", " + variant, sized_pool2d_shape(pool), {only});
     }
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
-      size_t turn = 0;  // each convolution is fused with one of the poolings in turn
-      for (const Case& c : cases_of(conv2d_file)) {
+      turn = 0;
+      for (const Case& c : read_cases(conv2d_file)) {
+        const bool is_turn = turn % step == 0;
         const std::string what = "case " + c.name + ", " + variant + ", weight " + weight_layout_name;
         const Conv2dShape conv = conv2d_shape(c, dtype, layout, weight_layout);
-        check_rows<T>(conv2d_kernels(), what, conv, only);
-        const auto& [window, stride] = kFusedPools[turn++ % std::size(kFusedPools)];
+        check_rows<T>(conv2d_kernels(), what, conv, {only, !is_turn});
+        // Each convolution is fused with one of the poolings in turn.
+        const auto& [window, stride] = kFusedPools[turn++ / step % std::size(kFusedPools)];
+        if (!is_turn) continue;
         const Conv2dReluPoolShape fused = fused_shape(conv, window, stride);
         if (fused.pooled_h < 1 || fused.pooled_w < 1) continue;
         const std::string pool = ", pool " + std::to_string(window) + " stride " + std::to_string(stride);
-        check_rows<T>(conv2d_relu_pool_kernels(), what + pool, fused, only);
+        check_rows<T>(conv2d_relu_pool_kernels(), what + pool, fused, {only});
       }
     }
   }

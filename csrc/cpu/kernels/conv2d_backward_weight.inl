@@ -278,9 +278,11 @@ class BackwardWeight {
     const int64_t in_first = first_in(in_block), out_channel = work_.group_in * work_.taps;
     T* grad_weight =
         whole + (group * work_.group_out + first) * out_channel + in_first * (s_.weight_layout == Layout::nchw ? work_.taps : 1);
+    const int64_t entry = vectors_of(out_block) * lanes;
     for (int64_t k = 0; k < channels; k += lanes) {
       const SumsBlock<T> block{sums + k,
-                               vectors_of(out_block) * lanes,
+                               (first_in(in_block + 1) - in_first) * entry,
+                               entry,
                                split_.pixel_ranges,
                                jobs() / split_.pixel_ranges * sums_elements(),
                                work_.taps,

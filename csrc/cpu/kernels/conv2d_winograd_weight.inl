@@ -310,6 +310,7 @@ class WinogradWeight {
       for (int64_t lane = 0; lane < width; lane += kV) {
         const int64_t channel = unit * kUnit + lane;
         const SumsBlock<T> block{taps + taps_of(channels, unit) + lane,
+                                 inputs_of(channels) * width,
                                  width,
                                  split_.pixel_ranges,
                                  jobs() / split_.pixel_ranges * taps_elements(),

@@ -13,6 +13,7 @@
 #include "cpu/kernels/amx/conv2d_amx_pack.inl"
 #include "cpu/kernels/amx/conv2d_amx_stage.inl"
 #include "cpu/kernels/amx/conv2d_amx_write.inl"
+#include "cpu/kernels/amx/tile_state.inl"
 #include "cpu/packed.h"
 #include "cpu/parallel.h"
 
@@ -24,29 +25,6 @@ constexpr int64_t kMostPoints = 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kFewestChannels = 16;
 constexpr int64_t kPoints = 2 * kTilePoints, kOutputs = 2 * kTileOutputs;  // of a step
-
-// The state of the matrix unit belongs to the thread, and others may have left theirs.
-class TileState {
- public:
-  TileState() {
-    _tile_storeconfig(&before_);
-    Config config{};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-  }
-  ~TileState() { _tile_loadconfig(&before_); }
-  TileState(const TileState&) = delete;
-  TileState& operator=(const TileState&) = delete;
-
- private:
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  Config before_;
-};
 
 // sums[32 points][32 outputs] = source x weights over `steps` pairs of (source, weights) tiles. offsets: from the first point of a tile to
 // what a step reads, in elements.
