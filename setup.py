@@ -12,6 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+EDITABLE_BUILD = ROOT / "build" / "editable"
 source_hash = runpy.run_path(str(ROOT / "cnn_ext" / "_source_hash.py"))["source_hash"]
 
 
@@ -23,7 +24,8 @@ def built_files(directory: Path) -> list[Path]:
 class CMakeBuild(build_ext):
     """Runs CMake in a fresh directory and keeps what it installs.
 
-    A cached build directory would point into the isolated environment of the last build, which is gone.
+    A cached build directory would point into the isolated environment of the last build, which is gone. That of an
+    editable install stays all the same, with kernel_check in it: the tests look at the objects that they run.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -31,15 +33,19 @@ class CMakeBuild(build_ext):
         destination.mkdir(parents=True, exist_ok=True)
         for stale in built_files(destination):
             stale.unlink()
-        build_dir = Path(tempfile.mkdtemp(prefix="cnn_ext-build-"))
-        try:
-            self._cmake("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *self._definitions())
-            self._cmake("--build", str(build_dir), *self._jobs())
-            self._cmake("--install", str(build_dir), "--prefix", str(destination))
-            shutil.copy(build_dir / "compile_commands.json", ROOT / "compile_commands.json")
-            print((build_dir / "_build_summary.txt").read_text())
-        finally:
-            shutil.rmtree(build_dir)
+        if self.editable_mode:
+            shutil.rmtree(EDITABLE_BUILD, ignore_errors=True)
+            self._build(EDITABLE_BUILD, destination, "-DCNN_EXT_KERNEL_CHECK=ON")
+        else:
+            with tempfile.TemporaryDirectory(prefix="cnn_ext-build-") as build_dir:
+                self._build(Path(build_dir), destination)
+
+    def _build(self, build_dir: Path, destination: Path, *definitions: str) -> None:
+        self._cmake("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *self._definitions(), *definitions)
+        self._cmake("--build", str(build_dir), *self._jobs())
+        self._cmake("--install", str(build_dir), "--prefix", str(destination))
+        shutil.copy(build_dir / "compile_commands.json", ROOT / "compile_commands.json")
+        print((build_dir / "_build_summary.txt").read_text())
 
     def copy_extensions_to_source(self) -> None:
         """In-place builds: everything that CMake has installed, of which setuptools knows _C alone."""

@@ -6,13 +6,14 @@ runs every row over the shared cases against float64.
 
 import functools
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.support.build import cmake_build
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [str(ROOT / "tests" / "cases" / name) for name in ("conv2d.csv", "pool2d.csv")]
@@ -33,20 +34,13 @@ FAULTS = {
 
 def built(build: Path, flags: str) -> Path:
     """The folder with both programs, compiled with these flags."""
-    options = {
-        "CNN_EXT_PYTHON": "OFF",
-        "CNN_EXT_CUDA": "off",
-        "CNN_EXT_CUDA_CHECK": "ON",
-        "CNN_EXT_WERROR": "ON",
-        "CMAKE_CXX_FLAGS_RELEASE": flags,
-    }
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in options.items())]
-    make = ["cmake", "--build", str(build), "--parallel", "2", "--target", "cuda_check", "emulation_check"]
-    for command in (configure, make):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return build
+    return cmake_build(
+        build,
+        CNN_EXT_CUDA_CHECK="ON",
+        CNN_EXT_WERROR="ON",
+        CMAKE_CXX_FLAGS_RELEASE=flags,
+        targets="cuda_check emulation_check",
+    )
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -77,7 +71,7 @@ FOUND_BY_SANITIZERS = {
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory.mktemp("emulation"), "-O2")
+    return built(tmp_path_factory.mktemp("emulation"), "-O1")
 
 
 def test_the_primitives_are_right_in_every_order(programs):

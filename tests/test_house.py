@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from cnn_ext import _native
+from tests.support.build import kernels_build
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, CSRC = ROOT / "cnn_ext", ROOT / "csrc"
@@ -194,30 +196,32 @@ def test_one_version():
     assert installed == version
 
 
-@pytest.fixture(scope="module")
-def isa_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Every source under csrc/cpu/kernels, compiled for each instruction set with the build's own flags, but at -O0.
+class IsaObject(NamedTuple):
+    """A source under csrc/cpu/kernels, compiled for an instruction set."""
 
-    Without optimisation nothing is inlined away, so every function that could be shared between instruction sets shows.
-    """
-    build = tmp_path_factory.mktemp("isa")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCNN_EXT_PYTHON=OFF", "-DCNN_EXT_CUDA=off"]
-    subprocess.run(configure, check=True, capture_output=True)
-    commands = [
-        entry
-        for entry in json.loads((build / "compile_commands.json").read_text())
-        if "/csrc/cpu/kernels/" in entry["file"]
-    ]
+    kernel: str
+    isa: str
+    path: Path
 
-    def compile_one(entry: dict) -> Path:
-        isa = re.search(r"-DCNN_EXT_ISA=(\w+)", entry["command"]).group(1)
-        made = build / f"{Path(entry['file']).stem}_{isa}.o"
-        arguments = re.sub(r" -o \S+", " ", re.sub(r" -O[23] ", " -O0 ", entry["command"])).split()
+
+@pytest.fixture(scope="module", params=["as built", pytest.param("-O0", marks=pytest.mark.everything)])
+def isa_objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[IsaObject]:
+    """At -O0 nothing is inlined away: every function that could be shared between instruction sets shows."""
+    folder = tmp_path_factory.mktemp("isa")
+
+    def object_of(entry: dict) -> IsaObject:
+        kernel = Path(entry["file"]).stem
+        isa, path = (re.search(form, entry["command"]).group(1) for form in (r"-DCNN_EXT_ISA=(\w+)", r" -o (\S+)"))
+        if request.param == "as built":
+            return IsaObject(kernel, isa, Path(entry["directory"]) / path)
+        made = folder / f"{kernel}_{isa}.o"
+        arguments = re.sub(r" -o \S+| -O\d| -Werror", "", entry["command"]).split()
         subprocess.run([*arguments, "-O0", "-o", str(made)], check=True, capture_output=True, cwd=entry["directory"])
-        return made
+        return IsaObject(kernel, isa, made)
 
+    commands = json.loads((kernels_build(tmp_path_factory) / "compile_commands.json").read_text())
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, commands))
+        return list(pool.map(object_of, [entry for entry in commands if "/csrc/cpu/kernels/" in entry["file"]]))
 
 
 def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
@@ -228,25 +232,27 @@ def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
 
 def test_isa_objects_share_nothing_with_the_linker(isa_objects):
     for made in isa_objects:
-        isa = made.stem.rsplit("_", 1)[1]
-        for letter, name in symbols(made, "-C"):
-            assert letter not in "WwVvu", f"{made.name}: weak symbol {name}"
+        for letter, name in symbols(made.path, "-C"):
+            assert letter not in "WwVvu", f"{made}: weak symbol {name}"
             if letter in "TDRBC":
-                assert name.startswith(f"cnn_ext::cpu::{isa}::"), f"{made.name}: global symbol {name}"
+                assert name.startswith(f"cnn_ext::cpu::{made.isa}::"), f"{made}: global symbol {name}"
 
 
 def test_isa_objects_run_nothing_at_load_time(isa_objects):
     for made in isa_objects:
-        assert not [name for _, name in symbols(made) if "_GLOBAL__sub_I" in name], made.name
-        sections = subprocess.run(["readelf", "-SW", str(made)], check=True, capture_output=True, text=True).stdout
-        assert ".init_array" not in sections and ".ctors" not in sections, made.name
+        assert not [name for _, name in symbols(made.path) if "_GLOBAL__sub_I" in name], made
+        listing = subprocess.run(["readelf", "-SW", str(made.path)], check=True, capture_output=True, text=True)
+        assert ".init_array" not in listing.stdout and ".ctors" not in listing.stdout, made
 
 
 def test_every_row_that_is_compiled_stands_in_the_table(isa_objects):
     """The linker sees to the opposite. (Rows of the matrix unit stand there on a machine that has one.)"""
     made_by_isa = re.compile(r"cnn_ext::cpu::(\w+)::(\w+2d_\w+)")
     found = [
-        made_by_isa.fullmatch(name) for made in isa_objects for letter, name in symbols(made, "-C") if letter in "DR"
+        made_by_isa.fullmatch(name)
+        for made in isa_objects
+        for letter, name in symbols(made.path, "-C")
+        if letter in "DR"
     ]
     names = {(row[2], row[1]) for row in found if row}
     packing = {name for name in names if name[0].endswith("_packing")}
@@ -259,10 +265,10 @@ def test_every_row_that_is_compiled_stands_in_the_table(isa_objects):
 
 def test_the_sets_of_wide_vectors_have_every_kernel_source(isa_objects):
     kernels = {path.stem for path in (CSRC / "cpu" / "kernels").glob("*.cpp")}
-    isas = {made.stem.rsplit("_", 1)[1] for made in isa_objects}
+    isas = {made.isa for made in isa_objects}
     assert "baseline" in isas
-    compiled = {made.stem for made in isa_objects}
-    assert compiled >= {f"{kernel}_{isa}" for kernel in kernels for isa in isas - {"baseline"} or isas}
+    compiled = {(made.kernel, made.isa) for made in isa_objects}
+    assert compiled >= {(kernel, isa) for kernel in kernels for isa in isas - {"baseline"} or isas}
 
 
 def test_the_compiled_module_needs_neither_torch_nor_an_openmp_runtime_of_its_own():

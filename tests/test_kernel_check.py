@@ -1,12 +1,12 @@
-"""``csrc/tests/kernel_check``, the test program without Python: built as its head says, run over the shared cases."""
+"""``csrc/tests/kernel_check``, the test program without Python, run over the shared cases."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support.build import kernels_build
 from tests.support.cases import for_dtype, pool2d_cases
 from tests.support.rows import ALL_DTYPES
 
@@ -16,41 +16,27 @@ CASES = [str(ROOT / "tests" / "cases" / name) for name in ("conv2d.csv", "pool2d
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds kernel_check without the Python modules and without CUDA."""
-    build = tmp_path_factory.mktemp("kernel_check")
-    options = {
-        "CNN_EXT_PYTHON": "OFF",
-        "CNN_EXT_KERNEL_CHECK": "ON",
-        "CNN_EXT_CUDA": "off",
-        "CNN_EXT_WERROR": "ON",
-        "CMAKE_CXX_FLAGS_RELEASE": "-O2",
-    }
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return build / "kernel_check"
+    return kernels_build(tmp_path_factory) / "kernel_check"
 
 
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [program, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"} | environment  # other tests need the cores
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
 
 
-def test_every_row_of_the_table_passes(program):
-    done = run(program, *CASES)
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.everything)])
+def test_every_row_of_the_table_passes(program, every):
+    done = run(program, *CASES, "--every", str(every))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert ", 0 failed" in done.stdout.splitlines()[-1]
 
 
 def test_one_row_by_name_and_no_row_by_another(program):
-    done = run(program, *CASES, "avg_pool2d_forward_naive_baseline")
+    done = run(program, *CASES, "--row", "avg_pool2d_forward_naive_baseline")
     assert done.returncode == 0
     runs = sum(2 * len(for_dtype(pool2d_cases(), dtype)) for dtype in ALL_DTYPES)  # in two layouts
     assert done.stdout.startswith(f"{runs} passed, 0 failed")
-    unknown = run(program, *CASES, "conv2d_forward_magic_avx9")
+    unknown = run(program, *CASES, "--row", "conv2d_forward_magic_avx9")
     assert unknown.returncode == 2
     assert "conv2d_forward_magic_avx9" in unknown.stderr
 

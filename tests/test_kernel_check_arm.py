@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.build import cmake_build
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = [str(ROOT / "tests" / "cases" / name) for name in ("conv2d.csv", "pool2d.csv")]
 QEMU = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
@@ -23,18 +25,12 @@ pytestmark = [
 
 
 def test_every_row_passes_with_neon(tmp_path):
-    options = {
-        "CMAKE_TOOLCHAIN_FILE": str(ROOT / "cmake" / "aarch64-linux.cmake"),
-        "CNN_EXT_PYTHON": "OFF",
-        "CNN_EXT_KERNEL_CHECK": "ON",
-        "CNN_EXT_CUDA": "off",
-        "CNN_EXT_WERROR": "ON",
-    }
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *generator, *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    done = subprocess.run([*QEMU, str(tmp_path / "kernel_check"), *CASES], capture_output=True, text=True)
+    build = cmake_build(
+        tmp_path,
+        CMAKE_TOOLCHAIN_FILE=str(ROOT / "cmake" / "aarch64-linux.cmake"),
+        CNN_EXT_KERNEL_CHECK="ON",
+        CNN_EXT_WERROR="ON",
+    )
+    done = subprocess.run([*QEMU, str(build / "kernel_check"), *CASES], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert ", 0 failed" in done.stdout.splitlines()[-1]

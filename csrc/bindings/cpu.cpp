@@ -1,5 +1,5 @@
-// The CPU kernels for Python. Tensors arrive as addresses: what may be passed was checked above, in cnn_ext/ops. The interpreter lock is
-// released while a kernel runs.
+// cnn_ext._C: the shapes and the CPU kernels for Python. Tensors arrive as addresses: what may be passed was checked above, in cnn_ext/ops.
+// The interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,8 @@
 namespace py = pybind11;
 
 namespace cnn_ext {
+
+void bind_shapes(py::module_& m);
 
 namespace {
 
@@ -210,7 +212,10 @@ py::list kernels() {
 
 }  // namespace
 
-void bind_cpu(py::module_& m) {
+PYBIND11_MODULE(_C, m) {
+  m.attr("source_hash") = CNN_EXT_SOURCE_HASH;
+  m.attr("compiler") = CNN_EXT_COMPILER;
+  bind_shapes(m);
   m.def("conv2d_forward", &conv2d_forward);
   py::class_<cpu::PackedWeight>(m, "PackedWeight").def(py::init<>()).def_property_readonly("bytes", &cpu::PackedWeight::bytes);
   m.def("conv2d_forward_packed", &conv2d_forward_packed);

@@ -1,6 +1,8 @@
-// The shape structs for Python, constructed from keywords named as their fields.
+// The shape structs for Python, constructed from keywords named as their fields. What pybind11 instantiates for a function costs the
+// compiler 0.1 s: hence the enumerations that are Python's own, and one reader of all fields.
 #include "core/shapes.h"
 
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -77,12 +79,16 @@ void visit_fields(Visitor& v, SizedPool2dShape*) {
   v.set("out_h", &S::out_h).set("out_w", &S::out_w).set("dtype", &S::dtype).set("layout", &S::layout);
 }
 
+// Reads the field that has the wanted name; without one, `value` stays empty.
 template <class Shape>
-struct ReadOnlyFields {
-  py::class_<Shape>& type;
+struct FieldReader {
+  const Shape& shape;
+  const std::string& wanted;
+  py::object value{};
+
   template <class T>
-  ReadOnlyFields& set(const char* name, T Shape::* field) {
-    type.def_readonly(name, field);
+  FieldReader& set(const char* name, T Shape::* field) {
+    if (wanted == name) value = py::cast(shape.*field);
     return *this;
   }
 };
@@ -100,8 +106,12 @@ void bind_shape(py::module_& m, const char* name) {
     visit_fields(fields, static_cast<Shape*>(nullptr));
     return fields.finish();
   }));
-  ReadOnlyFields<Shape> fields{type};
-  visit_fields(fields, static_cast<Shape*>(nullptr));
+  type.def("__getattr__", [](const Shape& shape, const std::string& name) {
+    FieldReader<Shape> reader{shape, name};
+    visit_fields(reader, static_cast<Shape*>(nullptr));
+    if (!reader.value) throw py::attribute_error(name);
+    return reader.value;
+  });
   type.def("with_tf32", [](Shape shape, bool allowed) {
     set_tf32(shape, allowed);
     return shape;
@@ -111,36 +121,42 @@ void bind_shape(py::module_& m, const char* name) {
 }  // namespace
 
 void bind_shapes(py::module_& m) {
-  py::enum_<DType>(m, "DType")
+  py::native_enum<DType>(m, "DType", "enum.Enum")
       .value("float32", DType::float32)
       .value("float64", DType::float64)
       .value("float16", DType::float16)
-      .value("bfloat16", DType::bfloat16);
-  py::enum_<Layout>(m, "Layout").value("nchw", Layout::nchw).value("nhwc", Layout::nhwc);
-  py::enum_<PaddingMode>(m, "PaddingMode")
+      .value("bfloat16", DType::bfloat16)
+      .finalize();
+  py::native_enum<Layout>(m, "Layout", "enum.Enum").value("nchw", Layout::nchw).value("nhwc", Layout::nhwc).finalize();
+  py::native_enum<PaddingMode>(m, "PaddingMode", "enum.Enum")
       .value("zeros", PaddingMode::zeros)
       .value("reflect", PaddingMode::reflect)
       .value("replicate", PaddingMode::replicate)
-      .value("circular", PaddingMode::circular);
-  py::enum_<Conv2dDirection>(m, "Conv2dDirection")
+      .value("circular", PaddingMode::circular)
+      .finalize();
+  py::native_enum<Conv2dDirection>(m, "Conv2dDirection", "enum.Enum")
       .value("forward", Conv2dDirection::forward)
       .value("backward_input", Conv2dDirection::backward_input)
       .value("backward_weight", Conv2dDirection::backward_weight)
-      .value("backward_bias", Conv2dDirection::backward_bias);
-  py::enum_<Pool2dOp>(m, "Pool2dOp").value("max", Pool2dOp::max).value("avg", Pool2dOp::avg);
-  py::enum_<Pool2dDirection>(m, "Pool2dDirection")
+      .value("backward_bias", Conv2dDirection::backward_bias)
+      .finalize();
+  py::native_enum<Pool2dOp>(m, "Pool2dOp", "enum.Enum").value("max", Pool2dOp::max).value("avg", Pool2dOp::avg).finalize();
+  py::native_enum<Pool2dDirection>(m, "Pool2dDirection", "enum.Enum")
       .value("forward", Pool2dDirection::forward)
       .value("backward", Pool2dDirection::backward)
-      .value("gather", Pool2dDirection::gather);
-  py::enum_<SizedPool2dOp>(m, "SizedPool2dOp")
+      .value("gather", Pool2dDirection::gather)
+      .finalize();
+  py::native_enum<SizedPool2dOp>(m, "SizedPool2dOp", "enum.Enum")
       .value("adaptive_max", SizedPool2dOp::adaptive_max)
       .value("adaptive_avg", SizedPool2dOp::adaptive_avg)
-      .value("max_unpool", SizedPool2dOp::max_unpool);
-  py::enum_<SizedPool2dDirection>(m, "SizedPool2dDirection")
+      .value("max_unpool", SizedPool2dOp::max_unpool)
+      .finalize();
+  py::native_enum<SizedPool2dDirection>(m, "SizedPool2dDirection", "enum.Enum")
       .value("forward", SizedPool2dDirection::forward)
       .value("backward", SizedPool2dDirection::backward)
       .value("scatter", SizedPool2dDirection::scatter)
-      .value("gather", SizedPool2dDirection::gather);
+      .value("gather", SizedPool2dDirection::gather)
+      .finalize();
   bind_shape<Conv2dShape>(m, "Conv2dShape");
   bind_shape<Conv2dReluPoolShape>(m, "Conv2dReluPoolShape");
   bind_shape<Pool2dShape>(m, "Pool2dShape");

@@ -28,6 +28,7 @@
 #include "cuda/kernel_table.h"
 #include "tests/cases.h"
 #include "tests/cuda_operands.h"
+#include "tests/options.h"
 #include "tests/roundings.h"
 
 namespace cnn_ext::cpu::naive {
@@ -249,12 +250,6 @@ std::string problem_of(const Kernel& row, const Shape& shape) {
   return problem.empty() ? "" : "with an infinity and a NaN: " + problem;
 }
 
-struct Options {
-  const char *conv2d_file = nullptr, *pool2d_file = nullptr;
-  std::string row, dtype;  // "": all
-  size_t every = 1;
-};
-
 char running[256];  // what a fault is reported with
 int passed = 0, failed = 0, left_out = 0;
 
@@ -288,27 +283,20 @@ void check_rows(const std::vector<const Kernel*>& table, const std::string& what
   }
 }
 
-std::vector<Case> sample(const char* file, size_t first, size_t every) {
-  const std::vector<Case> all = read_cases(file);
-  std::vector<Case> cases;
-  for (size_t i = first % every; i < all.size(); i += every) cases.push_back(all[i]);
-  return cases;
-}
-
 template <class T>
 void check_dtype(DType dtype, const std::string& dtype_name, const Options& options) {
   if (!options.dtype.empty() && options.dtype != dtype_name) return;
   const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
   size_t variant = 3 * static_cast<size_t>(dtype);
   for (const auto& [layout, layout_name] : layouts) {
-    for (const Case& c : sample(options.pool2d_file, variant++, options.every)) {
+    for (const Case& c : sample(read_cases(options.pool2d_file), variant++, options.every)) {
       const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name;
       const Pool2dShape shape = pool2d_shape(c, dtype, layout);
       check_rows<T>(cuda::pool2d_kernels(), what, shape, options);
       check_rows<T>(cuda::sized_pool2d_kernels(), "sizes of " + what, sized_pool2d_shape(shape), options);
     }
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
-      for (const Case& c : sample(options.conv2d_file, variant++, options.every)) {
+      for (const Case& c : sample(read_cases(options.conv2d_file), variant++, options.every)) {
         const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name + ", weight " + weight_layout_name;
         check_rows<T>(cuda::conv2d_kernels(), what, conv2d_shape(c, dtype, layout, weight_layout), options);
       }
@@ -323,29 +311,10 @@ bool has_row(const std::string& name) {
          std::any_of(cuda::sized_pool2d_kernels().begin(), cuda::sized_pool2d_kernels().end(), is_named);
 }
 
-Options parse(int argc, char** argv) {
-  Options options;
-  if (argc < 3) throw std::invalid_argument("usage: cuda_check CONV2D_CSV POOL2D_CSV [--every N] [--row NAME] [--dtype NAME]");
-  options.conv2d_file = argv[1], options.pool2d_file = argv[2];
-  for (int i = 3; i < argc; i += 2) {
-    const std::string option = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
-    if (option == "--every" && std::atoi(value.c_str()) > 0) {
-      options.every = static_cast<size_t>(std::atoi(value.c_str()));
-    } else if (option == "--row" && has_row(value)) {
-      options.row = value;
-    } else if (option == "--dtype") {
-      options.dtype = value;
-    } else {
-      throw std::invalid_argument("cannot do with " + option + " " + value);
-    }
-  }
-  return options;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) try {
-  const Options options = parse(argc, argv);
+  const Options options = parse_options(argc, argv, has_row);
   std::signal(SIGSEGV, report_fault);
   std::signal(SIGBUS, report_fault);
   check_dtype<float>(DType::float32, "float32", options);

@@ -1,12 +1,12 @@
 // kernel_check: every row of the kernel table against the naive row, without Python and without torch, over the same cases that pytest
 // reads.
 //
-//   kernel_check tests/cases/conv2d.csv tests/cases/pool2d.csv [ROW]
+//   kernel_check tests/cases/conv2d.csv tests/cases/pool2d.csv [--every N] [--row NAME] [--dtype NAME]
 //
 // Each row that accepts a case runs twice: on one thread with every tensor and the workspace starting flush behind a guard page, and on
 // three threads with all of them ending flush before one, which also misaligns them. (A bias comes with equal layouts only.) A touch
 // outside is a fault that names row and case; both runs must give the same bits, and these must be within the tolerance of
-// tests/support/tolerances.py. With sanitizers:
+// tests/support/tolerances.py. --every N takes each N-th case, in each dtype and layout another first. With sanitizers:
 //
 //   cmake -S . -B build/asan -G Ninja -DCNN_EXT_PYTHON=OFF -DCNN_EXT_KERNEL_CHECK=ON -DCNN_EXT_CUDA=off -DCMAKE_BUILD_TYPE=Debug
 //         -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -29,6 +29,7 @@
 #include "cpu/kernel_table.h"
 #include "tests/cases.h"
 #include "tests/guarded.h"
+#include "tests/options.h"
 #include "tests/roundings.h"
 
 namespace {
@@ -316,33 +317,35 @@ bool has_row(const std::string& name) {
 }
 
 template <class T>
-void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_file, const char* pool2d_file, const std::string& only) {
+void check_dtype(DType dtype, const std::string& dtype_name, const Options& options) {
+  if (!options.dtype.empty() && options.dtype != dtype_name) return;
   // The paths of a half are those of float32 between other loads and stores: some cases show that. Those of the matrix unit are its own.
   const size_t step = is_half(dtype) ? kHalfStep : 1;
   const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
+  size_t variant = static_cast<size_t>(dtype);
   for (const auto& [layout, layout_name] : layouts) {
-    const std::string variant = dtype_name + " " + layout_name;
+    const std::string described = dtype_name + " " + layout_name;
     size_t turn = 0;
-    for (const Case& c : read_cases(pool2d_file)) {
+    for (const Case& c : sample(read_cases(options.pool2d_file), variant++, options.every)) {
       if (turn++ % step != 0) continue;
       const Pool2dShape pool = pool2d_shape(c, dtype, layout);
-      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + variant, pool, {only});
-      check_rows<T>(sized_pool2d_kernels(), "sizes of case " + c.name + ", " + variant, sized_pool2d_shape(pool), {only});
+      check_rows<T>(pool2d_kernels(), "case " + c.name + ", " + described, pool, {options.row});
+      check_rows<T>(sized_pool2d_kernels(), "sizes of case " + c.name + ", " + described, sized_pool2d_shape(pool), {options.row});
     }
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
       turn = 0;
-      for (const Case& c : read_cases(conv2d_file)) {
+      for (const Case& c : sample(read_cases(options.conv2d_file), variant++, options.every)) {
         const bool is_turn = turn % step == 0;
-        const std::string what = "case " + c.name + ", " + variant + ", weight " + weight_layout_name;
+        const std::string what = "case " + c.name + ", " + described + ", weight " + weight_layout_name;
         const Conv2dShape conv = conv2d_shape(c, dtype, layout, weight_layout);
-        check_rows<T>(conv2d_kernels(), what, conv, {only, !is_turn});
+        check_rows<T>(conv2d_kernels(), what, conv, {options.row, !is_turn});
         // Each convolution is fused with one of the poolings in turn.
         const auto& [window, stride] = kFusedPools[turn++ / step % std::size(kFusedPools)];
         if (!is_turn) continue;
         const Conv2dReluPoolShape fused = fused_shape(conv, window, stride);
         if (fused.pooled_h < 1 || fused.pooled_w < 1) continue;
         const std::string pool = ", pool " + std::to_string(window) + " stride " + std::to_string(stride);
-        check_rows<T>(conv2d_relu_pool_kernels(), what + pool, fused, {only});
+        check_rows<T>(conv2d_relu_pool_kernels(), what + pool, fused, {options.row});
       }
     }
   }
@@ -351,17 +354,13 @@ void check_dtype(DType dtype, const std::string& dtype_name, const char* conv2d_
 }  // namespace
 
 int main(int argc, char** argv) try {
-  const std::string only = argc > 3 ? argv[3] : "";
-  if (argc < 3 || argc > 4 || (!only.empty() && !has_row(only))) {
-    std::fprintf(stderr, only.empty() ? "usage: kernel_check CONV2D_CSV POOL2D_CSV [ROW]\n" : "no kernel is called \"%s\"\n", only.c_str());
-    return 2;
-  }
+  const Options options = parse_options(argc, argv, has_row);
   std::signal(SIGSEGV, report_fault);
   std::signal(SIGBUS, report_fault);
-  check_dtype<float>(DType::float32, "float32", argv[1], argv[2], only);
-  check_dtype<double>(DType::float64, "float64", argv[1], argv[2], only);
-  check_dtype<Float16>(DType::float16, "float16", argv[1], argv[2], only);
-  check_dtype<BFloat16>(DType::bfloat16, "bfloat16", argv[1], argv[2], only);
+  check_dtype<float>(DType::float32, "float32", options);
+  check_dtype<double>(DType::float64, "float64", options);
+  check_dtype<Float16>(DType::float16, "float16", options);
+  check_dtype<BFloat16>(DType::bfloat16, "bfloat16", options);
   std::printf("%d passed, %d failed (a row, a case, a dtype and a layout each)\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
 } catch (const std::exception& error) {
