@@ -42,34 +42,54 @@ struct TensorValues {
   const Element* data;
 };
 
-// The sum of the neighbours [begin, end).
+// A sum of runs of neighbours. Its vectors go on from run to run, until they are added up in double after kRun additions.
 template <class T, class Values>
-double plane_sum(const Values& values, int64_t begin, int64_t end) {
-  constexpr int64_t step = kVectors * kLanes<T>;
-  double sum = 0;
-  int64_t i = begin;
-  while (i + step <= end) {
-    const int64_t last = smaller(end - step, i + (kRun - 1) * step);
-    Vec<T> v[kVectors] = {};
-    for (; i <= last; i += step) {
-      for (int j = 0; j < kVectors; ++j) v[j] += values.at(i + j * kLanes<T>);
+class RunSum {
+ public:
+  explicit RunSum(const Values& values) : values_(values) {}
+
+  void add(int64_t begin, int64_t end) {
+    constexpr int64_t step = kVectors * kLanes<T>;
+    int64_t i = begin;
+    while (i + step <= end) {
+      const int64_t last = smaller(end - step, i + (kRun - 1 - additions_) * step);
+      for (; i <= last; i += step, ++additions_) {
+        for (int j = 0; j < kVectors; ++j) sums_[j] += values_.at(i + j * kLanes<T>);
+      }
+      if (additions_ == kRun) settle();
     }
-    sum += lane_sum<T>((v[0] + v[1]) + (v[2] + v[3]));
+    if (i == end) return;
+    for (int j = 0; i < end; i += kLanes<T>, ++j) sums_[j] += values_.first_at(i, static_cast<int>(smaller(kLanes<T>, end - i)));
+    if (++additions_ == kRun) settle();
   }
-  Vec<T> rest{};
-  for (; i < end; i += kLanes<T>) rest += values.first_at(i, static_cast<int>(smaller(kLanes<T>, end - i)));
-  return sum + lane_sum<T>(rest);
-}
+
+  double total() {
+    settle();
+    return total_;
+  }
+
+ private:
+  void settle() {
+    total_ += lane_sum<T>((sums_[0] + sums_[1]) + (sums_[2] + sums_[3]));
+    for (Vec<T>& sum : sums_) sum = Vec<T>{};
+    additions_ = 0;
+  }
+
+  const Values& values_;
+  Vec<T> sums_[kVectors] = {};
+  int64_t additions_ = 0;  // to each of them
+  double total_ = 0;
+};
 
 // The sum of a channel of the images [begin, end), NCHW.
 template <class T, class Values>
 T image_sum(const Values& values, int64_t channels, int64_t plane, int64_t channel, int64_t begin, int64_t end) {
-  double sum = 0;
+  RunSum<T, Values> sum(values);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t first = (n * channels + channel) * plane;
-    sum += plane_sum<T>(values, first, first + plane);
+    sum.add(first, first + plane);
   }
-  return static_cast<T>(sum);
+  return static_cast<T>(sum.total());
 }
 
 // sums[0 .. channels) += the first `channels` <= kVectors * lanes channels of `pixels` <= kRun pixels that lie `step` apart.

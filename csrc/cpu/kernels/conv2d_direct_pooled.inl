@@ -52,18 +52,25 @@ struct FusedGradient {
         output(static_cast<const T*>(b.output)),
         offsets(b.offsets) {}
 
-  static int64_t line_elements(const Gather& g) { return g.w.source_size + 4 * kLanes<T>; }
+  static constexpr bool kMakesRows = true;
+
+  static int64_t line_elements(const Gather& g) { return g.w.source_size + kLanes<T>; }
 
   Ahead<T> ahead(const Gather&, const StagedLayout&, const StageTask&, int64_t) const { return {}; }
 
-  __attribute__((noinline)) const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
+  const T* row(int64_t n, int64_t channel, int64_t y, T* line) const {
+    write_row(n, channel, y, line);
+    return line;
+  }
+
+  // Row y of a channel as whole vectors, in ascending order.
+  __attribute__((noinline)) void write_row(int64_t n, int64_t channel, int64_t y, T* line) const {
     const int64_t image_and_channel = n * strides.n + channel * strides.c;
     if (has_pooling(s)) {
       write_pooled_row(image_and_channel, y, line);
     } else {
       write_rectified_row(image_and_channel + y * strides.h, line);
     }
-    return line;
   }
 
   class Pixels {
@@ -135,9 +142,9 @@ struct FusedGradient {
       const Vec<T> even = select(equal(offset, IntVec<T>{} + left), g, Vec<T>{});
       const Vec<T> odd = select(equal(offset, IntVec<T>{} + (left + 1)), g, Vec<T>{});
       store(line + 2 * px, interleave_lower<T>(even, odd));
-      store(line + 2 * px + kLanes<T>, interleave_upper<T>(even, odd));
+      if (2 * (pooled - px) > kLanes<T>) store(line + 2 * px + kLanes<T>, interleave_upper<T>(even, odd));
     }
-    for (int64_t x = 2 * pooled; x < s.conv.out_w; ++x) line[x] = T{0};
+    write_zeros(line, 2 * pooled, s.conv.out_w);
   }
 };
 

@@ -125,6 +125,8 @@ struct StageTask {
 // A source that lies in memory as it is read. (Others make their rows and pixels up: conv2d_direct_pooled.inl.)
 template <class T>
 struct TensorSource {
+  static constexpr bool kMakesRows = false;  // else write_row() puts a whole one anywhere
+
   // Elements that row() needs to write to `line`.
   static int64_t line_elements(const Gather&) { return 0; }
 
@@ -160,6 +162,14 @@ struct TensorSource {
   Strides strides;
 };
 
+// Zeros to elements [begin, end), as whole vectors. (That they are zeros is hidden from the compiler, which would call memset for one.)
+template <class T>
+inline void write_zeros(T* p, int64_t begin, int64_t end) {
+  Vec<T> zeros{};
+  asm("" : "+" CNN_EXT_VECTOR_REGISTER(zeros));
+  for (int64_t j = begin; j < end; j += kLanes<T>) store(p + j, zeros);
+}
+
 // Rows that are dense in memory: one channel after the other.
 template <class T, class Source>
 __attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line,
@@ -175,6 +185,14 @@ __attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout&
       const Inside cols = y < 0 ? Inside{0, 0} : inside(first, step, l.cols, g.w.source_size);
       T* dst = staged + r * l.row_pitch + phase * l.cols;
       for (int64_t c = 0; c < task.channels; ++c, dst += l.channel_pitch) {
+        if constexpr (Source::kMakesRows) {
+          if (step == 1 && cols.end - cols.begin == g.w.source_size) {
+            write_zeros(dst, 0, cols.begin);
+            source.write_row(task.n, task.channel + c, y, dst + cols.begin);
+            write_zeros(dst, cols.end, l.cols);
+            continue;
+          }
+        }
         const T* row = cols.begin < cols.end ? source.row(task.n, task.channel + c, y, line) + first : nullptr;
         for (int64_t j = 0; j < l.cols; j += kLanes<T>) store(dst + j, row != nullptr ? load_strided(row, step, j, cols) : Vec<T>{});
         if (y < 0) continue;

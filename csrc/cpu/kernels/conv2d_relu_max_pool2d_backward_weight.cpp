@@ -18,7 +18,9 @@ struct MadeUpGradient {
             int64_t step) const {
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       const int count = static_cast<int>(smaller(kLanes<T>, channels - c));
-      if (s.layout == Layout::nchw) {
+      if (s.layout == Layout::nchw && has_pooling(source.s)) {
+        pack_windows(s, n, channel + c, count, pixel / s.out_w, pixels / s.out_w, destination + c, step);
+      } else if (s.layout == Layout::nchw) {
         pack_rows(s, n, channel + c, count, pixel / s.out_w, pixels / s.out_w, line, destination + c, step);
       } else {
         pack_pixels_of(s, n, channel + c, count, pixel, pixels, destination + c, step);
@@ -30,6 +32,43 @@ struct MadeUpGradient {
                  int64_t step) const {
     for (int64_t i = 0; i < channels * rows; ++i) source.row(n, channel + i / rows, y + i % rows, line + i * s.out_w);
     pack_planes(line, rows * s.out_w, channels, rows * s.out_w, destination, step, kLanes<T>);
+  }
+
+  // Of 2x2 windows the pooled vectors are transposed, and then become four pixels each.
+  void pack_windows(const Conv2dShape& s, int64_t n, int64_t channel, int channels, int64_t y, int64_t rows, T* destination,
+                    int64_t step) const {
+    constexpr int kV = kLanes<T>;
+    const int64_t height = source.s.pooled_h, width = source.s.pooled_w, at = n * source.strides.n + channel * source.strides.c;
+    if (2 * width < s.out_w || y + rows > 2 * height) {
+      for (int64_t i = 0; i < rows * s.out_w; ++i) store(destination + i * step, Vec<T>{});
+    }
+    const int64_t end = smaller(height, divide_up(y + rows, 2)) * width;
+    int64_t row = y / 2 * 2 - y, column = 0;  // of the window's first pixel in the destination
+    for (int64_t first = y / 2 * width; first < end; first += kV) {
+      const int64_t count = smaller(kV, end - first);
+      Vec<T> grad[kV], offset[kV];
+      for (int i = 0; i < kV; ++i) {
+        const LaneSet lanes = first_lanes<T>(i < channels ? count : 0);
+        const int64_t place = at + i * source.strides.c + first;
+        grad[i] = load_lanes(source.grad + place, lanes, Vec<T>{});
+        offset[i] = (Vec<T>)load_offsets<T>(source.offsets + place, lanes);
+      }
+      transpose<T>(grad);
+      transpose<T>(offset);
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = destination + (row * s.out_w + column) * step;
+        if (row >= 0) store_chosen(grad[i], offset[i], 0, to, step);
+        if (row + 1 < rows) store_chosen(grad[i], offset[i], 2, to + s.out_w * step, step);
+        column += 2;
+        if (column == 2 * width) column = 0, row += 2;
+      }
+    }
+  }
+
+  // The pixels of a window at taps `tap` and `tap` + 1.
+  static void store_chosen(Vec<T> grad, Vec<T> offset, Int<T> tap, T* to, int64_t step) {
+    store(to, select(equal((IntVec<T>)offset, IntVec<T>{} + tap), grad, Vec<T>{}));
+    store(to + step, select(equal((IntVec<T>)offset, IntVec<T>{} + (tap + 1)), grad, Vec<T>{}));
   }
 
   void pack_pixels_of(const Conv2dShape& s, int64_t n, int64_t channel, int channels, int64_t pixel, int64_t pixels, T* destination,
