@@ -23,13 +23,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// How the taps of an axis cut input into phases of the stride, those that a tap reads numbered through.
+// How the taps of an axis cut input into phases of the stride, those that a tap reads numbered through in ascending order, as staging wants
+// its planes.
 struct Phases {
   Phases(int64_t taps, int64_t tap_step, int64_t step) : stride(step), dilation(tap_step), span((taps - 1) * tap_step / step) {
     for (int64_t phase = 0; phase < stride; ++phase) number[phase] = -1;
-    for (int64_t t = 0; t < taps; ++t) {
-      int64_t& place = number[t * tap_step % step];
-      if (place < 0) place = count++;
+    for (int64_t t = 0; t < taps; ++t) number[t * tap_step % step] = 0;
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      if (number[phase] == 0) number[phase] = count++;
     }
   }
   int64_t of_tap(int64_t t) const { return number[t * dilation % stride]; }
