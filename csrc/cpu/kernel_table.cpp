@@ -41,6 +41,7 @@ namespace cnn_ext::cpu {
 #define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW, SPECIAL)        \
   SPECIAL(conv2d_relu_max_pool2d_forward_winograd)         \
   SPECIAL(conv2d_relu_max_pool2d_backward_input_winograd)  \
+  SPECIAL(conv2d_relu_max_pool2d_backward_input_maxima)    \
   SPECIAL(conv2d_relu_max_pool2d_backward_weight_maxima)   \
   SPECIAL(conv2d_relu_max_pool2d_backward_weight_winograd) \
   SPECIAL(conv2d_relu_max_pool2d_forward_pixels)           \

@@ -10,45 +10,16 @@
 // handled: channels of a group that are no whole vectors, a dilation along the row, and windows that lie closer than every second output.
 #include "cpu/kernels/conv2d_backward_weight_pack.inl"
 #include "cpu/kernels/conv2d_backward_weight_split.inl"
-#include "cpu/kernels/conv2d_direct_pooled.inl"
+#include "cpu/kernels/conv2d_relu_max_pool2d_maxima.inl"
 #include "cpu/parallel.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int kTileSums = 14;               // vectors
 constexpr int64_t kPackedBytes = 44 << 10;  // of a block
 constexpr int64_t kWantedJobs = 16;
 constexpr int64_t kFewestOutputs = 16;  // channels of a job, which packs its input for itself
 constexpr int64_t kMostPartialBytes = 8 << 20;
-constexpr int64_t kWholeVectors = 16;  // channels: for every instruction set the same, as the table is one
-constexpr int32_t kInfinity = 0x7f800000;
-
-// The gradient of a window, and where the input of the kernel's first tap lies for its maximum, in the packed input.
-struct Maximum {
-  float gradient;
-  int32_t place;
-};
-
-// sums[0 .. kVectors) += the sum over the maxima of gradient * input[place ...].
-template <int kVectors>
-__attribute__((noinline)) void add_maxima(const Maximum* maxima, int64_t count, const float* input, float* sums) {
-  Vec<float> sum[kVectors] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const float* x = input + maxima[i].place;
-    const Vec<float> gradient = broadcast_from(&maxima[i].gradient);
-#pragma GCC unroll 14
-    for (int j = 0; j < kVectors; ++j) sum[j] = fma(load(x + j * kLanes<float>), gradient, sum[j]);
-  }
-#pragma GCC unroll 14
-  for (int j = 0; j < kVectors; ++j) store(sums + j * kLanes<float>, load(sums + j * kLanes<float>) + sum[j]);
-}
-
-template <int kVectors = kTileSums>
-void add_maxima(int64_t vectors, const Maximum* maxima, int64_t count, const float* input, float* sums) {
-  if (vectors == kVectors) return add_maxima<kVectors>(maxima, count, input, sums);
-  if constexpr (kVectors > 1) add_maxima<kVectors - 1>(vectors, maxima, count, input, sums);
-}
 
 class MaximaRun {
  public:
@@ -144,8 +115,9 @@ class MaximaRun {
         pack_input(static_cast<const float*>(b.input), job, images, rows, packed);
         if (job.is_first) finite = finite && all_finite(packed, images.size() * packed_elements(rows.size()));
         for (int64_t k = job.out.begin; k < job.out.end; ++k) {
-          const int64_t count = list_maxima(b, job, images, rows, k, maxima, finite);
-          add_channel(maxima, count, packed, length, sums + (k - job.out.begin) * c_.kernel_h * length);
+          const MaximumList list = list_maxima(b, job, images, rows, k, maxima);
+          finite = finite && list.is_finite();
+          add_channel(maxima, list.count(), packed, length, sums + (k - job.out.begin) * c_.kernel_h * length);
         }
       }
     }
@@ -174,41 +146,35 @@ class MaximaRun {
     return true;
   }
 
-  // The maxima that pass a gradient on, window by window; `finite` becomes false if one of these is not.
-  int64_t list_maxima(const Conv2dReluPoolBuffers& b, const Job& job, Range images, Range rows, int64_t k, Maximum* maxima,
-                      bool& finite) const {
+  // Those of one output channel, window by window.
+  MaximumList list_maxima(const Conv2dReluPoolBuffers& b, const Job& job, Range images, Range rows, int64_t k, Maximum* maxima) const {
     const Strides strides = pooled_strides(s_);
     const float* grad = static_cast<const float*>(b.grad_output);
     const int64_t column = s_.pool_stride_w * c_.stride_w * in_channels_;
-    int64_t count = 0;
-    int32_t largest = 0;
+    const int64_t row = s_.pool_stride_h * c_.stride_h * columns() * in_channels_;
+    MaximumList list(maxima);
     for (int64_t n = images.begin; n < images.end; ++n) {
       for (int64_t y = rows.begin; y < rows.end; ++y) {
         int64_t at = n * strides.n + (job.group * group_out_ + k) * strides.c + y * strides.h;
-        int64_t place = (n - images.begin) * packed_elements(rows.size()) +
-                        (y - rows.begin) * s_.pool_stride_h * c_.stride_h * columns() * in_channels_;
+        int64_t place = (n - images.begin) * packed_elements(rows.size()) + (y - rows.begin) * row;
         for (int64_t x = 0; x < s_.pooled_w; ++x, at += strides.w, place += column) {
           const uint8_t offset = b.offsets[at];
-          const int32_t passes = offset != kNoGradient;
-          maxima[count] = {grad[at], static_cast<int32_t>(place) + place_of_[offset]};
-          const int32_t exponent = __builtin_bit_cast(int32_t, grad[at]) & kInfinity & -passes;
-          largest = exponent > largest ? exponent : largest;
-          count += passes;
+          list.append(grad[at], offset, place + place_of_[offset]);
         }
       }
     }
-    finite = finite && largest != kInfinity;
-    return count;
+    return list;
   }
 
   // All taps of an output channel: [tap row][tap column and input channel].
   void add_channel(const Maximum* maxima, int64_t count, const float* packed, int64_t length, float* sums) const {
     const int64_t vectors = length / kLanes<float>, parts = divide_up(vectors, kTileSums);
-    for (int64_t r = 0; r < c_.kernel_h; ++r) {
-      for (int64_t i = 0; i < parts; ++i) {
-        const Range part = part_of(vectors, parts, i);
-        const int64_t first = part.begin * kLanes<float>;
-        add_maxima(part.size(), maxima, count, packed + r * c_.dilation_h * columns() * in_channels_ + first, sums + r * length + first);
+    for (int64_t i = 0; i < parts; ++i) {
+      const Range part = part_of(vectors, parts, i);
+      const AddMaxima add = add_maxima_of(part.size());
+      const int64_t first = part.begin * kLanes<float>;
+      for (int64_t r = 0; r < c_.kernel_h; ++r) {
+        add(maxima, count, packed + r * c_.dilation_h * columns() * in_channels_ + first, sums + r * length + first);
       }
     }
   }
@@ -243,12 +209,6 @@ class MaximaRun {
   int32_t place_of_[256] = {};  // from a window's place to that of a maximum in it, by offset
 };
 
-bool accepts(const Conv2dReluPoolShape& s) {
-  const Conv2dShape& c = s.conv;
-  return c.dtype == DType::float32 && has_pooling(s) && s.pool_h * s.pool_w <= kNoGradient && s.pool_stride_h * s.pool_stride_w > 1 &&
-         c.in_channels / c.groups % kWholeVectors == 0 && c.kernel_w > 1 && c.dilation_w == 1;
-}
-
 Plan plan(const Conv2dReluPoolShape& s, int threads) { return MaximaRun(s).plan(threads); }
 
 Outcome run(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, int threads) {
@@ -261,7 +221,7 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_maxima 
     CNN_EXT_KERNEL_NAME("conv2d_relu_max_pool2d_backward_weight_maxima"),
     Isa::CNN_EXT_ISA,
     Conv2dDirection::backward_weight,
-    accepts,
+    has_listed_maxima,
     plan,
     run};
 
