@@ -1,9 +1,10 @@
 """Adaptive pooling and unpooling for the tests: cases (the sizes of every pooling of the list), shape and truth."""
 
-import functools
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy
 import torch
 
 from cnn_ext import _native
@@ -63,38 +64,47 @@ class SizedPool2dCase:
         )
 
 
+def _windows(in_size: int, out_size: int) -> list[slice]:
+    """The positions of each output's window over one axis."""
+    return [slice(i * in_size // out_size, -(-(i + 1) * in_size // out_size)) for i in range(out_size)]
+
+
 def _covered(in_size: int, out_size: int) -> torch.Tensor:
-    """[out, in]: whether a position lies in the window of an output over one axis."""
-    outputs, positions = torch.arange(out_size)[:, None], torch.arange(in_size)
-    first, last = outputs * in_size // out_size, -(-(outputs + 1) * in_size // out_size)
-    return (first <= positions) & (positions < last)
-
-
-@functools.cache
-def _membership(case: SizedPool2dCase) -> torch.Tensor:
-    """[OH, OW, H, W]: whether an element lies in a window."""
-    (_, _, h, w), (_, _, oh, ow) = case.large_size, case.small_size
-    return _covered(h, oh)[:, None, :, None] & _covered(w, ow)[None, :, None, :]
+    """[out, in]: 1 where a position lies in the window of an output over one axis."""
+    covered = torch.zeros(out_size, in_size, dtype=torch.float64)
+    for row, window in zip(covered, _windows(in_size, out_size), strict=True):
+        row[window] = 1
+    return covered
 
 
 def _adaptive_avg(case: SizedPool2dCase, backward: bool, tensor: torch.Tensor) -> Truth:
-    inside = _membership(case).double()
-    shares = inside / inside.sum((2, 3), keepdim=True)
-    equation = "ncij,ijhw->nchw" if backward else "nchw,ijhw->ncij"
-    value, magnitude = (torch.einsum(equation, t.double(), shares) for t in (tensor, tensor.abs()))
-    terms = inside.sum((0, 1) if backward else (2, 3)).amax().item()
+    (_, _, h, w), (_, _, oh, ow) = case.large_size, case.small_size
+    covered = _covered(h, oh), _covered(w, ow)
+    shares = [axis / axis.sum(1, keepdim=True) for axis in covered]
+    equation = "ncij,ih,jw->nchw" if backward else "nchw,ih,jw->ncij"
+    value, magnitude = (torch.einsum(equation, t.double(), *shares) for t in (tensor, tensor.abs()))
+    terms = math.prod(axis.sum(0 if backward else 1).amax().item() for axis in covered)
     return Truth(value, magnitude, int(terms) + 1)
 
 
+def _first_of_equals_or_last_nan(values: numpy.ndarray) -> numpy.ndarray:
+    """Where along the last axis a maximum is taken from."""
+    is_nan = numpy.isnan(values)
+    last_nan = values.shape[-1] - 1 - is_nan[..., ::-1].argmax(-1)
+    return numpy.where(is_nan.any(-1), last_nan, numpy.where(is_nan, -numpy.inf, values).argmax(-1))
+
+
 def _adaptive_max(case: SizedPool2dCase, input: torch.Tensor) -> tuple[Truth, torch.Tensor]:
-    """The first of equals, the last of NaNs."""
-    best = torch.full(case.small_size, -torch.inf, dtype=torch.float64)
-    index = torch.full(case.small_size, -1)
-    (_, _, h, w), inside = case.large_size, _membership(case)
-    for place in range(h * w):
-        value = input[:, :, place // w, place % w].double()[..., None, None]
-        takes = inside[:, :, place // w, place % w] & ((index < 0) | (value > best) | value.isnan())
-        best, index = torch.where(takes, value, best), torch.where(takes, place, index)
+    best, index = torch.empty(case.small_size, dtype=torch.float64), torch.empty(case.small_size, dtype=torch.int64)
+    (_, _, h, w), (_, _, oh, ow) = case.large_size, case.small_size
+    planes, places = input.double().numpy(), numpy.arange(h * w).reshape(h, w)
+    for i, rows in enumerate(_windows(h, oh)):
+        for j, cols in enumerate(_windows(w, ow)):
+            positions = places[rows, cols].reshape(-1)
+            window = planes[:, :, rows, cols].reshape(*planes.shape[:2], len(positions))
+            taken = _first_of_equals_or_last_nan(window)
+            best[:, :, i, j] = torch.from_numpy(numpy.take_along_axis(window, taken[..., None], -1)[..., 0])
+            index[:, :, i, j] = torch.from_numpy(positions[taken])
     return exact(best), index
 
 
