@@ -74,8 +74,8 @@ void backward_packed(const Pool2dShape& s, const T* grad_output, T* grad_input, 
     for (int half = 0; half < 2; ++half) {
       const Vec<T> shares = pick<T>(share, packing.output[half]);
       T* pixels = grad_input + in + 2 * half * kLanes<T>;
-      store_lanes(pixels, interleave_lower<T>(shares, shares), lanes.inputs[2 * half]);
-      store_lanes(pixels + kLanes<T>, interleave_upper<T>(shares, shares), lanes.inputs[2 * half + 1]);
+      store_in_stream(pixels, interleave_lower<T>(shares, shares), lanes.inputs[2 * half]);
+      store_in_stream(pixels + kLanes<T>, interleave_upper<T>(shares, shares), lanes.inputs[2 * half + 1]);
     }
   });
 }
@@ -87,8 +87,8 @@ void backward_wide(const Pool2dShape& s, const T* grad_output, T* grad_input, in
     const Vec<T> share = divisor.divide(load(grad_output + out));
     const Vec<T> first = interleave_lower<T>(share, share), second = interleave_upper<T>(share, share);
     for (int r = 0; r < 2; ++r) {
-      store(grad_input + in + r * s.in_w, first);
-      store(grad_input + in + r * s.in_w + kLanes<T>, second);
+      store_in_stream(grad_input + in + r * s.in_w, first);
+      store_in_stream(grad_input + in + r * s.in_w + kLanes<T>, second);
     }
   });
 }

@@ -153,7 +153,7 @@ class Ring {
 template <class T>
 void copy_sums(const T* from, T* to, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, Vec<T>{} + load(from + i));
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store_in_stream(to + i, Vec<T>{} + load(from + i));
   const LaneSet lanes = first_lanes<T>(count - i);
   if (i < count) store_lanes(to + i, Vec<T>{} + load_lanes(from + i, lanes, Vec<T>{}), lanes);
 }
@@ -166,7 +166,7 @@ void backward_row_nchw(const Pool2dShape& s, const Scratch<T>& scratch, const Ri
   for (int64_t iw = 0; iw < s.in_w; iw += kLanes<T>) {
     Vec<T> sum{};
     for (const Cover* cover = first; cover < last; ++cover) sum += load(ring.row(cover->out) + s.pad_left + iw);
-    store_lanes(grad_input + iw, sum, first_lanes<T>(s.in_w - iw));
+    store_in_stream(grad_input + iw, sum, first_lanes<T>(s.in_w - iw));
   }
 }
 

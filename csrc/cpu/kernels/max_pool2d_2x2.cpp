@@ -81,8 +81,8 @@ void backward_packed(const Pool2dShape& s, const T* grad_output, const uint8_t* 
       const IntVec<T> left = pick<Int<T>>(offset, packing.output[half]) - packing.first_tap[half];
       const Vec<T> even = where_tap<T>(left, tap<T>(0), grads), odd = where_tap<T>(left, tap<T>(1), grads);
       T* pixels = grad_input + in + 2 * half * kLanes<T>;
-      store_lanes(pixels, interleave_lower<T>(even, odd), lanes.inputs[2 * half]);
-      store_lanes(pixels + kLanes<T>, interleave_upper<T>(even, odd), lanes.inputs[2 * half + 1]);
+      store_in_stream(pixels, interleave_lower<T>(even, odd), lanes.inputs[2 * half]);
+      store_in_stream(pixels + kLanes<T>, interleave_upper<T>(even, odd), lanes.inputs[2 * half + 1]);
     }
   });
 }
@@ -95,8 +95,8 @@ void backward_wide(const Pool2dShape& s, const T* grad_output, const uint8_t* of
     const IntVec<T> offset = load_offsets<T>(offsets + out, all);
     for (int r = 0; r < 2; ++r) {
       const Vec<T> even = where_tap<T>(offset, tap<T>(2 * r), grad), odd = where_tap<T>(offset, tap<T>(2 * r + 1), grad);
-      store(grad_input + in + r * s.in_w, interleave_lower<T>(even, odd));
-      store(grad_input + in + r * s.in_w + kLanes<T>, interleave_upper<T>(even, odd));
+      store_in_stream(grad_input + in + r * s.in_w, interleave_lower<T>(even, odd));
+      store_in_stream(grad_input + in + r * s.in_w + kLanes<T>, interleave_upper<T>(even, odd));
     }
   });
 }

@@ -70,6 +70,26 @@ struct Outputs {
   const Offset* offsets;
 };
 
+// Adds to the sums the gradients, from `grad` on, whose offsets name the tap, in the lanes of the set. (A sum of gradients is never -0.0,
+// so that leaving a lane alone is adding 0 to it.)
+template <class T, class Offset>
+inline Vec<T> add_named(Vec<T> sum, const T* grad, const Offset* offsets, int64_t tap, LaneSet lanes) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 4 && sizeof(Offset) == 1) {
+    const __m128i named = _mm_set1_epi8(static_cast<char>(tap));
+    if (lanes.bits == 0xffff) {
+      const __mmask16 here = _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets)), named);
+      return _mm512_mask_add_ps(sum, here, sum, load(grad));
+    }
+    const __mmask16 inside = static_cast<__mmask16>(lanes.bits);
+    const __mmask16 here = _mm_mask_cmpeq_epi8_mask(inside, _mm_maskz_loadu_epi8(inside, offsets), named);
+    return _mm512_mask_add_ps(sum, here, sum, _mm512_maskz_loadu_ps(here, grad));
+  }
+#endif
+  const auto here = equal(load_offsets<T>(offsets, lanes), broadcast(static_cast<Int<T>>(tap)));
+  return sum + select(here, load_lanes(grad, lanes, Vec<T>{}), Vec<T>{});
+}
+
 // The gradients of a vector of input columns: row covers [row, last_row), column covers [column, last_column).
 template <class T, class Offset>
 Vec<T> gather_columns(const Pool2dShape& s, Outputs<T, Offset> outputs, const Cover* row, const Cover* last_row, const VectorCover* column,
@@ -79,9 +99,7 @@ Vec<T> gather_columns(const Pool2dShape& s, Outputs<T, Offset> outputs, const Co
     const T* grad = outputs.grad + row->out * s.out_w;
     const Offset* offsets = outputs.offsets + row->out * s.out_w;
     for (const VectorCover* c = column; c < last_column; ++c) {
-      const IntVec<T> tap = broadcast(static_cast<Int<T>>(row->tap * s.kernel_w + c->tap));
-      const auto here = equal(load_offsets<T>(offsets + c->out, c->lanes), tap);
-      sum += select(here, load_lanes(grad + c->out, c->lanes, Vec<T>{}), Vec<T>{});
+      sum = add_named(sum, grad + c->out, offsets + c->out, row->tap * s.kernel_w + c->tap, c->lanes);
     }
   }
   return sum;
@@ -89,7 +107,7 @@ Vec<T> gather_columns(const Pool2dShape& s, Outputs<T, Offset> outputs, const Co
 
 template <class T>
 void store_columns(T* row, int64_t column, Vec<T> v, const Pool2dShape& s) {
-  store_lanes(row + column, v, lanes_inside<T>(column, 1, s.in_w));
+  store_in_stream(row + column, v, lanes_inside<T>(column, 1, s.in_w));
 }
 
 template <class T, class Offset, int kStride>
@@ -122,9 +140,7 @@ void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
         for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
           const Cover column = t.columns.covers[j];
           const int64_t at = (row.out * s.out_w + column.out) * s.channels + c;
-          const auto here =
-              equal(load_offsets<T>(outputs.offsets + at, lanes), broadcast(static_cast<Int<T>>(row.tap * s.kernel_w + column.tap)));
-          sum += select(here, load_lanes(outputs.grad + at, lanes, Vec<T>{}), Vec<T>{});
+          sum = add_named(sum, outputs.grad + at, outputs.offsets + at, row.tap * s.kernel_w + column.tap, lanes);
         }
       }
       store_lanes(grad_input + iw * s.channels + c, sum, lanes);

@@ -133,7 +133,7 @@ void clear(T* p, int64_t count) {
 template <class T>
 void copy(const T* from, T* to, int64_t count) {
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store_in_stream(to + i, load(from + i));
   if (i < count) store_lanes(to + i, load_lanes(from + i, first_lanes<T>(count - i), Vec<T>{}), first_lanes<T>(count - i));
 }
 
@@ -227,10 +227,9 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
 // at each; it does not serve nchw with strides beyond 2.
 bool accepts(const Pool2dShape& s) {
   if (!accepts_float_and_double(s)) return false;
-  const int64_t scattered = taps_of(s) * s.out_h * s.out_w, elements = s.in_h * s.in_w;
-  const int lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
-  if (s.layout == Layout::nhwc) return 4 * scattered > 3 * lanes * elements;
-  return s.stride_w > 2 || scattered > 2 * elements;
+  const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
+  if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > 3 * lanes * s.in_h * s.in_w;
+  return s.stride_w > 2 || 3 * taps_of(s) * ceil_div(s.out_w, lanes) > 2 * s.out_w;
 }
 
 template <class T>

@@ -130,4 +130,21 @@ inline void fill_column_covers(const AxisCovers& c, const Pool2dShape& s) {
   fill_covers(c, s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w);
 }
 
+// Fetches a line that will soon be written, of a tensor that is written from front to back: a store that finds its line only in memory
+// waits for it, and the processor's own fetching follows loads.
+inline void fetch_to_write(const void* p) {
+  constexpr int64_t kAheadBytes = 2048;
+  __builtin_prefetch(static_cast<const char*>(p) + kAheadBytes, 1);
+}
+template <class T>
+inline void store_in_stream(T* p, Vec<T> v) {
+  fetch_to_write(p);
+  store(p, v);
+}
+template <class T>
+inline void store_in_stream(T* p, Vec<T> v, LaneSet lanes) {
+  fetch_to_write(p);
+  store_lanes(p, v, lanes);
+}
+
 }  // namespace
