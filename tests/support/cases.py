@@ -322,13 +322,15 @@ def pool2d_cases() -> tuple[Pool2dCase, ...]:
 
 @functools.cache
 def fused_cases() -> tuple[FusedCase, ...]:
-    """The convolutions of the list, each with one of the poolings in turn, where its output holds the window."""
+    """The convolutions of the list, each with one of the poolings in turn, where its output holds the window, and those
+    for the rows that go by the maxima of windows alone."""
     poolings = zip(conv2d_cases(), itertools.cycle(FUSED_POOLS), strict=False)
-    return tuple(
+    in_turn = tuple(
         FusedCase(conv, window, stride)
         for conv, (window, stride) in poolings
         if conv.out_h >= window and conv.out_w >= window
     )
+    return in_turn + tuple(FusedCase(conv, 2, 2) for conv in _read("conv2d_maxima.csv", Conv2dCase))
 
 
 HALF_STEP = 5  # as kernel_check's
