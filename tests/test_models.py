@@ -33,6 +33,39 @@ def test_a_wrong_layer_differs(monkeypatch):
     assert not models._compare("tests", "small_cnn", small_cnn, 16).equal
 
 
+class VanishingCnn(nn.Module):
+    """Deep, with a residual branch that starts as zeros: with a new model's weights the logits hide all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))))
+        self.branch = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))
+        nn.init.zeros_(self.branch[1].weight)
+        self.pool, self.head = nn.AvgPool2d(8), nn.Linear(3, models.CLASSES)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, images):
+        features = self.stem(images)
+        return self.head(self.pool(features + self.branch(features)).flatten(1))
+
+
+@pytest.mark.parametrize("wrong", range(13))
+def test_a_layer_of_a_deep_model_is_seen(wrong, monkeypatch):
+    convolutions = []
+    computed = models.cnn_ext.Conv2d.forward
+
+    def forward(self, x):
+        if self not in convolutions:
+            convolutions.append(self)
+        return computed(self, x) * (1 + 1e-11 * (self is convolutions[min(wrong, len(convolutions) - 1)]))
+
+    monkeypatch.setattr(models.cnn_ext.Conv2d, "forward", forward)
+    row = models._compare("tests", "vanishing", VanishingCnn, 32)
+    assert row.converted == 14 and not row.equal
+    monkeypatch.undo()
+    assert models._compare("tests", "vanishing", VanishingCnn, 32).equal
+
+
 def test_the_page_counts_what_is_equal():
     rows = [models._compare("tests", "small_cnn", small_cnn, 16)]
     document = {"command": "c", "date": "2000-01-01 00:00 UTC", "versions": {"torch": "0"}}
