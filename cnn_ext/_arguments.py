@@ -171,11 +171,9 @@ def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, group
 
     This runs before every call: what needs no further look is decided here, without a call.
     """
-    if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
-        check_tensor(op, "input", input)
-        check_tensor(op, "weight", weight)
-    if bias is not None and not isinstance(bias, torch.Tensor):
-        check_tensor(op, "bias", bias)
+    tensor = torch.Tensor
+    if not (isinstance(input, tensor) and isinstance(weight, tensor) and (bias is None or isinstance(bias, tensor))):
+        _check_conv_operands(op, input, weight, bias)
     if input.dim() not in (axes + 1, axes + 2) or weight.dim() != axes + 2:
         check_conv_ranks(op, input, weight, axes)
     are_ints = type(stride) is type(padding) is type(dilation) is type(groups) is int
@@ -189,6 +187,13 @@ def conv_geometry(op: str, input, weight, bias, stride, padding, dilation, group
     )
     _check_not_negative(padding)
     return stride, padding, dilation, integer(op, "groups", groups)
+
+
+def _check_conv_operands(op: str, input, weight, bias) -> None:
+    check_tensor(op, "input", input)
+    check_tensor(op, "weight", weight)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
 
 
 def _check_not_negative(padding) -> None:
@@ -238,10 +243,7 @@ def conv_transpose_geometry(op: str, input, weight, bias, stride, padding, outpu
     """The arguments of a transposed convolution as the operators take them: the geometry (stride, padding, dilation,
     groups) of the convolution that it transposes, whose padding behind lacks the output padding, and the extents of
     the result."""
-    check_tensor(op, "input", input)
-    check_tensor(op, "weight", weight)
-    if bias is not None:
-        check_tensor(op, "bias", bias)
+    _check_conv_operands(op, input, weight, bias)
     check_conv_ranks(op, input, weight, axes)
     stride = conv_ints(op, "stride", stride, axes)
     dilation = conv_ints(op, "dilation", dilation, axes)

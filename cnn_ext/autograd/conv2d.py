@@ -14,8 +14,8 @@ which of them torch.autograd.grad(output, weight) leaves out, so that computes t
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save
-from cnn_ext.ops.shapes import conv2d_output_size, is_channels_last, spec
+from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save, weight_form
+from cnn_ext.ops.shapes import conv2d_output_size
 
 
 class _Forward(Function):
@@ -30,7 +30,8 @@ class _Forward(Function):
         input, weight, _, ctx.geometry = inputs
         input_needs, weight_needs, _, _ = ctx.needs_input_grad
         save(ctx, (input, weight), (input if weight_needs else None, weight if input_needs else None))
-        ctx.input_size, ctx.weight = input.shape if input_needs else None, spec(weight) if weight_needs else None
+        ctx.input_size = input.shape if input_needs else None
+        ctx.weight_form = weight_form(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
@@ -42,7 +43,7 @@ class _Forward(Function):
         if input_needs:
             grad_input = conv2d_backward_input(grad_output, weight, ctx.input_size, ctx.geometry)
         if weight_needs:
-            grad_weight = conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight)
+            grad_weight = conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight_form)
         if bias_needs:
             grad_bias = conv2d_backward_bias(grad_output)
         return grad_input, grad_weight, grad_bias, None
@@ -66,7 +67,7 @@ class _BackwardInput(Function):
         grad_output, weight, _, ctx.geometry = inputs
         grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
         save(ctx, (grad_output, weight), (grad_output if weight_needs else None, weight if grad_output_needs else None))
-        ctx.input_size, ctx.weight = grad_input.shape, spec(weight) if weight_needs else None
+        ctx.input_size, ctx.weight_form = grad_input.shape, weight_form(weight) if weight_needs else None
         ctx.channels_last = not grad_input.is_contiguous()
 
     @staticmethod
@@ -78,7 +79,7 @@ class _BackwardInput(Function):
         if grad_output_needs:
             grad_grad_output = conv2d(grad, weight, None, ctx.geometry)
         if weight_needs:
-            grad_weight = conv2d_backward_weight(grad_output, grad, ctx.geometry, ctx.weight)
+            grad_weight = conv2d_backward_weight(grad_output, grad, ctx.geometry, ctx.weight_form)
         return grad_grad_output, grad_weight, None, None
 
     @staticmethod
@@ -90,16 +91,16 @@ class _BackwardInput(Function):
 
 
 class _BackwardWeight(Function):
-    """grad_weight = W(grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
+    """grad_weight = W(grad_output, input), of the weight's form: its size, and whether it is channels_last"""
 
     @staticmethod
-    def forward(grad_output, input, geometry, weight):
-        size, layout = weight.size, is_channels_last(weight)
-        return ops.conv2d_backward_weight(grad_output, input, size, *geometry[:4], layout, *geometry[4:])
+    def forward(grad_output, input, geometry, weight_form):
+        size, channels_last = weight_form
+        return ops.conv2d_backward_weight(grad_output, input, size, *geometry[:4], channels_last, *geometry[4:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, input, ctx.geometry, ctx.weight = inputs
+        grad_output, input, ctx.geometry, ctx.weight_form = inputs
         grad_output_needs, input_needs, *_ = ctx.needs_input_grad
         save(ctx, (grad_output, input), (grad_output if input_needs else None, input if grad_output_needs else None))
         ctx.input_size = input.shape
@@ -118,7 +119,7 @@ class _BackwardWeight(Function):
     @staticmethod
     def jvp(ctx, grad_output_tangent, input_tangent, *_):
         def compute(grad_output, input):
-            return conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight)
+            return conv2d_backward_weight(grad_output, input, ctx.geometry, ctx.weight_form)
 
         return bilinear_tangent(compute, ctx.saved_tensors, (grad_output_tangent, input_tangent))
 

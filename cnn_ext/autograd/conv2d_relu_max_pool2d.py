@@ -14,10 +14,10 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.conv2d import conv2d, conv2d_tangent, plus_bias
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, needs_backward, save
+from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, needs_backward, save, weight_form
 from cnn_ext.autograd.pooling import max_pool2d_gather
 from cnn_ext.ops.conv2d_relu_max_pool2d import has_pooling
-from cnn_ext.ops.shapes import MOST_FUSED_TAPS, is_channels_last, spec
+from cnn_ext.ops.shapes import MOST_FUSED_TAPS
 
 _NO_GRADIENT = MOST_FUSED_TAPS  # the first number that is no tap
 
@@ -37,7 +37,7 @@ class _Forward(Function):
         input_needs, weight_needs, *_ = ctx.needs_input_grad
         mask = offsets if has_pooling(ctx.pool) else values
         save(ctx, (input, weight, mask), (input if weight_needs else None, weight if input_needs else None, mask))
-        ctx.input_size, ctx.weight = input.shape, spec(weight) if weight_needs else None
+        ctx.input_size, ctx.weight_form = input.shape, weight_form(weight) if weight_needs else None
         ctx.channels_last = not values.is_contiguous()
 
     @staticmethod
@@ -50,7 +50,7 @@ class _Forward(Function):
         if input_needs:
             grad_input = _backward_input(grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool)
         if weight_needs:
-            grad_weight = _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight)
+            grad_weight = _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight_form)
         if bias_needs:
             grad_bias = _backward_bias(grad_output, mask, ctx.pool)
         return grad_input, grad_weight, grad_bias, None, None, None
@@ -81,7 +81,7 @@ class _BackwardInput(Function):
             (grad_output, mask, weight),
             (grad_output if weight_needs else None, mask, weight if grad_output_needs else None),
         )
-        ctx.weight = spec(weight) if weight_needs else None
+        ctx.weight_form = weight_form(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
@@ -93,7 +93,7 @@ class _BackwardInput(Function):
         if grad_output_needs:
             grad_grad_output = _pick(conv2d(grad, weight, None, ctx.geometry), mask, ctx.pool)
         if weight_needs:
-            grad_weight = _backward_weight(grad_output, mask, grad, ctx.geometry, ctx.pool, ctx.weight)
+            grad_weight = _backward_weight(grad_output, mask, grad, ctx.geometry, ctx.pool, ctx.weight_form)
         return grad_grad_output, None, grad_weight, None, None, None
 
     @staticmethod
@@ -107,17 +107,18 @@ class _BackwardInput(Function):
 
 
 class _BackwardWeight(Function):
-    """grad_weight = W(E grad_output, input), of the size and layout of ``weight`` (a TensorSpec)"""
+    """grad_weight = W(E grad_output, input), of the weight's form: its size, and whether it is channels_last"""
 
     @staticmethod
-    def forward(grad_output, mask, input, geometry, pool, weight):
+    def forward(grad_output, mask, input, geometry, pool, weight_form):
+        size, channels_last = weight_form
         return ops.conv2d_relu_max_pool2d_backward_weight(
-            grad_output, mask, input, weight.size, *geometry[:4], *pool, is_channels_last(weight), *geometry[4:]
+            grad_output, mask, input, size, *geometry[:4], *pool, channels_last, *geometry[4:]
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight = inputs
+        grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight_form = inputs
         grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
         save(
             ctx,
@@ -142,7 +143,7 @@ class _BackwardWeight(Function):
         grad_output, mask, input = ctx.saved_tensors
 
         def compute(grad_output, input):
-            return _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight)
+            return _backward_weight(grad_output, mask, input, ctx.geometry, ctx.pool, ctx.weight_form)
 
         return bilinear_tangent(compute, (grad_output, input), (grad_output_tangent, input_tangent))
 

@@ -9,8 +9,7 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.conv2d import conv2d, conv2d_backward_bias, conv2d_backward_weight, plus_bias
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save
-from cnn_ext.ops.shapes import spec
+from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save, weight_form
 
 
 class _Forward(Function):
@@ -25,7 +24,7 @@ class _Forward(Function):
         input, weight, _, _, ctx.geometry = inputs
         input_needs, weight_needs, *_ = ctx.needs_input_grad
         save(ctx, (input, weight), (input if weight_needs else None, weight if input_needs else None))
-        ctx.output_size, ctx.weight = output.shape, spec(weight) if weight_needs else None
+        ctx.output_size, ctx.weight_form = output.shape, weight_form(weight) if weight_needs else None
         ctx.channels_last = not output.is_contiguous()
 
     @staticmethod
@@ -37,7 +36,7 @@ class _Forward(Function):
         if input_needs:
             grad_input = conv2d(grad, weight, None, ctx.geometry)
         if weight_needs:
-            grad_weight = conv2d_backward_weight(input, grad, ctx.geometry, ctx.weight)
+            grad_weight = conv2d_backward_weight(input, grad, ctx.geometry, ctx.weight_form)
         if bias_needs:
             grad_bias = conv2d_backward_bias(grad)
         return grad_input, grad_weight, grad_bias, None, None

@@ -5,7 +5,7 @@ mode, torch.compile and torch.func each run a variant made of these functions.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
@@ -144,6 +144,11 @@ def _asks_for_derivative(arguments, is_grad_enabled=torch.is_grad_enabled, tenso
             if isinstance(argument, tensor) and argument.requires_grad:
                 return True
     return forward_ad._current_level >= 0
+
+
+def weight_form(weight: torch.Tensor) -> tuple[Sequence[int], bool]:
+    """Size, and whether channels_last: what the gradient of a weight has of it."""
+    return weight.shape, not weight.is_contiguous() and is_channels_last(spec(weight))
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:

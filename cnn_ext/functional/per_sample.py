@@ -1,11 +1,8 @@
 """Gradients of the weight for each image apart."""
 
-import torch
-
 from cnn_ext import autograd, policy
 from cnn_ext._arguments import CONV_WORDS, check_tensor, conv_pair, integer, resolve_padding
 from cnn_ext.functional.overridable import overridable
-from cnn_ext.ops.shapes import spec
 
 
 @overridable
@@ -45,6 +42,6 @@ def conv2d_weight_per_sample(input, weight_size, grad_output, stride=1, padding=
         op, padding, input.shape, weight_size, stride, dilation, words=CONV_WORDS, as_ints=conv_pair
     )
     geometry = stride, padding, dilation, integer(op, "groups", groups) * batch, policy.allowed.winograd
-    weight = spec(torch.empty((batch * out_channels, *filter_size), dtype=input.dtype, device="meta"))
+    form = (batch * out_channels, *filter_size), False
     grad_output, input = (tensor.flatten(0, 1).unsqueeze(0) for tensor in (grad_output, input))
-    return autograd.conv2d_backward_weight(grad_output, input, geometry, weight).unflatten(0, (batch, out_channels))
+    return autograd.conv2d_backward_weight(grad_output, input, geometry, form).unflatten(0, (batch, out_channels))

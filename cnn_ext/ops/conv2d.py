@@ -85,11 +85,6 @@ def _check_padding_mode(mode: str, input_size, padding) -> None:
             )
 
 
-def geometry_key(stride, padding, dilation, groups):
-    """The dispatcher's lists as a key."""
-    return tuple(stride), tuple(padding), tuple(dilation), groups
-
-
 def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     if memory_format is torch.contiguous_format:
         return like.new_empty(*size)  # the same, sooner
@@ -141,11 +136,11 @@ def _forward(
     input, weight, bias, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros", packing=None
 ):
     packed = None if packing is None else packing.packed_weight(weight)
-    geometry, bias_spec = geometry_key(stride, padding, dilation, groups), None if bias is None else spec(bias)
+    geometry, bias_spec = (stride, padding, dilation, groups), None if bias is None else spec(bias)
     shape, output_size, memory_format, weight_format, has_terms, is_dense = prepare_forward(
         spec(input), spec(weight), bias_spec, geometry, allow_winograd, padding_mode
     )
-    if pads_a_copy(padding_mode, input):
+    if padding_mode != "zeros" and pads_a_copy(padding_mode, input):
         input = pad(input, padding, padding_mode, memory_format)
         return _forward(input, weight, bias, stride, NO_PADDING, dilation, groups)
     output = empty(output_size, input, memory_format)
@@ -209,9 +204,9 @@ def prepare_backward_input(
 def _backward_input(
     grad_output, weight, input_size, stride, padding, dilation, groups, allow_winograd=False, padding_mode="zeros"
 ):
-    geometry = geometry_key(stride, padding, dilation, groups)
+    geometry = (stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_input(
-        spec(grad_output), spec(weight), tuple(input_size), geometry, allow_winograd, padding_mode
+        spec(grad_output), spec(weight), input_size, geometry, allow_winograd, padding_mode
     )
     if pads_a_copy(padding_mode, grad_output):
         size = padded_size(input_size, padding)
@@ -288,9 +283,9 @@ def _backward_weight(
     allow_winograd=False,
     padding_mode="zeros",
 ):
-    geometry = geometry_key(stride, padding, dilation, groups)
+    geometry = (stride, padding, dilation, groups)
     shape, memory_format, weight_format = prepare_backward_weight(
-        spec(grad_output), spec(input), tuple(weight_size), geometry, channels_last_weight, allow_winograd, padding_mode
+        spec(grad_output), spec(input), weight_size, geometry, channels_last_weight, allow_winograd, padding_mode
     )
     if pads_a_copy(padding_mode, input):
         input = pad(input, padding, padding_mode, memory_format)

@@ -11,7 +11,7 @@ import torch
 
 from cnn_ext import _native
 from cnn_ext.ops import shapes
-from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, geometry_key, native_shape, weight_format_of
+from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, native_shape, weight_format_of
 from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
@@ -30,11 +30,6 @@ def _native_shape(conv, pool, output_size):
         pooled_h=output_size[2],
         pooled_w=output_size[3],
     )
-
-
-def _pool_key(pool_size, pool_stride):
-    """The dispatcher's lists as a key."""
-    return tuple(pool_size), tuple(pool_stride)
 
 
 def has_pooling(pool) -> bool:
@@ -100,12 +95,12 @@ def _forward(
     packing=None,
 ):
     packed = None if packing is None or with_offsets else packing.packed_weight(weight)
-    pool = _pool_key(pool_size, pool_stride)
+    pool = (pool_size, pool_stride)
     shape, output_size, memory_format, weight_format = prepare_forward(
         spec(input),
         spec(weight),
         None if bias is None else spec(bias),
-        geometry_key(stride, padding, dilation, groups),
+        (stride, padding, dilation, groups),
         pool,
         allow_winograd,
     )
@@ -127,7 +122,7 @@ def _forward(
 def _forward_fake(
     input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, with_offsets, allow_winograd=False
 ):
-    pool = _pool_key(pool_size, pool_stride)
+    pool = (pool_size, pool_stride)
     output_size, memory_format = _plan_forward(
         spec(input), spec(weight), None if bias is None else spec(bias), (stride, padding, dilation, groups), pool
     )
@@ -183,9 +178,9 @@ def _backward_input(
         spec(grad_output),
         spec(mask),
         spec(weight),
-        tuple(input_size),
-        geometry_key(stride, padding, dilation, groups),
-        _pool_key(pool_size, pool_stride),
+        input_size,
+        (stride, padding, dilation, groups),
+        (pool_size, pool_stride),
         allow_winograd,
     )
     grad_input = empty(input_size, grad_output, memory_format)
@@ -210,7 +205,7 @@ def _backward_input_fake(
     pool_stride,
     allow_winograd=False,
 ):
-    geometry, pool = (stride, padding, dilation, groups), _pool_key(pool_size, pool_stride)
+    geometry, pool = (stride, padding, dilation, groups), (pool_size, pool_stride)
     memory_format = _plan_backward_input(spec(grad_output), spec(mask), spec(weight), input_size, geometry, pool)
     return empty(input_size, grad_output, memory_format)
 
@@ -263,9 +258,9 @@ def _backward_weight(
         spec(grad_output),
         spec(mask),
         spec(input),
-        tuple(weight_size),
-        geometry_key(stride, padding, dilation, groups),
-        _pool_key(pool_size, pool_stride),
+        weight_size,
+        (stride, padding, dilation, groups),
+        (pool_size, pool_stride),
         channels_last_weight,
         allow_winograd,
     )
@@ -295,7 +290,7 @@ def _backward_weight_fake(
     channels_last_weight,
     allow_winograd=False,
 ):
-    geometry, pool = (stride, padding, dilation, groups), _pool_key(pool_size, pool_stride)
+    geometry, pool = (stride, padding, dilation, groups), (pool_size, pool_stride)
     _plan_backward_weight(spec(grad_output), spec(mask), spec(input), weight_size, geometry, pool)
     return empty(weight_size, input, weight_format_of(channels_last_weight))
 
@@ -331,7 +326,7 @@ def prepare_backward_bias(grad_output: TensorSpec, mask: TensorSpec, pool):
 
 
 def _backward_bias(grad_output, mask, pool_size, pool_stride):
-    shape, memory_format = prepare_backward_bias(spec(grad_output), spec(mask), _pool_key(pool_size, pool_stride))
+    shape, memory_format = prepare_backward_bias(spec(grad_output), spec(mask), (pool_size, pool_stride))
     grad_bias = torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)
     if grad_output.numel() == 0:
         return grad_bias.zero_()
@@ -342,7 +337,7 @@ def _backward_bias(grad_output, mask, pool_size, pool_stride):
 
 
 def _backward_bias_fake(grad_output, mask, pool_size, pool_stride):
-    _plan_backward_bias(spec(grad_output), spec(mask), _pool_key(pool_size, pool_stride))
+    _plan_backward_bias(spec(grad_output), spec(mask), (pool_size, pool_stride))
     return torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)
 
 

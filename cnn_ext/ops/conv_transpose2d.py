@@ -7,7 +7,7 @@ convolution's; negative padding behind the input is output padding.
 
 from cnn_ext import _native
 from cnn_ext.ops import shapes
-from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, geometry_key, plan_backward_input, prepare_backward_input
+from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, plan_backward_input, prepare_backward_input
 from cnn_ext.ops.library import register
 from cnn_ext.ops.shapes import TensorSpec, spec
 
@@ -23,8 +23,8 @@ def _forward(grad_output, weight, input_bias, input_size, stride, padding, dilat
     shape, memory_format, weight_format = prepare_backward_input(
         spec(grad_output),
         spec(weight),
-        tuple(input_size),
-        geometry_key(stride, padding, dilation, groups),
+        input_size,
+        (stride, padding, dilation, groups),
         allow_winograd,
     )
     grad_input = empty(input_size, grad_output, memory_format)

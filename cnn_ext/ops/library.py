@@ -1,5 +1,6 @@
 """The namespace ``torch.ops.cnn_ext`` and how an operator enters it."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,16 @@ _LIBRARY = torch.library.Library("cnn_ext", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
+def _with_tuples(function: Callable) -> Callable:
+    """The dispatcher hands lists over; as tuples they may be keys of a cache, and are what direct callers pass."""
+
+    @functools.wraps(function)
+    def call(*args):
+        return function(*(tuple(arg) if type(arg) is list else arg for arg in args))
+
+    return call
+
+
 def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     """Defines an operator with one implementation for both devices and a fake one, and returns what calls it.
 
@@ -19,9 +30,9 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, compute, "CPU")
-    _LIBRARY.impl(name, compute, "CUDA")
-    torch.library.register_fake(f"cnn_ext::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _with_tuples(compute), "CPU")
+    _LIBRARY.impl(name, _with_tuples(compute), "CUDA")
+    torch.library.register_fake(f"cnn_ext::{name}", _with_tuples(fake), lib=_LIBRARY)
     operator = getattr(torch.ops.cnn_ext, name).default
     torch.library.register_vmap(f"cnn_ext::{name}", vmap_rule(operator), lib=_LIBRARY)
     tensors = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in operator._schema.arguments)

@@ -45,11 +45,6 @@ def _native_shape(input_size, output_size, window, dtype, memory_format, count_i
     )
 
 
-def _window(kernel_size, stride, padding, dilation, ceil_mode):
-    """The dispatcher's lists as a key."""
-    return tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
-
-
 def _plan_forward(op: str, input: TensorSpec, window):
     output_size = shapes.pool2d_output_size(input.size, *window)
     shapes.check_served(op, input)
@@ -90,7 +85,7 @@ def _check_offset_range(kernel_size) -> None:
 
 
 def _max_forward(input, kernel_size, stride, padding, dilation, ceil_mode, with_offsets):
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_max_forward(spec(input), window)
     output = _empty(output_size, input, memory_format)
     offsets = None
@@ -138,8 +133,8 @@ def prepare_max_backward(grad_output: TensorSpec, offsets: TensorSpec, input_siz
 
 
 def _max_backward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode):
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    shape, memory_format = prepare_max_backward(spec(grad_output), spec(offsets), tuple(input_size), window)
+    window = kernel_size, stride, padding, dilation, ceil_mode
+    shape, memory_format = prepare_max_backward(spec(grad_output), spec(offsets), input_size, window)
     grad_input = _empty(input_size, grad_output, memory_format)
     if grad_input.numel() != 0:
         grad_output = grad_output.contiguous(memory_format=memory_format)
@@ -169,7 +164,7 @@ def prepare_max_gather(input: TensorSpec, offsets: TensorSpec, window):
 
 
 def _max_gather(input, offsets, kernel_size, stride, padding, dilation, ceil_mode):
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_max_gather(spec(input), spec(offsets), window)
     output = _empty(output_size, input, memory_format)
     if output.numel() != 0:
@@ -203,7 +198,7 @@ def prepare_avg_forward(input: TensorSpec, window, count_include_pad, divisor_ov
 
 
 def _avg_forward(input, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override):
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_avg_forward(spec(input), window, count_include_pad, divisor_override)
     output = _empty(output_size, input, memory_format)
     if output.numel() != 0:
@@ -231,9 +226,9 @@ def prepare_avg_backward(grad_output: TensorSpec, input_size, window, count_incl
 def _avg_backward(
     grad_output, input_size, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override
 ):
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    window = kernel_size, stride, padding, dilation, ceil_mode
     shape, memory_format = prepare_avg_backward(
-        spec(grad_output), tuple(input_size), window, count_include_pad, divisor_override
+        spec(grad_output), input_size, window, count_include_pad, divisor_override
     )
     grad_input = _empty(input_size, grad_output, memory_format)
     if grad_input.numel() != 0:

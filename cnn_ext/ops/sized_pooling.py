@@ -57,7 +57,7 @@ def _max_forward(input, output_size, with_indices):
     output = _empty(size, input, memory_format)
     indices = _empty_indices(size, input, memory_format, with_indices)
     if output.numel() != 0:
-        shape = _prepare(tuple(input.shape), tuple(size), input.dtype, memory_format)
+        shape = _prepare(input.shape, size, input.dtype, memory_format)
         input = input.contiguous(memory_format=memory_format)
         _native.adaptive_max_pool2d_forward(shape, input, output, indices if with_indices else None)
     return output, indices
@@ -72,7 +72,7 @@ def _avg_forward(input, output_size):
     size, memory_format = _plan_forward("adaptive_avg_pool2d", spec(input), output_size)
     output = _empty(size, input, memory_format)
     if output.numel() != 0:
-        shape = _prepare(tuple(input.shape), tuple(size), input.dtype, memory_format)
+        shape = _prepare(input.shape, size, input.dtype, memory_format)
         _native.adaptive_avg_pool2d_forward(shape, input.contiguous(memory_format=memory_format), output)
     return output
 
@@ -94,7 +94,7 @@ def _avg_backward(grad_output, input_size):
     grad_input = _empty(input_size, grad_output, memory_format)
     if grad_output.numel() == 0:
         return grad_input.zero_()
-    shape = _prepare(tuple(input_size), tuple(grad_output.shape), grad_output.dtype, memory_format)
+    shape = _prepare(input_size, grad_output.shape, grad_output.dtype, memory_format)
     _native.adaptive_avg_pool2d_backward(shape, grad_output.contiguous(memory_format=memory_format), grad_input)
     return grad_input
 
@@ -119,7 +119,7 @@ def _unpool(kernel, input, indices, output_size):
     output = _empty(size, input, memory_format)
     if input.numel() == 0 or output.numel() == 0:
         return output.zero_()
-    shape = _prepare(tuple(size), tuple(input.shape), input.dtype, memory_format)
+    shape = _prepare(size, input.shape, input.dtype, memory_format)
     input = input.contiguous(memory_format=memory_format)
     kernel(shape, input, indices.contiguous(memory_format=memory_format), output)
     return output
@@ -148,7 +148,7 @@ def _gather(input, indices):
     memory_format = _plan_gather(spec(input), spec(indices))
     output = _empty(indices.shape, input, memory_format)
     if output.numel() != 0:
-        shape = _prepare(tuple(input.shape), tuple(indices.shape), input.dtype, memory_format)
+        shape = _prepare(input.shape, indices.shape, input.dtype, memory_format)
         input = input.contiguous(memory_format=memory_format)
         _native.max_unpool2d_gather(shape, input, indices.contiguous(memory_format=memory_format), output)
     return output
