@@ -30,6 +30,11 @@ def model():
     )
 
 
+class Block(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+
+
 def types(module):
     return [type(m) for m in module.modules()]
 
@@ -124,8 +129,9 @@ def test_fused_there_and_back():
     wanted, before, state = outcome(net, images), types(net), list(net.state_dict())
     parameters = [id(p) for p in net.parameters()]
     cnn_ext.convert(net, fuse=True)
-    assert [(net[i].pool_size, net[i].pool_stride) for i in (0, 4)] == [(2, 2), (1, 1)]
-    assert (net[3][0].pool_size, type(net[3][2])) == (1, cnn_ext.MaxPool2d)
+    notes = {row.name: row.note for row in cnn_ext.conversion_report(net)}
+    assert [notes[name] for name in ("0", "3.0", "4")] == ["fused with 1, 2", "fused with 3.1", "fused with 5"]
+    assert [notes[name] for name in ("2", "3.2", "5")] == ["computed with 0", "", "computed with 4"]
     assert list(net.state_dict()) == state and [id(p) for p in net.parameters()] == parameters
     for twin in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         for got, torchs in zip(outcome(twin, images), wanted, strict=True):
@@ -133,42 +139,118 @@ def test_fused_there_and_back():
             tolerance = torch.finfo(torch.float32).eps * 1024 * torchs.abs().max().item()
             torch.testing.assert_close(got, torchs, rtol=0, atol=tolerance)
     assert types(cnn_ext.revert(net)) == before
-    assert not hasattr(net[0], "pool_size")
+    assert "followers" not in vars(net[0])
     assert all(torch.equal(a, b) for a, b in zip(outcome(net, images), wanted, strict=True))
 
 
-def test_what_is_fused_is_not_computed_twice(monkeypatch):
+@pytest.fixture
+def forwards(monkeypatch):
     calls = []
     for name in ("conv2d_forward", "conv2d_relu_max_pool2d_forward", "max_pool2d_forward"):
         kernel = getattr(_native, name)
         monkeypatch.setattr(_native, name, lambda *a, n=name, k=kernel: calls.append(n) or k(*a))
+    return calls
+
+
+def test_what_is_fused_is_not_computed_twice(forwards):
     cnn_ext.convert(chains(), fuse=True)(torch.randn(2, 1, 16, 16))
     fused = "conv2d_relu_max_pool2d_forward"
     # The second one has padding_mode='reflect', which the fused kernels do not read.
-    assert calls == [fused, "conv2d_forward", "max_pool2d_forward", fused]
+    assert forwards == [fused, "conv2d_forward", "max_pool2d_forward", fused]
 
 
-def test_hooks_and_shared_layers_stand_in_the_way_of_fusion():
-    hooked, shared = chains(), nn.ReLU()
-    seen = []
+def test_hooks_stand_in_the_way_of_fusion():
+    hooked, seen = chains(), []
     hooked[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     hooked[3][1].register_forward_pre_hook(lambda *_: None)
-    hooked[4].register_forward_pre_hook(lambda *_: None)  # which sees what it saw
     cnn_ext.convert(hooked, fuse=True)(torch.randn(1, 1, 16, 16))
     assert seen == [(1, 4, 16, 16)]
-    notes = {row.name: row.note for row in cnn_ext.conversion_report(hooked) if row.note}
-    assert notes.keys() == {"0", "3.0", "4", "5"}
-    assert "0 has hooks" in notes["0"] and "3.1 has hooks" in notes["3.0"] and "fused with" in notes["4"]
-    net = nn.Sequential(nn.Conv2d(1, 1, 3), shared, nn.Conv2d(1, 1, 3), shared)
-    cnn_ext.convert(net, fuse=True)
-    assert type(net[0]) is type(net[2]) is cnn_ext.Conv2d and type(shared) is nn.ReLU
-    assert "several places" in str(cnn_ext.conversion_report(net))
+    assert {row.name: row.note for row in cnn_ext.conversion_report(hooked) if row.note} == {
+        "0": "not fused: 0 has hooks",
+        "3.0": "not fused: 3.1 has hooks",
+        "4": "fused with 5",
+        "5": "computed with 4",
+    }
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("place", range(3))
+def test_a_hook_that_comes_after_the_conversion_is_called(register, place, forwards):
+    net, calls = cnn_ext.convert(chains(), fuse=True), []
+    handle = getattr(net[place], f"register_{register}")(lambda *_: calls.append(place))
+    outcome(net, torch.randn(1, 1, 16, 16))
+    assert calls == [place]
+    handle.remove()
+    forwards.clear()
+    net[:3](torch.randn(1, 1, 16, 16))
+    assert calls == [place] and forwards == ["conv2d_relu_max_pool2d_forward"]
+
+
+def test_a_layer_of_a_fused_chain_computes_its_own_part():
+    net = chains()
+    images = torch.randn(2, 1, 16, 16)
+    fused = cnn_ext.convert(net, inplace=False, fuse=True)
+    cnn_ext.convert(net)
+    with torch.no_grad():
+        for start in range(6):
+            for stop in range(start + 1, 7):
+                features = images if start == 0 else net[:start](images)
+                assert torch.equal(fused[start:stop](features), net[start:stop](features)), (start, stop)
+        one_by_one = images
+        for layer in fused:
+            one_by_one = layer(one_by_one)
+        assert torch.equal(one_by_one, net(images))
+
+
+def test_a_fused_chain_is_computed_as_it_stands(forwards):
+    """Layers that were replaced, added or taken out after the conversion."""
+    net = cnn_ext.convert(chains(), inplace=False, fuse=True)
+    images = torch.randn(2, 1, 16, 16)
+    net[1] = nn.ReLU6()
+    del net[5]
+    net.insert(5, nn.Tanh())
+    assert net(images).abs().max() <= 1
+    assert forwards[0] == "conv2d_forward" and forwards[-1] == "conv2d_forward"
+    unfused = copy.deepcopy(net)
+    cnn_ext.revert(unfused)
+    tolerance = torch.finfo(torch.float32).eps * 1024
+    torch.testing.assert_close(net(images), unfused(images), rtol=0, atol=tolerance)
+
+
+def test_shared_layers_are_fused_wherever_they_stand(forwards):
+    conv, relu = nn.Conv2d(1, 1, 3), nn.ReLU()
+    theirs = nn.Sequential(conv, relu, nn.Conv2d(1, 1, 3), relu, conv, nn.MaxPool2d(2))
+    ours = cnn_ext.convert(copy.deepcopy(theirs), fuse=True)
+    images = torch.randn(1, 1, 12, 12)
+    for got, wanted in zip(outcome(ours, images), outcome(theirs, images), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1000 * torch.finfo(torch.float32).eps * wanted.abs().max())
+    assert forwards == ["conv2d_relu_max_pool2d_forward"] * 2 + ["conv2d_forward", "max_pool2d_forward"]
+
+
+def test_fused_and_overridden_there_and_back():
+    net = cnn_ext.convert(chains(), fuse=True, functional=True)
+    images = torch.randn(1, 1, 16, 16)
+    wanted = net(images)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert type(twin) is type(net) and torch.equal(twin(images), wanted)
+    assert type(cnn_ext.revert(net)) is nn.Sequential
+
+
+def test_a_fused_subclass_of_sequential_pickles_as_what_it_was():
+    net = cnn_ext.convert(Block(), fuse=True)
+    images = torch.randn(1, 1, 8, 8)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert type(twin) is type(net) and isinstance(twin, Block) and torch.equal(twin(images), net(images))
+    assert type(cnn_ext.revert(net)) is Block
 
 
 def test_a_chain_is_fused_where_all_of_it_is_selected():
     net = cnn_ext.convert(chains(), fuse=True, skip={"1", "2", "3.0"})
     assert [type(net[i]) for i in (0, 1, 2)] == [cnn_ext.Conv2d, nn.ReLU, nn.MaxPool2d]
-    assert type(net[3][0]) is nn.Conv2d and net[4].pool_size == 1
+    assert type(net[3][0]) is nn.Conv2d
+    assert {row.name: row.note for row in cnn_ext.conversion_report(net) if "fused" in row.note} == {
+        "4": "fused with 5"
+    }
 
 
 def test_only_torchs_own_sequential_says_the_order():

@@ -5,6 +5,7 @@ import torch
 from cnn_ext import functional
 from cnn_ext._arguments import CONV_WORDS, is_per_side
 from cnn_ext.nn.scripting import Unscriptable
+from cnn_ext.ops.packing import Packing
 
 _EXTENDED_WORDS = tuple(word for word in CONV_WORDS if word not in ("valid", "same"))
 
@@ -13,6 +14,7 @@ class _Conv(Unscriptable):
     """What the layers over one axis and two share; stands before torch's class among their bases."""
 
     packing = None  # or a Packing, of a layer that keeps its packed weight
+    followers: tuple[type, ...] = ()  # the classes of the layers that a Sequential may compute with this one
 
     def __init__(
         self,
@@ -49,18 +51,19 @@ class _Conv(Unscriptable):
 
     def _conv_forward(self, input, weight, bias):
         arguments = (input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.packing is None or not self._may_keep(input):
+        packing = self.packing_for(input)
+        if packing is None:
             return self._compute(*arguments, padding_mode=self.padding_mode)
-        return self._compute(*arguments, padding_mode=self.padding_mode, packing=self.packing)
+        return self._compute(*arguments, padding_mode=self.padding_mode, packing=packing)
 
-    def _may_keep(self, input) -> bool:
-        """Whether this call is one that packed weights are kept for; a call in training mode drops them."""
-        if torch.compiler.is_compiling():
-            return False
+    def packing_for(self, input) -> Packing | None:
+        """Where this call may keep its packed weight, if it may; a call in training mode drops what is kept."""
+        if self.packing is None or torch.compiler.is_compiling():
+            return None
         if self.training:
             self.packing.clear()
         is_plain = type(input) is torch.Tensor and not torch._C._are_functorch_transforms_active()
-        return is_plain and not self.training and not torch.is_grad_enabled()
+        return self.packing if is_plain and not self.training and not torch.is_grad_enabled() else None
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

@@ -13,7 +13,7 @@ import torch
 from cnn_ext._arguments import is_per_side
 from cnn_ext.nn.conv import Conv1d, Conv2d
 from cnn_ext.nn.derived import Overridden, overridden
-from cnn_ext.nn.fuse import FUSED, FusedConv2d, find_chains, unfuse
+from cnn_ext.nn.fuse import Fused, find_chains, unfuse
 from cnn_ext.nn.fused import ConvReLUPool2d
 from cnn_ext.nn.packing import unpack
 from cnn_ext.nn.swap import computes_itself, swap, torchs_class, unswapped_class
@@ -44,13 +44,12 @@ def convert(
 
     Torch's classes and their subclasses are swapped; one with a forward of its own is left alone.
 
-    With ``fuse``, the first layer of a chain Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) or Conv2d - BatchNorm2d in a
-    ``torch.nn.Sequential`` computes all of it, and the others pass on what they get: what a convolution alone gives is
-    then not to be seen. A batch normalisation is multiplied into the weight in evaluation mode and runs by itself in
-    training mode; it is to be the layer that it was at the conversion. Where the weight's dtype is half, its product
-    with the normalisation's factor is rounded to it once more. A chain in which a layer before the pool has hooks, or
-    is used in several places, is left alone and reported; a pool with hooks, padding, dilation, ``ceil_mode`` or
-    ``return_indices`` stays a layer of its own.
+    With ``fuse``, a ``torch.nn.Sequential`` computes each chain Conv2d (- BatchNorm2d) - ReLU (- MaxPool2d) or Conv2d -
+    BatchNorm2d in it at once, as it stands at the call. Called by itself or in a slice, each layer computes its own
+    part, and so it does from the first layer of a chain that has hooks. A batch normalisation is multiplied into the
+    weight in evaluation mode and runs by itself in training mode. Where the weight's dtype is half, its product with
+    the normalisation's factor is rounded to it once more. A pool with padding, dilation, ``ceil_mode`` or
+    ``return_indices`` is not fused.
 
     Args:
         model: any module, a single layer too.
@@ -82,8 +81,7 @@ def convert(
             swap(module)
     if fuse:
         for chain in list(find_chains(model, is_selected)):
-            if not chain.obstacle:
-                chain.fuse()
+            chain.fuse()
     if functional and not isinstance(model, Overridden):
         model.__class__ = overridden(type(model))
     return model
@@ -99,7 +97,7 @@ def _check_functional(model: torch.nn.Module, only: Selection, skip: Selection) 
 def _check_revertible(name: str, module: torch.nn.Module) -> None:
     if type(module) is ConvReLUPool2d:
         raise ValueError(f"revert(): torch has no layer like {name or 'the model'} ({module})")
-    if unswapped_class(module) is None and type(module) not in FUSED:
+    if unswapped_class(module) is None:
         return
     padding = getattr(module, "padding", 0)
     if isinstance(padding, str):
@@ -121,11 +119,10 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
         _check_revertible(name, module)
     for module in model.modules():
         unpack(module)
-        if isinstance(module, Overridden):
+        unfuse(module)
+        while isinstance(module, (Overridden, Fused)):
             module.__class__ = module.original
-        if type(module) in FUSED:
-            unfuse(module)
-        elif (original := unswapped_class(module)) is not None:
+        if (original := unswapped_class(module)) is not None:
             module.__class__ = original
     return model
 
@@ -152,7 +149,7 @@ class ConversionReport(tuple[LayerReport, ...]):
 
 def _reason(module: torch.nn.Module) -> str:
     """Why torch computes a layer; empty where this package does."""
-    if isinstance(module, (ConvReLUPool2d, *FUSED)) or unswapped_class(module) is not None:
+    if type(module) is ConvReLUPool2d or unswapped_class(module) is not None:
         return ""
     if torchs_class(type(module)) is None:
         return "torch: this package has no such layer"
@@ -161,21 +158,17 @@ def _reason(module: torch.nn.Module) -> str:
     return "torch: not converted"
 
 
-def _fusion_note(module: torch.nn.Module, obstacles: dict[int, str]) -> str:
-    if type(module) is FusedConv2d:
-        return f"fused with what follows (pool_size={module.pool_size}, pool_stride={module.pool_stride})"
-    if type(module) in FUSED:
-        return "computed by the convolution before it"
-    return f"not to be fused: {obstacles[id(module)]}" if id(module) in obstacles else ""
-
-
 def conversion_report(model: torch.nn.Module) -> ConversionReport:
-    """Which convolutions and pools of ``model`` this package computes, which torch does, and why; what was fused, and
-    what stands in the way of fusing a chain."""
-    chains = find_chains(model, lambda name, module: True)
-    obstacles = {id(chain.conv[1]): chain.obstacle for chain in chains if chain.obstacle}
-    return ConversionReport(
-        LayerReport(name, type(module).__name__, not _reason(module), _reason(module), _fusion_note(module, obstacles))
-        for name, module in model.named_modules()
-        if isinstance(module, (*_KINDS, *FUSED))
-    )
+    """Which convolutions and pools of ``model`` this package computes, which torch does, and why; what is fused, and
+    which hooks stand in the way of it."""
+    notes, followers = {}, {}
+    for chain in find_chains(model, lambda name, module: True):
+        notes[chain.conv[0]] = chain.note()
+        followers |= {name: f"computed with {chain.conv[0]}" for name, _ in chain.fused_followers()}
+    reports = []
+    for name, module in model.named_modules():
+        if isinstance(module, _KINDS) or name in followers:
+            reason = "" if name in followers else _reason(module)
+            note = followers.get(name) or notes.get(name, "")
+            reports.append(LayerReport(name, type(module).__name__, not reason, reason, note))
+    return ConversionReport(reports)

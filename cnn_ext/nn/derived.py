@@ -15,13 +15,17 @@ class Derived:
 
     def __reduce_ex__(self, protocol):
         make, arguments, *state = super().__reduce_ex__(protocol)
-        arguments = tuple(self.original if argument is type(self) else argument for argument in arguments)
-        return _rebuild, (type(self).derive, make, arguments), *state
+        cls, derivations = type(self), []
+        while issubclass(cls, Derived):
+            cls, derivations = cls.original, [cls.derive, *derivations]
+        arguments = tuple(cls if argument is type(self) else argument for argument in arguments)
+        return _rebuild, (derivations, make, arguments), *state
 
 
-def _rebuild(derive: Callable[[type], type], make: Callable, arguments: tuple):
+def _rebuild(derivations: list[Callable[[type], type]], make: Callable, arguments: tuple):
     rebuilt = make(*arguments)
-    rebuilt.__class__ = derive(type(rebuilt))
+    for derive in derivations:
+        rebuilt.__class__ = derive(type(rebuilt))
     return rebuilt
 
 
