@@ -4,7 +4,8 @@ parameter gradients equal the original's?
 Random weights (also where a model starts with zeros, as the head of a vision transformer or the last normalisation of
 a residual block does: they hide what stands before them), evaluation mode (batch statistics and dropout would), with
 running variances that keep the signal's size (those of a new model let it vanish over many layers), float64, where
-rounding is far below what a wrong value would show (float32 for the largest, for the memory). A result may be off by
+rounding is far below what a wrong value would show and turns no ReLU's input from one sign to the other. A result may
+be off by
 
     eps * 2 * layers * sqrt(terms)    relative to the largest of the logits, or of the gradients of its layer,
 
@@ -13,6 +14,7 @@ layer adds errors of eps * sqrt(terms), and the layers after it carry them on. (
 of a bias that a normalisation takes out again is nothing but rounding.)
 """
 
+import functools
 import gc
 import importlib
 import json
@@ -36,7 +38,6 @@ from benchmarks.tables import Column, markdown, plain
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BATCH, CLASSES = 2, 10
 LIBRARIES = ("torchvision", "timm")
-MOST_DOUBLES = 200_000_000  # parameters; a model, its gradients and those to compare with are 24 bytes for each
 
 # One or two of each CNN family of timm, the small variants.
 TIMM = (Path(__file__).parent / "timm_models.txt").read_text().split()
@@ -148,26 +149,26 @@ def _compare(library: str, name: str, build: Callable[[], nn.Module], size: int)
     started = time.perf_counter()
     torch.manual_seed(1)
     model = _without_zeros(build().eval())
-    dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= MOST_DOUBLES else torch.float32
-    model = model.to(dtype)
-    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64).to(dtype)
+    model = model.double()
+    images = torch.randn(BATCH, 3, size, size, dtype=torch.float64)
     _set_scales(model, images)
-    wanted_logits, wanted_gradients = _run(model, images)
+    wanted = {}
+    wanted_logits = _run(model, images, wanted.__setitem__)
     functional = _calls_functions(model)
     converted = cnn_ext.convert(model, functional=functional)
-    converted.zero_grad()
-    logits, gradients = _run(converted, images)
+    comparison = Comparison(wanted)
+    logits = _run(converted, images, comparison.add)
     layers, terms = _depth(converted)
     row = Row(
         library=library,
         name=name,
         converted=sum(layer.converted for layer in cnn_ext.conversion_report(converted)),
         functional=functional,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="float64",
         layers=layers,
-        logits_error=_relative_error([logits], [wanted_logits]),
-        gradient_error=max(_relative_error(gradients[layer], wanted) for layer, wanted in wanted_gradients.items()),
-        tolerance=torch.finfo(dtype).eps * 2 * layers * math.sqrt(terms),
+        logits_error=((logits - wanted_logits).abs().max() / wanted_logits.abs().max()).item(),
+        gradient_error=comparison.error(),
+        tolerance=torch.finfo(torch.float64).eps * 2 * layers * math.sqrt(terms),
         seconds=time.perf_counter() - started,
     )
     gc.collect()
@@ -200,22 +201,46 @@ def _set_scales(model: nn.Module, images: torch.Tensor) -> None:
         handle.remove()
 
 
-def _run(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-    """Logits, and the parameter gradients of each layer."""
+def _run(model: nn.Module, images: torch.Tensor, take: Callable[[str, torch.Tensor], None]) -> torch.Tensor:
+    """The logits; ``take`` gets the gradient of each parameter as soon as there is one."""
+
+    def hand_over(name: str, parameter: nn.Parameter) -> None:
+        take(name, parameter.grad)
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(functools.partial(hand_over, name))
+        for name, parameter in model.named_parameters()
+    ]
     output = model(images)
     logits = output["out"] if isinstance(output, dict) else output
     logits.square().mean().backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients.setdefault(name.rpartition(".")[0], []).append(parameter.grad)
-    return logits.detach(), gradients
+    for handle in handles:
+        handle.remove()
+    return logits.detach()
 
 
-def _relative_error(values: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    error = max((a - b).abs().max().item() for a, b in zip(values, wanted, strict=True))
-    largest = max(b.abs().max().item() for b in wanted)
-    return error / largest if error else 0.0
+class Comparison:
+    """The gradients of a second run beside those of the first, which it takes as they come: for the memory of the
+    largest models, neither are kept."""
+
+    def __init__(self, wanted: dict[str, torch.Tensor]):
+        self._wanted = wanted
+        self._errors: dict[str, float] = {}  # the worst of each layer
+        self._largest: dict[str, float] = {}  # gradient of each layer
+
+    def add(self, name: str, gradient: torch.Tensor) -> None:
+        wanted = self._wanted.pop(name)
+        layer = name.rpartition(".")[0]
+        for worst, values in ((self._errors, gradient - wanted), (self._largest, wanted)):
+            worst[layer] = max(worst.get(layer, 0.0), values.abs().max().item())
+
+    def error(self) -> float:
+        """The worst error of a layer, relative to its largest gradient."""
+        if self._wanted:
+            raise BenchmarkError(f"models: no gradient came for {', '.join(self._wanted)}")
+        relative = (error / self._largest[layer] for layer, error in self._errors.items() if error)
+        return max(relative, default=0.0)
 
 
 def _depth(model: nn.Module) -> tuple[int, int]:
