@@ -178,7 +178,7 @@ def test_hooks_stand_in_the_way_of_fusion():
 def test_a_hook_that_comes_after_the_conversion_is_called(register, place, forwards):
     net, calls = cnn_ext.convert(chains(), fuse=True), []
     handle = getattr(net[place], f"register_{register}")(lambda *_: calls.append(place))
-    outcome(net, torch.randn(1, 1, 16, 16))
+    net(torch.randn(1, 1, 16, 16, requires_grad=True)).sum().backward()
     assert calls == [place]
     handle.remove()
     forwards.clear()

@@ -148,7 +148,8 @@ def _asks_for_derivative(arguments, is_grad_enabled=torch.is_grad_enabled, tenso
 
 def weight_form(weight: torch.Tensor) -> tuple[Sequence[int], bool]:
     """Size, and whether channels_last: what the gradient of a weight has of it."""
-    return weight.shape, not weight.is_contiguous() and is_channels_last(spec(weight))
+    stride = weight.stride()
+    return weight.shape, stride[1] <= stride[3] and is_channels_last(spec(weight))  # the first is soon decided
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:
