@@ -42,8 +42,8 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_relu_max_pool2d_forward_winograd)         \
   SPECIAL(conv2d_relu_max_pool2d_backward_input_winograd)  \
   SPECIAL(conv2d_relu_max_pool2d_backward_input_maxima)    \
-  SPECIAL(conv2d_relu_max_pool2d_backward_weight_maxima)   \
   SPECIAL(conv2d_relu_max_pool2d_backward_weight_winograd) \
+  SPECIAL(conv2d_relu_max_pool2d_backward_weight_maxima)   \
   SPECIAL(conv2d_relu_max_pool2d_forward_pixels)           \
   SPECIAL(conv2d_relu_max_pool2d_backward_input_pixels)    \
   SPECIAL(conv2d_relu_max_pool2d_forward_direct)           \

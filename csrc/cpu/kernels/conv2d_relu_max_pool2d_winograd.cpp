@@ -5,6 +5,7 @@
 // composed row runs the plain convolution and pools). The gradient of the convolution's output is made up while it is staged, as in
 // conv2d_relu_max_pool2d_direct.cpp, whose row also computes an image whose sums are not finite.
 #include "cpu/kernels/conv2d_direct_pooled.inl"
+#include "cpu/kernels/conv2d_relu_max_pool2d_maxima.inl"
 #include "cpu/kernels/conv2d_winograd_run.inl"
 #include "cpu/kernels/conv2d_winograd_weight.inl"
 
@@ -116,8 +117,10 @@ bool accepts_forward(const Conv2dReluPoolShape& s) {
 bool accepts_backward_input(const Conv2dReluPoolShape& s) {
   return fuses_directly<Conv2dDirection::backward_input>(s) && winograd_serves<Conv2dDirection::backward_input>(s.conv);
 }
+// Of a 5x5 kernel, the maxima of pooling windows leave less to do than Winograd's algorithm does.
 bool accepts_backward_weight(const Conv2dReluPoolShape& s) {
-  return fuses_directly<Conv2dDirection::backward_weight>(s) && winograd_serves_weight(s.conv);
+  return fuses_directly<Conv2dDirection::backward_weight>(s) && winograd_serves_weight(s.conv) &&
+         !(s.conv.kernel_h == 5 && has_listed_maxima(s));
 }
 
 Plan plan_weight(const Conv2dReluPoolShape& s, int threads) {
