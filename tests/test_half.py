@@ -96,3 +96,22 @@ def test_gradients_of_overlapping_windows_are_added_in_float32(dtype, memory_for
     grad_output = torch.full((1, 16, 5, 5), 1 + 2.0**-7, dtype=dtype)
     (grad,) = torch.autograd.grad(C.max_pool2d(x, 5, 1), x, grad_output)
     assert_equal(grad[:, :, 4, 4], torch.tensor(25 * (1 + 2.0**-7)).to(dtype))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_image_that_is_not_finite_leaves_the_bits_of_the_others(dtype, memory_format, value):
+    """Where products are of parts of a half, an infinity has none: its image is computed again, alone."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 32, 9, 9, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+    w = torch.randn(32, 32, 3, 3, generator=generator).to(dtype)
+    spoiled = x.clone()
+    spoiled[1, 5, 4, 4] = value
+    output = C.conv2d(spoiled, w, padding=1)
+    assert_equal(output[[0, 2]], C.conv2d(x, w, padding=1)[[0, 2]])
+    wanted = torch.nn.functional.conv2d(spoiled[1:2].double(), w.double(), padding=1)
+    assert_equal(output[1:2].isnan(), wanted.isnan())
+    assert_equal(output[1:2].isinf(), wanted.isinf())
+    (grad,) = torch.autograd.grad(C.conv2d(x.requires_grad_(), w, padding=1), x, spoiled.detach())
+    (clean,) = torch.autograd.grad(C.conv2d(x, w, padding=1), x, x.detach())
+    assert_equal(grad[[0, 2]], clean[[0, 2]])
+    assert_equal(grad[1].isfinite(), (wanted.isfinite())[0])

@@ -6,8 +6,9 @@
 
 namespace cnn_ext::cpu {
 
-// Runs the first row of the table, of the instruction set `most` or of a lesser one, that accepts the float32 shape, on up to `threads`
-// threads. No forced row counts: the caller may be one.
+// Runs the first row of the table, of the instruction set `most` or of a lesser one, that accepts the shape, on up to `threads` threads: a
+// float32 shape, or, for a row that leaves some to others, one of its own with a lesser instruction set. No forced row counts: the caller
+// may be one.
 void run_float_row(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Isa most, int threads);
 void run_float_row(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Isa most,
                    int threads);

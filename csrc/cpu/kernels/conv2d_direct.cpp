@@ -4,31 +4,15 @@
 // are packed once per call (_pack), and a register tile of output channels in the lanes x grid points sums over channels and taps (_tile,
 // with the tile's sizes and their reasons); _run cuts the work. Few output channels fill few lanes of the tile: see
 // conv2d_direct_pixels.cpp.
-#include "cpu/kernels/conv2d_direct_run.inl"
+#include "cpu/kernels/conv2d_direct_rows.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
 
-template <Conv2dDirection kDirection>
-struct Row {
-  using Float = GatherRow<float, ChannelTile<float>, kDirection>;
-  using Double = GatherRow<double, ChannelTile<double>, kDirection>;
-
-  static bool is_float(const Conv2dShape& s) { return s.dtype == DType::float32; }
-  static Plan plan(const Conv2dShape& s, int threads) { return (is_float(s) ? Float::plan : Double::plan)(s, threads); }
-  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-    return (is_float(s) ? Float::run : Double::run)(s, b, workspace, threads);
-  }
-  static PackedForm form(const Conv2dShape& s) { return (is_float(s) ? Float::form : Double::form)(s); }
-  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& b, Packed packed, void* workspace, int threads) {
-    return (is_float(s) ? Float::run_packed : Double::run_packed)(s, b, packed, workspace, threads);
-  }
-};
-
-using Forward = Row<Conv2dDirection::forward>;
-using BackwardInput = Row<Conv2dDirection::backward_input>;
+using Forward = FloatingRow<ChannelTile, Conv2dDirection::forward>;
+using BackwardInput = FloatingRow<ChannelTile, Conv2dDirection::backward_input>;
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// The register tile of grid points in the lanes (PixelTile): 32 registers hold 28 accumulators, 16 hold 12. In float32.
+// The register tile of grid points in the lanes (PixelTile): 32 registers hold 28 accumulators, 16 hold 12.
 #include "cpu/kernels/conv2d_direct_steps.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -71,7 +71,10 @@ void run_width(const TileTask<T>& task, int width, int rows, int vectors) {
 }  // namespace
 
 void run_pixel_tile(const TileTask<float>& task, int width, int rows, int vectors) {
-  run_width<kAccumulators / 2>(task, width, rows, vectors);
+  run_width<kPixelTileWidth<float>>(task, width, rows, vectors);
+}
+void run_pixel_tile(const TileTask<double>& task, int width, int rows, int vectors) {
+  run_width<kPixelTileWidth<double>>(task, width, rows, vectors);
 }
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

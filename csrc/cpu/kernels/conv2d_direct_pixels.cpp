@@ -3,6 +3,8 @@
 // backward_input of a first layer, and short sums in nchw, whose rows it stores as they are. Narrow maps leave its lanes empty.
 #include "cpu/kernels/conv2d_direct_pixels.inl"
 
+#include "cpu/kernels/conv2d_direct_rows.inl"
+
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
@@ -11,8 +13,8 @@ bool accepts(const Conv2dShape& s) {
   return pixels_are_cheaper(make_gather(kDirection, s, 0), s.dtype, s.layout);
 }
 
-using Forward = GatherRow<float, PixelTile<float>, Conv2dDirection::forward>;
-using BackwardInput = GatherRow<float, PixelTile<float>, Conv2dDirection::backward_input>;
+using Forward = FloatingRow<PixelTile, Conv2dDirection::forward>;
+using BackwardInput = FloatingRow<PixelTile, Conv2dDirection::backward_input>;
 
 }  // namespace
 

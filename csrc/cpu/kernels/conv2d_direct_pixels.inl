@@ -1,4 +1,4 @@
-// Which of the two register tiles serves a gather convolution faster, in float32.
+// Which of the two register tiles serves a gather convolution faster.
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_run.inl"
@@ -26,6 +26,7 @@ bool is_cheaper(const Gather& g, bool nchw) {
 
 inline bool pixels_are_cheaper(const Gather& g, DType dtype, Layout layout) {
   const bool nchw = layout == Layout::nchw;
+  if (dtype == DType::float64) return g.outputs <= PixelTile<double>::kMaxWidth && is_cheaper<double>(g, nchw);
   return dtype == DType::float32 && is_cheaper<float>(g, nchw);
 }
 

@@ -35,6 +35,7 @@ void run_channel_tile(const TileTask<double>& task, int vectors, int rows, int c
 
 // A tile of `width` output channels x `rows` rows of 1 or 2 vectors of grid points.
 void run_pixel_tile(const TileTask<float>& task, int width, int rows, int vectors);
+void run_pixel_tile(const TileTask<double>& task, int width, int rows, int vectors);
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA
 
@@ -43,6 +44,9 @@ namespace {
 using cnn_ext::cpu::CNN_EXT_ISA::TileTask;
 
 constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
+// Output channels of a pixel tile: in float64 as many as first layers have, for every width is compiled for itself.
+template <class T>
+constexpr int kPixelTileWidth = sizeof(T) == sizeof(float) ? kAccumulators / 2 : 4;
 
 // The positive part; NaN stays.
 template <class T>
@@ -93,12 +97,13 @@ struct ChannelTile {
   }
 };
 
-// PixelTile has grid points in the lanes: up to 14 (6) output channels x 1 or 2 vectors of a row, of 1, 2 or 4 rows while the channels are
-// few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without transposing.
+// PixelTile has grid points in the lanes: up to 14 (6; 4 in float64) output channels x 1 or 2 vectors of a row, of 1, 2 or 4 rows while the
+// channels are few. For few output channels, which leave lanes of the other tile empty, and for short sums in nchw, where it stores without
+// transposing.
 template <class T>
 struct PixelTile {
   static constexpr int kV = kLanes<T>;
-  static constexpr int kMaxWidth = kAccumulators / 2;
+  static constexpr int kMaxWidth = kPixelTileWidth<T>;
   static constexpr int kMaxPoints = 2 * kV;  // of a row
   static constexpr int kSums = 2 * kAccumulators * kV;
   static constexpr bool kChannelsInner = false;

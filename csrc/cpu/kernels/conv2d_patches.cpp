@@ -14,7 +14,8 @@ namespace {
 bool accepts(const Conv2dShape& s) {
   const bool tiles = s.stride_h == s.kernel_h && s.stride_w == s.kernel_w && s.pad_top == 0 && s.pad_left == 0 && s.dilation_h == 1 &&
                      s.dilation_w == 1 && s.in_h == s.out_h * s.kernel_h && s.in_w == s.out_w * s.kernel_w;
-  return s.dtype == DType::float32 && tiles && s.groups == 1 && s.kernel_h * s.kernel_w > 1 && s.weight_layout == s.layout;
+  return (s.dtype == DType::float32 || s.dtype == DType::float64) && tiles && s.groups == 1 && s.kernel_h * s.kernel_w > 1 &&
+         s.weight_layout == s.layout;
 }
 
 Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1, PaddingMode::zeros}; }
@@ -79,11 +80,21 @@ struct PatchEnds {
   const Conv2dBuffers& buffers;
 };
 
-Plan plan(const Conv2dShape& s, int threads) { return plan_gathers<float, ChannelTile<float>>(PatchEnds<float>{s, {}}, threads); }
+template <class T>
+Outcome run_patches(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  const T* none = nullptr;
+  return run_gathers<T, ChannelTile<T>>(PatchEnds<T>{s, b}, static_cast<const T*>(b.weight), none, {}, workspace, threads);
+}
+
+bool is_float(const Conv2dShape& s) { return s.dtype == DType::float32; }
+
+Plan plan(const Conv2dShape& s, int threads) {
+  return is_float(s) ? plan_gathers<float, ChannelTile<float>>(PatchEnds<float>{s, {}}, threads)
+                     : plan_gathers<double, ChannelTile<double>>(PatchEnds<double>{s, {}}, threads);
+}
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  const float* none = nullptr;
-  return run_gathers<float, ChannelTile<float>>(PatchEnds<float>{s, b}, static_cast<const float*>(b.weight), none, {}, workspace, threads);
+  return (is_float(s) ? run_patches<float> : run_patches<double>)(s, b, workspace, threads);
 }
 
 }  // namespace
