@@ -14,7 +14,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
       fma_peak max_pool2d_backward max_pool2d_forward max_pool2d_gather max_unpool2d pool2d_converted)
 endif()
 
-# Rows for the matrix unit (AMX) have sources of their own, compiled once, where the compiler knows it; they count as avx512.
+# Rows for the matrix unit (AMX) have sources of their own, compiled once, where the compiler knows it; they are the rows of avx512_bf16.
 set(CNN_EXT_FLAGS_amx ${CNN_EXT_FLAGS_avx512} -mamx-tile -mamx-bf16)
 if("avx512" IN_LIST CNN_EXT_ISAS)
   include(CheckCXXCompilerFlag)
@@ -24,7 +24,7 @@ endif()
 function(cnn_ext_add_amx_objects target sources)
   add_library(${target}_amx OBJECT ${sources})
   target_link_libraries(${target}_amx PRIVATE cnn_ext_options)
-  target_compile_definitions(${target}_amx PRIVATE CNN_EXT_ISA=avx512)
+  target_compile_definitions(${target}_amx PRIVATE CNN_EXT_ISA=avx512_bf16)
   target_compile_options(${target}_amx PRIVATE -O3 ${CNN_EXT_FLAGS_amx} -fno-predictive-commoning -fno-exceptions)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_amx>)
   target_compile_definitions(${target} PRIVATE CNN_EXT_HAS_AMX)

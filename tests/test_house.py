@@ -267,6 +267,7 @@ def test_the_sets_of_wide_vectors_have_every_kernel_source(isa_objects):
     kernels = {path.stem for path in (CSRC / "cpu" / "kernels").glob("*.cpp")}
     isas = {made.isa for made in isa_objects}
     assert "baseline" in isas
+    isas -= {"avx512_bf16"}  # the matrix unit's rows alone
     compiled = {(made.kernel, made.isa) for made in isa_objects}
     assert compiled >= {(kernel, isa) for kernel in kernels for isa in isas - {"baseline"} or isas}
 

@@ -11,7 +11,7 @@
 namespace cnn_ext::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 bool processor_has(Isa isa) {
 #if defined(__x86_64__)
@@ -24,6 +24,8 @@ bool processor_has(Isa isa) {
     case Isa::avx512:
       return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -57,6 +59,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
   }
   return "?";
 }
@@ -65,7 +69,7 @@ const char* isa_name(Isa isa) {
 bool has_matrix_unit() {
 #if defined(CNN_EXT_HAS_AMX)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool has = processor_has(Isa::avx512) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  static const bool has = processor_has(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
                           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return has;
 #else

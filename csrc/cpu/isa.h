@@ -9,8 +9,8 @@ namespace cnn_ext::cpu {
 
 const char* isa_name(Isa isa);
 
-// The best instruction set that may be used: what the processor has, capped by the environment variable CNN_EXT_ISA (baseline, avx2 or
-// avx512). Throws std::invalid_argument for another name there, or for one that the processor lacks.
+// The best instruction set that may be used: what the processor has, capped by the environment variable CNN_EXT_ISA (baseline, avx2,
+// avx512 or avx512_bf16). Throws std::invalid_argument for another name there, or for one that the processor lacks.
 Isa best_isa();
 
 // Whether this process may use the processor's matrix unit (AMX) for bfloat16.

@@ -9,7 +9,7 @@
 
 namespace cnn_ext::cpu {
 
-enum class Isa : int32_t { baseline, avx2, avx512 };
+enum class Isa : int32_t { baseline, avx2, avx512, avx512_bf16 };
 
 // How a kernel would run a shape, for the workspace that the caller provides and for explain(). The numbers below are a function of the
 // shape, the row and the number of threads; the order of additions must not depend on the latter (DESIGN.md, order of additions).
@@ -57,8 +57,8 @@ struct Pool2dKernel {
 
 }  // namespace cnn_ext::cpu
 
-// Sources under kernels/ are compiled once per instruction set with CNN_EXT_ISA = baseline | avx2 | avx512: it names their namespace, and
-// with it the suffix of the row names.
+// Sources under kernels/ are compiled once per instruction set with CNN_EXT_ISA = baseline | avx2 | avx512 | avx512_bf16: it names their
+// namespace, and with it the suffix of the row names.
 #ifdef CNN_EXT_ISA
 #define CNN_EXT_STRINGIZE_(x) #x
 #define CNN_EXT_STRINGIZE(x) CNN_EXT_STRINGIZE_(x)

@@ -119,10 +119,10 @@ constexpr Isa kLeastWithSpecialRows = Isa::baseline;
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
 #if defined(CNN_EXT_HAS_AMX)
-namespace avx512 {
+namespace avx512_bf16 {
 extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx, conv2d_backward_weight_amx;
 extern const PackingConv2d conv2d_forward_amx_packing;
-}  // namespace avx512
+}  // namespace avx512_bf16
 #endif
 
 // Made of other rows: the fused operator of the rows of its parts, for every shape that no fused kernel serves, and backward_input where
@@ -172,7 +172,8 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
   static const std::vector<const Conv2dKernel*> table = [] {
     std::vector<const Conv2dKernel*> rows;
 #if defined(CNN_EXT_HAS_AMX)
-    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx, &avx512::conv2d_backward_input_amx, &avx512::conv2d_backward_weight_amx};
+    if (has_matrix_unit())
+      rows = {&avx512_bf16::conv2d_forward_amx, &avx512_bf16::conv2d_backward_input_amx, &avx512_bf16::conv2d_backward_weight_amx};
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
     for (const Conv2dKernel* row : {&composed::conv2d_backward_input, &naive::conv2d_forward, &naive::conv2d_backward_input,
@@ -215,7 +216,7 @@ const std::vector<const PackingConv2d*>& packing_conv2d() {
   static const std::vector<const PackingConv2d*> table = [] {
     std::vector<const PackingConv2d*> rows;
 #if defined(CNN_EXT_HAS_AMX)
-    if (has_matrix_unit()) rows = {&avx512::conv2d_forward_amx_packing};
+    if (has_matrix_unit()) rows = {&avx512_bf16::conv2d_forward_amx_packing};
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_PACKING_CONV2D)
     return rows;

@@ -23,7 +23,7 @@ namespace {
 
 const FmaLoop& best_loop() {
 #if defined(__x86_64__)
-  if (best_isa() == Isa::avx512) return avx512::fma_loop;
+  if (best_isa() >= Isa::avx512) return avx512::fma_loop;
   if (best_isa() == Isa::avx2) return avx2::fma_loop;
 #endif
   return baseline::fma_loop;

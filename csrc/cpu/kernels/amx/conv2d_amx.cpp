@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kFewestChannels = 16;
 
 // The functions of a table row of one type. A float16 that is not finite has parts that make NaNs of infinities: an image that met one is
-// computed again by a row of a lesser instruction set, which converts, alone, so that the others keep their bits.
+// computed again by the row of a lesser instruction set, which converts, alone, so that the others keep their bits.
 template <class Element, Conv2dDirection kDirection>
 struct AmxRow {
   static constexpr bool kForward = kDirection == Conv2dDirection::forward, kHasSuspects = kParts<Element> > 1;
@@ -79,7 +79,7 @@ struct AmxRow {
       image.grad_output = static_cast<const Element*>(b.grad_output) + output,
       image.grad_input = static_cast<Element*>(b.grad_input) + input;
     }
-    run_float_row(kDirection, one_image(s), image, Isa::avx2, threads);
+    run_float_row(kDirection, one_image(s), image, Isa::avx512, threads);
   }
 };
 
