@@ -1,6 +1,8 @@
 // backward_input of a convolution whose padding holds values of the input (PaddingMode other than zeros), made of the row that serves it
 // without padding: the gradient of the padded input is computed in scratch, some images at a time, and folded. An element of the input and
-// its copies in the padding are added up row by row, then column by column, each in ascending order, and rounded once.
+// its copies in the padding are added up row by row, then column by column, each in ascending order. Half types are widened first, so that
+// the gradient is rounded once, behind the last sum.
+#include <type_traits>
 #include <vector>
 
 #include "core/half.h"
@@ -13,9 +15,9 @@ namespace {
 
 constexpr int64_t kScratchBytes = 8 << 20;  // a level-3 cache's share, unless one image takes more
 
-int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : is_half(dtype) ? 2 : 4; }
+DType sum_dtype(DType dtype) { return is_half(dtype) ? DType::float32 : dtype; }
 
-// The problem without padding: its input is what the windows read of the padded one.
+// The problem without padding, in the type of its sums: its input is what the windows read of the padded one.
 Conv2dShape padded_shape(const Conv2dShape& s, int64_t images) {
   Conv2dShape padded = s;
   padded.batch = images;
@@ -23,17 +25,37 @@ Conv2dShape padded_shape(const Conv2dShape& s, int64_t images) {
   padded.in_w = (s.out_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
   padded.pad_top = padded.pad_left = 0;
   padded.padding_mode = PaddingMode::zeros;
+  padded.dtype = sum_dtype(s.dtype);
   return padded;
 }
 
-int64_t image_bytes(const Conv2dShape& s) {
-  const Conv2dShape padded = padded_shape(s, 1);
-  return padded.in_channels * padded.in_h * padded.in_w * bytes_of(s.dtype);
-}
+// What scratch holds, in numbers of the type of the sums: the gradient of the padded input and, of half types, the operands widened.
+struct Scratch {
+  explicit Scratch(const Conv2dShape& s) {
+    const Conv2dShape padded = padded_shape(s, 1);
+    const int64_t number = padded.dtype == DType::float64 ? 8 : 4;
+    grad_input_image = padded.in_channels * padded.in_h * padded.in_w;
+    if (is_half(s.dtype)) {
+      weight = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+      grad_output_image = s.out_channels * s.out_h * s.out_w;
+    }
+    const int64_t image = grad_input_image + grad_output_image, fitting = kScratchBytes / (image * number);
+    images = fitting < 1 ? 1 : fitting < s.batch ? fitting : s.batch;
+    bytes = (weight + images * image) * number;
+  }
+  int64_t weight = 0, grad_output_image = 0, grad_input_image, images, bytes;
+};
 
-int64_t images_at_once(const Conv2dShape& s) {
-  const int64_t images = kScratchBytes / image_bytes(s);
-  return images < 1 ? 1 : images < s.batch ? images : s.batch;
+// The values in the type of their sums: themselves, or a half type's widened into scratch.
+template <class T>
+const void* widened(const T* from, int64_t count, Compute<T>* to, int threads) {
+  if constexpr (std::is_same_v<T, Compute<T>>) return from;
+  constexpr int64_t kPiece = 1 << 14;
+  parallel_for(threads, (count + kPiece - 1) / kPiece, [&](int, int64_t piece) {
+    const int64_t end = (piece + 1) * kPiece < count ? (piece + 1) * kPiece : count;
+    for (int64_t i = piece * kPiece; i < end; ++i) to[i] = static_cast<Compute<T>>(from[i]);
+  });
+  return to;
 }
 
 // For every position of one axis of the input the padded positions that hold its value, ascending: those from begin[i] to begin[i + 1] - 1.
@@ -61,7 +83,7 @@ class Fold {
         pixel_(s.layout == Layout::nchw ? 1 : s.in_channels) {}
 
   // All planes (channels of images, or images whose pixels have the channels) of the padded problem's batch.
-  void run(const T* from, T* to, int threads) const {
+  void run(const Compute<T>* from, T* to, int threads) const {
     const int64_t planes = padded_.batch * s_.in_channels / pixel_;
     parallel_for(threads, planes, [&](int, int64_t plane) {
       std::vector<Compute<T>> sums(static_cast<size_t>(padded_.in_w * pixel_));
@@ -73,11 +95,11 @@ class Fold {
   }
 
  private:
-  void add_rows(const T* plane, int64_t ih, Compute<T>* sums) const {
+  void add_rows(const Compute<T>* plane, int64_t ih, Compute<T>* sums) const {
     const int64_t elements = padded_.in_w * pixel_;
     for (int64_t i = 0; i < elements; ++i) sums[i] = 0;
     for (int64_t c = rows_.begin[ih]; c < rows_.begin[ih + 1]; ++c) {
-      const T* row = plane + rows_.positions[c] * elements;
+      const Compute<T>* row = plane + rows_.positions[c] * elements;
       for (int64_t i = 0; i < elements; ++i) sums[i] += row[i];
     }
   }
@@ -101,22 +123,26 @@ class Fold {
 
 template <class T>
 void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  const int64_t images = images_at_once(s);
+  const Scratch scratch(s);
+  Compute<T>* const weight = static_cast<Compute<T>*>(workspace);
+  Compute<T>* const grad_output = weight + scratch.weight;
+  Compute<T>* const grad_padded = grad_output + scratch.images * scratch.grad_output_image;
   const int64_t grad_output_image = s.out_channels * s.out_h * s.out_w, grad_input_image = s.in_channels * s.in_h * s.in_w;
-  for (int64_t n = 0; n < s.batch; n += images) {
-    const Conv2dShape padded = padded_shape(s, images < s.batch - n ? images : s.batch - n);
-    Conv2dBuffers conv{};
-    conv.grad_output = static_cast<const T*>(b.grad_output) + n * grad_output_image;
-    conv.weight = b.weight;
-    conv.grad_input = workspace;
+  Conv2dBuffers conv{};
+  conv.weight = widened(static_cast<const T*>(b.weight), scratch.weight, weight, threads);
+  conv.grad_input = grad_padded;
+  for (int64_t n = 0; n < s.batch; n += scratch.images) {
+    const Conv2dShape padded = padded_shape(s, scratch.images < s.batch - n ? scratch.images : s.batch - n);
+    const T* const images = static_cast<const T*>(b.grad_output) + n * grad_output_image;
+    conv.grad_output = widened(images, padded.batch * scratch.grad_output_image, grad_output, threads);
     run_conv2d_unforced(Conv2dDirection::backward_input, padded, conv, threads);
-    Fold<T>(s, padded).run(static_cast<const T*>(workspace), static_cast<T*>(b.grad_input) + n * grad_input_image, threads);
+    Fold<T>(s, padded).run(grad_padded, static_cast<T*>(b.grad_input) + n * grad_input_image, threads);
   }
 }
 
 bool accepts(const Conv2dShape& s) { return s.padding_mode != PaddingMode::zeros; }
 
-Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch, static_cast<size_t>(images_at_once(s) * image_bytes(s))}; }
+Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch, static_cast<size_t>(Scratch(s).bytes)}; }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
   with_scalar(s.dtype, [&](auto scalar) { backward_input<decltype(scalar)>(s, b, workspace, threads); });
