@@ -1,11 +1,14 @@
 """``csrc/tests/kernel_check``, the test program without Python, run over the shared cases."""
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from cnn_ext import _native
 from tests.support.build import kernels_build
 from tests.support.cases import for_dtype, pool2d_cases
 from tests.support.rows import ALL_DTYPES
@@ -46,3 +49,33 @@ def test_a_missing_case_file_and_a_wrong_isa_are_errors(program, tmp_path):
     wrong = run(program, *CASES, CNN_EXT_ISA="avx9")
     assert wrong.returncode == 2
     assert "baseline" in wrong.stderr
+
+
+def has_row(name: str) -> bool:
+    return any(row["name"] == name and row["supported"] for row in _native.cpu.kernels())
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
+@pytest.mark.skipif(not has_row("conv2d_forward_direct_avx2"), reason="counts AVX2's instructions")
+def test_the_register_tile_executes_no_more_instructions_than_its_loop_has(program, tmp_path):
+    """Counted, not timed: sums that leave their registers would add two instructions to each multiply-add.
+
+    A step of the tile, 2 vectors of output channels x 6 points, is 12 multiply-adds, 6 broadcasts, 2 loads,
+    and at most 12 to count, to address and to fetch ahead.
+    """
+    batch, channels, outputs, size, kernel = 1, 64, 32, 14, 3
+    header = Path(CASES[0]).read_text().splitlines()[0]
+    values = (batch, channels, size, size, outputs, kernel, kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    (tmp_path / "conv2d.csv").write_text(f"{header}\nunpadded,{','.join(map(str, values))}\n")
+    (tmp_path / "pool2d.csv").write_text(Path(CASES[1]).read_text().splitlines()[0] + "\n")
+    count = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'counts'}"]
+    count += ["--toggle-collect=cnn_ext::cpu::avx2::run_channel_tile*", str(program)]
+    files = [str(tmp_path / name) for name in ("conv2d.csv", "pool2d.csv")]
+    row = ["--row", "conv2d_forward_direct_avx2", "--dtype", "float32"]
+    done = subprocess.run([*count, *files, *row], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("4 passed, 0 failed"), done.stdout + done.stderr
+    runs, lanes = 4 * 2, 8  # layouts of activations and weights, one and three threads
+    pixels = (size - kernel + 1) ** 2
+    multiply_adds = runs * batch * channels * outputs * pixels * kernel * kernel // lanes
+    instructions = int(re.search(r"Collected : (\d+)", done.stderr)[1])
+    assert multiply_adds * (12 + 6 + 2) / 12 <= instructions <= multiply_adds * (12 + 6 + 2 + 12) / 12
