@@ -154,7 +154,11 @@ class Chain:
             hooked = [name for name, layer in (self.conv, *self.followers[:1]) if _has_hooks(layer)]
             return f"not fused: {hooked[0]} has hooks" if hooked else ""
         mode = " in evaluation mode" if isinstance(followers[0][1], torch.nn.BatchNorm2d) else ""
-        return f"fused{mode} with {', '.join(name for name, _ in followers)}"
+        names = ", ".join(name for name, _ in followers)
+        padding_mode = self.conv[1].padding_mode
+        if padding_mode != "zeros" and type(followers[-1][1]) is not torch.nn.BatchNorm2d:
+            return f"padding_mode={padding_mode!r}: computed{mode} with {names}, one after the other"
+        return f"fused{mode} with {names}"
 
 
 def find_chains(model: torch.nn.Module, is_selected: Callable[[str, torch.nn.Module], bool]) -> Iterator[Chain]:
