@@ -243,7 +243,7 @@ class GatherRun {
           if constexpr (!Sink::kTakesUnits) {
             T* const dst = sink_.point(p.n + image, channel, p.y + y, p.x + x);
             if (writing == Writing::in_place) write_in_place(tile, dst, cols);
-            tile.dest_ahead = is_strewn(writing) ? dest_ahead(dst, rows, cols, outputs) : fetch_nothing(tile.weights);
+            tile.dest_ahead = dest_ahead(tile, writing, dst, rows, cols, outputs);
             Tile::run(tile, width, rows, cols);
             if (rectifies) Tile::rectify(tile, width, rows, cols);
             if (writing == Writing::by_tiles) write_tile(tile, rows, cols, outputs, dst);
@@ -270,13 +270,13 @@ class GatherRun {
     tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
   }
 
-  // Whether a tile's sums go to many places, which are worth fetching.
-  bool is_strewn(Writing writing) const { return writing != Writing::in_scratch && sink_.grid.c != 1; }
-
-  // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon.
-  Fetch dest_ahead(const T* dst, int64_t rows, int64_t cols, int64_t outputs) const {
-    const T* last = dst + (rows - 1) * sink_.grid.h + (cols - 1) * sink_.grid.w;
-    return {reinterpret_cast<const char*>(last), sink_.grid.c * kSize, outputs};
+  // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon. Where channels are
+  // innermost, the place behind the tile's, which is most often the next one's.
+  Fetch dest_ahead(const TileTask<T>& tile, Writing writing, const T* dst, int64_t rows, int64_t cols, int64_t outputs) const {
+    const Strides& grid = sink_.grid;
+    if (writing == Writing::in_scratch) return fetch_nothing(tile.weights);
+    if (grid.c == 1) return {reinterpret_cast<const char*>(dst + cols * grid.w), grid.w * kSize, cols};
+    return {reinterpret_cast<const char*>(dst + (rows - 1) * grid.h + (cols - 1) * grid.w), grid.c * kSize, outputs};
   }
 
   void write_tile(const TileTask<T>& tile, int64_t rows, int64_t cols, int64_t outputs, T* dst) const {

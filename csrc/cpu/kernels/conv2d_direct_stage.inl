@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/transpose.h"
 
 namespace {
@@ -98,9 +99,8 @@ inline Vec<T> load_strided(const T* src, int64_t step, int64_t first, const Insi
     const Vec<T> low = load_between(p, 2 * begin, 2 * end - 1), high = load_between(p + kV, 2 * begin - kV, 2 * end - 1 - kV);
     return every_second<T>(low, high, typename CountedLanes<kV>::type{});
   }
-  Vec<T> v{};
-  for (int j = begin < 0 ? 0 : begin; j < end && j < kV; ++j) v[j] = p[j * step];
-  return v;
+  const int64_t low = clamp(begin, 0, kV), high = clamp(end, low, kV);
+  return load_strided(p, step, lanes_between(static_cast<int>(low), static_cast<int>(high)), Vec<T>{});
 }
 
 // Calls store_column(column of the phase, source column) for what lies outside the source and is not padded with zeros, which the vectors
