@@ -119,6 +119,7 @@ def _row(
     return {
         "name": case.name,
         "class": case.category,
+        "batch": case.batch,
         "op": "conv2d",
         "direction": direction,
         "layout": layout,

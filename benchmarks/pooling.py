@@ -101,6 +101,7 @@ def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Compa
     return {
         "name": case.name,
         "class": f"{case.op} {case.kernel}x{case.kernel} stride {case.stride}",
+        "batch": case.batch,
         "op": f"{case.op}_pool2d",
         "direction": direction,
         "layout": layout,

@@ -10,9 +10,16 @@ def summarize(rows: list[dict]) -> dict:
     return {
         **_means(rows),
         "groups": [
-            {"op": op, "direction": direction, "layout": layout, **_means(members), "classes": _classes(members)}
+            {
+                "op": op,
+                "direction": direction,
+                "layout": layout,
+                **_means(members),
+                "classes": _means_by("class", members),
+            }
             for (op, direction, layout), members in _grouped(rows, "op", "direction", "layout").items()
         ],
+        "one_sample": _means_by("layout", [row for row in rows if row["batch"] == 1]),
         "worst": _worst(rows, "speed_vs_torch"),
         "worst_vs_best": _worst(rows, "speed_vs_best"),
         "under_foreign_load": sum(row["rounds_accepted"] == 0 for row in rows),
@@ -24,8 +31,8 @@ def _worst(rows: list[dict], speed: str) -> dict:
     return {key: worst[key] for key in ("name", "direction", "layout", speed)}
 
 
-def _classes(rows: list[dict]) -> dict[str, dict]:
-    return {name: {**_means(members), "rows": len(members)} for (name,), members in _grouped(rows, "class").items()}
+def _means_by(key: str, rows: list[dict]) -> dict[str, dict]:
+    return {name: {**_means(members), "rows": len(members)} for (name,), members in _grouped(rows, key).items()}
 
 
 def _means(rows: list[dict]) -> dict[str, float]:

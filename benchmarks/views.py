@@ -107,6 +107,11 @@ def verdict(summary: dict) -> str:
             if (worst := summary.get(key))
         ),
     ]
+    lines += [
+        f"one sample at a time, {layout}: {means['speed_vs_torch']:.2f} vs torch, {means['speed_vs_best']:.2f} vs best"
+        f" ({means['rows']} rows)"
+        for layout, means in summary.get("one_sample", {}).items()
+    ]
     if summary["under_foreign_load"]:
         lines.append(f"{summary['under_foreign_load']} rows (!) were measured under foreign load: repeat them")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -59,6 +60,16 @@ def test_conv2d_measures_each_direction_in_each_layout(results):
         assert row["speed_vs_torch"] == pytest.approx(row["torch_ms"] / row["ms"])
         assert row["speed_vs_best"] <= row["speed_vs_torch"]
     assert "geometric mean of all rows" in (results / "conv2d.txt").read_text()
+
+
+def test_rows_of_one_sample_have_means_of_their_own(results):
+    document = load(results, "conv2d")
+    assert document["summary"]["one_sample"] == {}  # its layer has a batch of 8
+    document["rows"][0]["batch"] = 1
+    means = summarize(document["rows"])["one_sample"]
+    assert means == {"nchw": {"speed_vs_torch": ANY, "speed_vs_best": ANY, "rows": 1}}
+    assert means["nchw"]["speed_vs_best"] == pytest.approx(document["rows"][0]["speed_vs_best"])
+    assert "one sample at a time, nchw: " in views.verdict(document["summary"] | {"one_sample": means})
 
 
 def test_rows_are_checked_one_by_one(tmp_path, capsys):
