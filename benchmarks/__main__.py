@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import install, memory, models, overhead, report, rows, runner
+from benchmarks import install, memory, models, network_layers, overhead, report, rows, runner
+from benchmarks.cases import LAYERS
 from benchmarks.conv2d import DIRECTIONS
 from benchmarks.harness import BenchmarkError
 from benchmarks.machine import ALLOCATORS
@@ -29,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         measure.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (%(default)s)")
         measure.add_argument("--only", metavar="REGEX", help="cases whose name matches")
+        measure.add_argument(
+            "--layers", choices=LAYERS, default="conv2d", help="of conv2d: the list that is measured (%(default)s)"
+        )
         measure.add_argument("--layout", choices=tuple(LAYOUTS), action="append", help="default: both")
         measure.add_argument("--direction", choices=DIRECTIONS, action="append", help="of conv2d; default: all")
         measure.add_argument(
@@ -56,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     zoo.add_argument("--out", type=Path, default=RESULTS, help="folder for the result (%(default)s)")
     zoo.add_argument("--only", metavar="REGEX", default="", help="architectures whose name matches")
     zoo.add_argument("--resume", action="store_true", help="leave out, and keep, what the result has already")
+    commands.add_parser("network-layers", help="write shapes/networks.csv anew; needs torchvision")
     writer = commands.add_parser("report", help="write the recorded results into README.md")
     writer.add_argument("--results", type=Path, default=RESULTS)
     writer.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
@@ -71,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "models":
             return models.measure(options.out, options.only, options.resume)
+        if options.command == "network-layers":
+            network_layers.write()
+            return 0
         if options.command == "overhead":
             overhead.measure(options.out)
             return 0

@@ -10,6 +10,9 @@ from benchmarks.harness import BenchmarkError
 
 SHAPES = Path(__file__).parent / "shapes"
 
+# The lists of convolutions: characteristic ones, and every one of some networks (network_layers.py).
+LAYERS = ("conv2d", "networks")
+
 
 @dataclass(frozen=True)
 class Conv2dCase:
@@ -97,11 +100,12 @@ def _count(size: tuple[int, ...]) -> int:
     return product
 
 
-def conv2d_cases(only: str | None = None) -> list[Conv2dCase]:
+def conv2d_cases(only: str | None = None, layers: str = "conv2d") -> list[Conv2dCase]:
+    """Of ``shapes/<layers>.csv``."""
     columns = ("N", "C", "H", "W", "K", "kh", "kw", "stride", "pad", "dilation", "groups")
     return [
         Conv2dCase(row["name"], row["class"], *(int(row[column]) for column in columns))
-        for row in _rows("conv2d.csv", only)
+        for row in _rows(f"{layers}.csv", only)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Convolution: every direction and layout of shapes/conv2d.csv against torch's own."""
+"""Convolution: every direction and layout of a list of layers against torch's own."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -81,7 +81,7 @@ def torchs(direction: str, case: Conv2dCase, t: Tensors) -> Call:
 
 def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
     rows: list[dict] = []
-    cases = conv2d_cases(bench.only)
+    cases = conv2d_cases(bench.only, bench.layers)
     with cnn_ext.flags(winograd=bench.winograd):
         for number, case in enumerate(cases, 1):
             tensors = random_tensors(case, bench)

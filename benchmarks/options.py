@@ -26,6 +26,7 @@ class Bench:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     effort: Effort = field(default_factory=Effort)
     data_dir: str | None = None
+    layers: str = "conv2d"  # which list of convolutions: shapes/<layers>.csv
     winograd: bool = False  # whether convolutions may use it: conv2d then measures the layers that do
 
     failures: list[str] = field(default_factory=list)  # of rows that are left out: wrong results, refused calls

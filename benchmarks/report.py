@@ -81,7 +81,7 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
         return [_kernels_line(document, source)]
     runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
-    head = f"**{document['benchmark']}**, {headline(document)}, {quoted} ({source})"
+    head = f"**{document.get('name', document['benchmark'])}**, {headline(document)}, {quoted} ({source})"
     if document["benchmark"] == "mnist":
         return [head, _table(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
     groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]

@@ -48,13 +48,19 @@ def _allocators(options: argparse.Namespace) -> list[str | None]:
 def _write(document: dict, options: argparse.Namespace) -> None:
     """The table to the terminal, the rest under ``--out``."""
     print(views.text(document))
-    benchmark = document["benchmark"]
-    name = f"{benchmark}_winograd" if benchmark == "conv2d" and options.winograd else benchmark
     dtype = None if document["dtype"] == "float32" else document["dtype"]
-    stem = options.out / "_".join(filter(None, (name, options.device, document["allocator"], dtype)))
+    stem = options.out / "_".join(filter(None, (document["name"], options.device, document["allocator"], dtype)))
     stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     for path in [stem.with_suffix(".json"), *plots.draw(document, stem)]:
         print(f"wrote {path}")
+
+
+def _name(benchmark: str, options: argparse.Namespace) -> str:
+    """The benchmark, with what was asked of it: conv2d, conv2d_networks, conv2d_winograd, conv2d_networks_winograd."""
+    if benchmark != "conv2d":
+        return benchmark
+    layers = [] if options.layers == "conv2d" else [options.layers]
+    return "_".join(["conv2d", *layers, *(["winograd"] if options.winograd else [])])
 
 
 def _run(benchmark: str, arguments: list[str], options: argparse.Namespace, dtype: str, allocator: str | None) -> dict:
@@ -95,9 +101,11 @@ def document_of(benchmark: str, dtype: str, options: argparse.Namespace) -> dict
         layouts=tuple(options.layout or LAYOUTS),
         effort=Effort(options.repeats or effort.repeats, options.seconds or effort.seconds),
         data_dir=options.data_dir,
+        layers=options.layers,
         winograd=options.winograd,
     )
     document = {"schema": SCHEMA, "benchmark": benchmark, "device": options.device, "dtype": dtype}
+    document["name"] = _name(benchmark, options)
     document |= machine.describe(options.device)
     document["rows"] = rows = _rows(benchmark, options, bench)
     document["failures"] = bench.failures

@@ -81,6 +81,13 @@ def test_rows_are_checked_one_by_one(tmp_path, capsys):
     assert f"{name} " in capsys.readouterr().out
 
 
+def test_the_layers_of_networks_are_a_list_of_their_own(tmp_path):
+    only = ["--only", "efficientnet_b0_32x1_1x1_8|mobilenet_v2_960x7_3x3_960", "--direction", "forward"]
+    assert main(["conv2d", "--layers", "networks", "--layout", "nchw", *only, "--out", str(tmp_path), *QUICK]) == 0
+    rows = json.loads((tmp_path / "conv2d_networks_cpu_nofault.json").read_text())["rows"]
+    assert {row["class"] for row in rows} == {"one_pixel", "depthwise"}
+
+
 def test_winograd_is_measured_where_it_serves(tmp_path, capfd):
     quick = ["conv2d", "--winograd", "--out", str(tmp_path), "--layout", "nchw", *QUICK]
     assert main([*quick, "--only", "googlenet_3a_5x5", "--direction", "backward_weight"]) == 0
