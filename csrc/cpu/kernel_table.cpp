@@ -26,6 +26,7 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_forward_winograd)                   \
   SPECIAL(conv2d_backward_input_winograd)            \
   SPECIAL(conv2d_forward_pixels)                     \
+  SPECIAL(conv2d_backward_input_shares)              \
   SPECIAL(conv2d_backward_input_pixels)              \
   ROW(conv2d_forward_direct)                         \
   ROW(conv2d_backward_input_direct)                  \

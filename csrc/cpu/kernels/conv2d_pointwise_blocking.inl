@@ -15,12 +15,12 @@ using cnn_ext::cpu::Plan;
 
 constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
-constexpr int64_t kBlockPoints = 128;
-constexpr int64_t kWholePlane = 256;       // points of a planar map that is not cut, so that it lies in one piece
-constexpr int64_t kFewestCopiedUnits = 3;  // units of outputs that pay for copying the source
-constexpr int64_t kAliasedPlane = 4096;    // bytes: the distance of rows that compete, ...
-constexpr int64_t kAliasedPixel = 2048;    // ... half of it where a tile reads 14 of them side by side
-constexpr int64_t kTasksPerThread = 8;     // with fewer, the last one to finish is waited for too long
+constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
+constexpr int64_t kWholePlane = 256;         // points of a planar map that is not cut, so that it lies in one piece
+constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying the source
+constexpr int64_t kAliasedPlane = 4096;      // bytes: the distance of rows that compete, ...
+constexpr int64_t kAliasedPixel = 2048;      // ... half of it where a tile reads 14 of them side by side
+constexpr int64_t kTasksPerThread = 8;       // with fewer, the last one to finish is waited for too long
 constexpr int64_t kAlignment = 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -54,7 +54,7 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   b.channels = divide_up(p.channels, b.channel_blocks);
   const bool copies = copies_source<T, Tile>(p);
   const int64_t point_bytes = larger(1, p.channels * static_cast<int64_t>(sizeof(T)));
-  int64_t fitting = larger(4 * Tile::kMaxPoints, smaller(kBlockPoints, kSourceBytes / point_bytes));
+  int64_t fitting = larger(4 * Tile::kMaxPoints, smaller(kBlockLine / static_cast<int64_t>(sizeof(T)), kSourceBytes / point_bytes));
   if (copies && Tile::kPointsInLanes) fitting = Tile::kMaxPoints;
   const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * kTasksPerThread : 1;
   const int64_t all_points = p.lines() * p.points;
