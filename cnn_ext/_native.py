@@ -116,17 +116,30 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
             getattr(cuda(), kernel)(on_device(shape, device), *addresses, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
-    """``_run`` with what CUDA kernels want: aligned tensors, memory from torch. CPU kernels bring their own."""
+def _run_in_workspace(kernel: str, workspace_bytes: str, shape, tensors, *arguments) -> None:
+    """``_run`` with what CUDA kernels want: aligned tensors, and as much memory from torch as the function
+    ``workspace_bytes`` of the module says for ``arguments``: direction, what else. CPU kernels bring their own."""
     device = tensors[0].device
     if device.type == "cpu":
         _run(kernel, shape, *tensors)
         return
     # Only views into the middle of another tensor are not aligned; results are made aligned.
     tensors = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
+    direction, *others = arguments
     with torch.cuda.device(device):
-        wanted = cuda().conv2d_workspace_bytes(getattr(Conv2dDirection, direction), on_device(shape, device), with_bias)
+        wanted = getattr(cuda(), workspace_bytes)(
+            getattr(Conv2dDirection, direction), on_device(shape, device), *others
+        )
     _run(kernel, shape, *tensors, torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None)
+
+
+def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
+    _run_in_workspace(kernel, "conv2d_workspace_bytes", shape, tensors, direction, with_bias)
+
+
+def _run_fused(direction: str, shape, *tensors: torch.Tensor | None) -> None:
+    kernel = f"conv2d_relu_max_pool2d_{direction}"
+    _run_in_workspace(kernel, "conv2d_relu_pool_workspace_bytes", shape, tensors, direction)
 
 
 def conv2d_forward(shape, input, weight, bias, output):
@@ -159,7 +172,7 @@ def conv2d_backward_bias(shape, grad_output, grad_bias):
 
 
 def conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets):
-    _run("conv2d_relu_max_pool2d_forward", shape, input, weight, bias, output, offsets)
+    _run_fused("forward", shape, input, weight, bias, output, offsets)
 
 
 def conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, packed):
@@ -167,15 +180,15 @@ def conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, pa
 
 
 def conv2d_relu_max_pool2d_backward_input(shape, grad_output, mask, weight, grad_input):
-    _run("conv2d_relu_max_pool2d_backward_input", shape, grad_output, mask, weight, grad_input)
+    _run_fused("backward_input", shape, grad_output, mask, weight, grad_input)
 
 
 def conv2d_relu_max_pool2d_backward_weight(shape, grad_output, mask, input, grad_weight):
-    _run("conv2d_relu_max_pool2d_backward_weight", shape, grad_output, mask, input, grad_weight)
+    _run_fused("backward_weight", shape, grad_output, mask, input, grad_weight)
 
 
 def conv2d_relu_max_pool2d_backward_bias(shape, grad_output, mask, grad_bias):
-    _run("conv2d_relu_max_pool2d_backward_bias", shape, grad_output, mask, grad_bias)
+    _run_fused("backward_bias", shape, grad_output, mask, grad_bias)
 
 
 def max_pool2d_forward(shape, input, output, offsets):

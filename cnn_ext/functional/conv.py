@@ -158,8 +158,8 @@ def conv2d_relu_max_pool2d(
     """Max pooling of ``relu(conv2d(input, weight, bias, ...))``, without the tensors in between.
 
     The values are those of the three functions one after the other. For backward it keeps the input, the weight and
-    one byte for each pooled output; a CUDA tensor, a pooling window of more than 255 taps and another padding mode than
-    zeros run the three functions.
+    one byte for each pooled output; a pooling window of more than 255 taps and another padding mode than zeros run the
+    three functions.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups, padding_mode, packing: as for :func:`conv2d`.
@@ -187,7 +187,7 @@ def _conv2d_relu_max_pool2d(input, weight, bias, geometry, pool, hints):
         return _conv2d_relu_max_pool2d(input.unsqueeze(0), weight, bias, geometry, pool, hints).squeeze(0)
     (pool_h, pool_w), _ = pool
     maps_padding = len(geometry) > 5
-    if input.is_cuda or maps_padding or pool_h * pool_w > MOST_FUSED_TAPS:
+    if maps_padding or pool_h * pool_w > MOST_FUSED_TAPS:
         activated = torch.relu(autograd.conv2d(input, weight, bias, geometry, **hints))
         if pool == ((1, 1), (1, 1)):
             return activated

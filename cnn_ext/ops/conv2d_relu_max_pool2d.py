@@ -2,7 +2,7 @@
 
 ``pool`` is (pool_size, pool_stride); ((1, 1), (1, 1)) is the ReLU alone. What backward has to know of forward is one
 tensor, the mask: with pooling the offsets (uint8, of the output's size; 255 where no gradient passes), without it the
-output. CPU tensors only.
+output.
 """
 
 import functools
@@ -43,7 +43,6 @@ def _mask_dtype(pool, dtype: torch.dtype) -> torch.dtype:
 
 def _check_backward(grad_output: TensorSpec, mask: TensorSpec, output_size, pool) -> None:
     """What the three gradients check alike."""
-    shapes.check_fused_device(grad_output)
     shapes.check_served("conv2d_relu_max_pool2d", grad_output)
     shapes.check_size("grad_output", grad_output.size, output_size)
     shapes.check_size("mask", mask.size, output_size)
@@ -62,7 +61,6 @@ def _no_offsets(like: torch.Tensor) -> torch.Tensor:
 def _plan_forward(input: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, geometry, pool):
     output_size = shapes.conv2d_relu_max_pool2d_output_size(input.size, weight.size, geometry, pool)
     shapes.check_conv_tensors(input, weight, bias)
-    shapes.check_fused_device(input)
     shapes.check_fits("output", output_size, input.dtype.itemsize)
     return output_size, shapes.memory_format(input, weight)
 

@@ -386,11 +386,3 @@ def conv2d_relu_max_pool2d_output_size(input_size, weight_size, geometry, pool) 
     return pool2d_output_size(
         conv2d_output_size(input_size, weight_size, *geometry), *pool, (0, 0, 0, 0), (1, 1), False
     )
-
-
-def check_fused_device(tensor: TensorSpec) -> None:
-    """Refuses a device without fused kernels."""
-    if tensor.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f'"conv2d_relu_max_pool2d" not implemented for device {tensor.device}: expected a cpu tensor'
-        )

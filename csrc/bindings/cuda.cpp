@@ -20,6 +20,12 @@ void run(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffer
   cuda::run_conv2d(direction, shape, buffers, pointer(workspace), reinterpret_cast<cudaStream_t>(stream));
 }
 
+void run(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Address workspace,
+         Address stream) {
+  const py::gil_scoped_release unlocked;
+  cuda::run_conv2d_relu_pool(direction, shape, buffers, pointer(workspace), reinterpret_cast<cudaStream_t>(stream));
+}
+
 void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, Address stream) {
   const py::gil_scoped_release unlocked;
   cuda::run_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
@@ -63,6 +69,47 @@ void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Addre
 void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, Address workspace, Address stream) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.grad_bias = pointer(grad_bias);
+  run(Conv2dDirection::backward_bias, shape, b, workspace, stream);
+}
+
+// The buffers of a backward direction; `mask`: the offsets or, without pooling, the output.
+Conv2dReluPoolBuffers backward_buffers(const Conv2dReluPoolShape& shape, Address grad_output, Address mask) {
+  Conv2dReluPoolBuffers b{};
+  b.grad_output = pointer(grad_output);
+  if (has_pooling(shape)) {
+    b.offsets = static_cast<uint8_t*>(pointer(mask));
+  } else {
+    b.output = pointer(mask);
+  }
+  return b;
+}
+
+void conv2d_relu_max_pool2d_forward(const Conv2dReluPoolShape& shape, Address input, Address weight, Address bias, Address output,
+                                    Address offsets, Address workspace, Address stream) {
+  Conv2dReluPoolBuffers b{};
+  b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias);
+  b.output = pointer(output), b.offsets = static_cast<uint8_t*>(pointer(offsets));
+  run(Conv2dDirection::forward, shape, b, workspace, stream);
+}
+
+void conv2d_relu_max_pool2d_backward_input(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address weight,
+                                           Address grad_input, Address workspace, Address stream) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.weight = pointer(weight), b.grad_input = pointer(grad_input);
+  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
+}
+
+void conv2d_relu_max_pool2d_backward_weight(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address input,
+                                            Address grad_weight, Address workspace, Address stream) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.input = pointer(input), b.grad_weight = pointer(grad_weight);
+  run(Conv2dDirection::backward_weight, shape, b, workspace, stream);
+}
+
+void conv2d_relu_max_pool2d_backward_bias(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address grad_bias,
+                                          Address workspace, Address stream) {
+  Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
+  b.grad_bias = pointer(grad_bias);
   run(Conv2dDirection::backward_bias, shape, b, workspace, stream);
 }
 
@@ -165,6 +212,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("conv2d_backward_weight", &conv2d_backward_weight);
   m.def("conv2d_backward_bias", &conv2d_backward_bias);
   m.def("conv2d_workspace_bytes", &cuda::conv2d_workspace_bytes);
+  m.def("conv2d_relu_max_pool2d_forward", &conv2d_relu_max_pool2d_forward);
+  m.def("conv2d_relu_max_pool2d_backward_input", &conv2d_relu_max_pool2d_backward_input);
+  m.def("conv2d_relu_max_pool2d_backward_weight", &conv2d_relu_max_pool2d_backward_weight);
+  m.def("conv2d_relu_max_pool2d_backward_bias", &conv2d_relu_max_pool2d_backward_bias);
+  m.def("conv2d_relu_pool_workspace_bytes", &cuda::conv2d_relu_pool_workspace_bytes);
   m.def("max_pool2d_forward", &max_pool2d_forward);
   m.def("max_pool2d_backward", &max_pool2d_backward);
   m.def("max_pool2d_gather", &max_pool2d_gather);
@@ -179,6 +231,9 @@ PYBIND11_MODULE(_cuda, m) {
   // The number of CPU threads, which _C's functions take, plays no part here.
   m.def("choose_conv2d",
         [](Conv2dDirection direction, const Conv2dShape& shape, int) { return to_dict(cuda::choose_conv2d(direction, shape)); });
+  m.def("choose_conv2d_relu_pool", [](Conv2dDirection direction, const Conv2dReluPoolShape& shape, int) {
+    return to_dict(cuda::choose_conv2d_relu_pool(direction, shape));
+  });
   m.def("choose_pool2d", [](Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, int) {
     return to_dict(cuda::choose_pool2d(op, direction, shape));
   });

@@ -3,6 +3,7 @@
 //
 // The ReLU comes after the pooling, where there are fewer elements: it is monotonic, so that the maximum and its place are the same.
 // Backward drops the gradients that the ReLU stops, scatters the others by the pooling's backward, and goes on as the convolution.
+#include "core/fused_pool.h"
 #include "cpu/api.h"
 #include "cpu/parallel.h"
 
@@ -15,19 +16,6 @@ constexpr int64_t kChunk = 16384;
 size_t bytes_of(int64_t elements, DType dtype) {
   const size_t bytes = static_cast<size_t>(elements) * (dtype == DType::float64 ? sizeof(double) : sizeof(float));
   return (bytes + 63) / 64 * 64;
-}
-
-int64_t conv_elements(const Conv2dReluPoolShape& s) { return s.conv.batch * s.conv.out_channels * s.conv.out_h * s.conv.out_w; }
-int64_t pooled_elements(const Conv2dReluPoolShape& s) { return s.conv.batch * s.conv.out_channels * s.pooled_h * s.pooled_w; }
-
-Pool2dShape pool_shape(const Conv2dReluPoolShape& s) {
-  Pool2dShape pool{};
-  pool.batch = s.conv.batch, pool.channels = s.conv.out_channels;
-  pool.in_h = s.conv.out_h, pool.in_w = s.conv.out_w, pool.out_h = s.pooled_h, pool.out_w = s.pooled_w;
-  pool.kernel_h = s.pool_h, pool.kernel_w = s.pool_w, pool.stride_h = s.pool_stride_h, pool.stride_w = s.pool_stride_w;
-  pool.dilation_h = pool.dilation_w = 1;
-  pool.dtype = s.conv.dtype, pool.layout = s.conv.layout;
-  return pool;
 }
 
 // body(begin, end) over the elements [0, count).

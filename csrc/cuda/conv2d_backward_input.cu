@@ -8,28 +8,31 @@
 // direct: one thread per input; any shape, and what depthwise convolutions take.
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
+#include "cuda/relu_pool.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
-template <class T, Layout kLayout>
+// Gradient: how grad_output is read (relu_pool.cuh).
+template <class T, Layout kLayout, class Gradient>
 struct BackwardInputOperands {
   using Acc = Accumulate<T>;
   static constexpr bool kRowsAlongDepth = kLayout == Layout::nchw, kColsAlongDepth = kLayout == Layout::nhwc;
 
-  BackwardInputOperands(const Conv2dGeometry& geometry, const Conv2dBuffers& b)
+  BackwardInputOperands(const Conv2dGeometry& geometry, const Gradient& gradient_, const void* weight_, const void* bias_,
+                        void* grad_input_)
       : g(geometry),
-        grad_output(static_cast<const T*>(b.grad_output)),
-        weight(static_cast<const T*>(b.weight)),
-        bias(static_cast<const T*>(b.bias)),
-        grad_input(static_cast<T*>(b.grad_input)),
+        gradient(gradient_),
+        weight(static_cast<const T*>(weight_)),
+        bias(static_cast<const T*>(bias_)),
+        grad_input(static_cast<T*>(grad_input_)),
         phase_height(ceil_div(g.in_h, g.stride_h)),
         phase_width(ceil_div(g.in_w, g.stride_w)),
         pixels(g.batch * phase_height * phase_width),
         pixel_decoder(phase_height, phase_width) {}
 
   __device__ void select_group(int group) {
-    grad_output += group * g.group_out * g.out.c;
+    first_plane = group * g.group_out * gradient.strides.c;
     weight += group * g.group_out * g.filter.n;
     if (bias != nullptr) bias += group * g.group_in;
     grad_input += group * g.group_in * g.in.c;
@@ -39,16 +42,16 @@ struct BackwardInputOperands {
     const T* filter;  // null: none
   };
   struct Col {
-    const T* image;  // null: none
-    int h, w;        // the output that the phase's first tap leads to
+    int64_t plane;  // of the image's first channel in the group; -1: none
+    int h, w;       // the output that the phase's first tap leads to
   };
   using Depth = Tap;  // channel k; r and s count the taps of the phase
 
   __device__ Row row(int c) const { return {c < g.group_in ? weight + c * g.filter.c : nullptr}; }
   __device__ Col col(int pixel) const {
     const PlaneIndex p = pixel_decoder.at(pixel);
-    if (!exists(pixel, p)) return {nullptr, 0, 0};
-    return {grad_output + p.outer * g.out.n, phase_h.origin + p.h, phase_w.origin + p.w};
+    if (!exists(pixel, p)) return {-1, 0, 0};
+    return {first_plane + p.outer * gradient.strides.n, phase_h.origin + p.h, phase_w.origin + p.w};
   }
   __device__ Depth depth(int term) const { return tap_decoder.at(term); }
   __device__ Acc load_row(const Row& row, const Depth& tap) const {
@@ -58,11 +61,16 @@ struct BackwardInputOperands {
   }
   __device__ bool inside(const Col& col, const Depth& tap) const {
     const int h = col.h - tap.r * phase_h.step, w = col.w - tap.s * phase_w.step;
-    return col.image != nullptr && h >= 0 && h < g.out_h && w >= 0 && w < g.out_w;
+    return col.plane >= 0 && h >= 0 && h < g.out_h && w >= 0 && w < g.out_w;
   }
   __device__ Acc load_col(const Col& col, const Depth& tap) const {
     const int h = col.h - tap.r * phase_h.step, w = col.w - tap.s * phase_w.step;
-    return widen(col.image[tap.channel * g.out.c + h * g.out.h + w * g.out.w]);
+    return gradient.at(col.plane + tap.channel * gradient.strides.c, h, w);
+  }
+  template <int kCount>
+  __device__ void store(int c, int pixel, const Acc (&sums)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store(c, pixel + i, sums[i]);
   }
   __device__ void store(int c, int pixel, Acc sum) const {
     const PlaneIndex p = pixel_decoder.at(pixel);
@@ -78,7 +86,8 @@ struct BackwardInputOperands {
   }
 
   Conv2dGeometry g;
-  const T* grad_output;
+  Gradient gradient;
+  int64_t first_plane = 0;  // of the group
   const T* weight;
   const T* bias;  // null: none
   T* grad_input;
@@ -89,9 +98,9 @@ struct BackwardInputOperands {
 };
 
 // Blocks are numbered by row tile, group, phase, column tile.
-template <class Tile, class T, Layout kLayout>
+template <class Tile, class T, Layout kLayout, class Gradient>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks<Accumulate<T>>)
-    backward_input_implicit_gemm(BackwardInputOperands<T, kLayout> operands, int row_tiles, int groups, int phases) {
+    backward_input_implicit_gemm(BackwardInputOperands<T, kLayout, Gradient> operands, int row_tiles, int groups, int phases) {
   const Conv2dGeometry& g = operands.g;
   const int row_tile = blockIdx.x % row_tiles, tiles = blockIdx.x / row_tiles;
   const int phase = tiles / groups % phases, col_tile = tiles / groups / phases;
@@ -100,7 +109,7 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks<Accumulate<T>>)
   operands.phase_w = phase_of(phase % g.stride_w, g.stride_w, g.pad_left, g.dilation_w, g.kernel_w);
   operands.tap_decoder = TapDecoder<kLayout>(g.group_out, operands.phase_h.taps, operands.phase_w.taps);
   const int terms = g.group_out * operands.phase_h.taps * operands.phase_w.taps;
-  ImplicitGemm<Tile, BackwardInputOperands<T, kLayout>> gemm(operands, row_tile * Tile::kRows, col_tile * Tile::kCols, 0, terms);
+  ImplicitGemm<Tile, BackwardInputOperands<T, kLayout, Gradient>> gemm(operands, row_tile * Tile::kRows, col_tile * Tile::kCols, 0, terms);
   gemm.run();
 }
 
@@ -114,29 +123,44 @@ Plan gemm_plan(const Conv2dShape& s) {
   return {Tile::kRows, Tile::kCols, row_tiles * s.groups * s.stride_h * s.stride_w * col_tiles, 0};
 }
 
-template <class Tile, class T, Layout kLayout>
-void launch_gemm(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
+template <class Tile, class T, Layout kLayout, class Gradient, class Buffers>
+void launch_gemm(const Conv2dShape& s, const Gradient& gradient, const Buffers& b, const void* bias, cudaStream_t stream) {
   const Conv2dGeometry g(s);
-  launch(backward_input_implicit_gemm<Tile, T, kLayout>, gemm_plan<Tile>(s).blocks, stream, BackwardInputOperands<T, kLayout>(g, b),
-         ceil_div(g.group_in, Tile::kRows), g.groups, g.stride_h * g.stride_w);
+  launch(backward_input_implicit_gemm<Tile, T, kLayout, Gradient>, gemm_plan<Tile>(s).blocks, stream,
+         BackwardInputOperands<T, kLayout, Gradient>(g, gradient, b.weight, bias, b.grad_input), ceil_div(g.group_in, Tile::kRows),
+         g.groups, g.stride_h * g.stride_w);
 }
 
-template <class Tile>
-void run_gemm_tile(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
-  with_element_type(s.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (s.layout == Layout::nchw) {
-      launch_gemm<Tile, T, Layout::nchw>(s, b, stream);
-    } else {
-      launch_gemm<Tile, T, Layout::nhwc>(s, b, stream);
-    }
-  });
+template <class T, class Gradient, class Buffers>
+void run_gemm_of(const Conv2dShape& s, const Gradient& gradient, const Buffers& b, const void* bias, cudaStream_t stream) {
+  const bool is_flat = has_few_rows(s.in_channels / s.groups);
+  if (s.layout == Layout::nchw) {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nchw, Gradient, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nchw, Gradient, Buffers>)(s, gradient, b, bias, stream);
+  } else {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nhwc, Gradient, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nhwc, Gradient, Buffers>)(s, gradient, b, bias, stream);
+  }
 }
 
 Plan plan_gemm(const Conv2dShape& s) { return has_few_rows(s.in_channels / s.groups) ? gemm_plan<FlatTile>(s) : gemm_plan<SquareTile>(s); }
 
 void run_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  (has_few_rows(s.in_channels / s.groups) ? run_gemm_tile<FlatTile> : run_gemm_tile<SquareTile>)(s, b, stream);
+  with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_gemm_of<T>(s, PlainGradient<T>(s, b), b, b.bias, stream);
+  });
+}
+
+bool masked_gemm_accepts(const Conv2dReluPoolShape& s) { return suits_fused_gemm(s, s.conv.in_channels / s.conv.groups); }
+
+Plan plan_masked_gemm(const Conv2dReluPoolShape& s) { return plan_gemm(s.conv); }
+
+void run_masked_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void*, cudaStream_t stream) {
+  with_strict_type(s.conv.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_gemm_of<T>(s.conv, MaskedGradient<T>(s, b), b, nullptr, stream);
+  });
 }
 
 template <class T>
@@ -187,6 +211,13 @@ extern const Conv2dKernel conv2d_backward_input_implicit_gemm_sm80 = {"conv2d_ba
                                                                       run_gemm,
                                                                       /*needs_proof=*/false,
                                                                       /*adds_bias=*/true};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_implicit_gemm_sm80 = {
+    "conv2d_relu_max_pool2d_backward_input_implicit_gemm_sm80",
+    80,
+    Conv2dDirection::backward_input,
+    masked_gemm_accepts,
+    plan_masked_gemm,
+    run_masked_gemm};
 extern const Conv2dKernel conv2d_backward_input_direct_sm80 = {"conv2d_backward_input_direct_sm80",
                                                                80,
                                                                Conv2dDirection::backward_input,

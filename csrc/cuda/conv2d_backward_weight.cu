@@ -8,19 +8,21 @@
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
+#include "cuda/relu_pool.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
-template <class T, Layout kLayout>
+// Gradient: how grad_output is read (relu_pool.cuh).
+template <class T, Layout kLayout, class Gradient>
 struct BackwardWeightOperands {
   using Acc = Accumulate<T>;
   static constexpr bool kRowsAlongDepth = kLayout == Layout::nchw, kColsAlongDepth = kLayout == Layout::nchw;
 
-  BackwardWeightOperands(const Conv2dGeometry& geometry, const Conv2dBuffers& b, void* workspace)
+  BackwardWeightOperands(const Conv2dGeometry& geometry, const Gradient& gradient_, const void* input_, void* workspace)
       : g(geometry),
-        grad_output(static_cast<const T*>(b.grad_output)),
-        input(static_cast<const T*>(b.input)),
+        gradient(gradient_),
+        input(static_cast<const T*>(input_)),
         partials(static_cast<Acc*>(workspace)),
         pixels(g.batch * g.out_h * g.out_w),
         weights(g.group_in * g.kernel_h * g.kernel_w),
@@ -28,13 +30,13 @@ struct BackwardWeightOperands {
         tap_decoder(g.group_in, g.kernel_h, g.kernel_w) {}
 
   __device__ void select(int group, int split) {
-    grad_output += group * g.group_out * g.out.c;
+    first_plane = group * g.group_out * gradient.strides.c;
     input += group * g.group_in * g.in.c;
     partials += (static_cast<int64_t>(split) * g.groups + group) * g.group_out * g.filter.n;
   }
 
   struct Row {
-    const T* plane;  // null: none
+    int64_t plane;  // of image 0; -1: none
   };
   struct Col {
     const T* plane;  // null: none
@@ -42,7 +44,7 @@ struct BackwardWeightOperands {
   };
   using Depth = PlaneIndex;
 
-  __device__ Row row(int k) const { return {k < g.group_out ? grad_output + k * g.out.c : nullptr}; }
+  __device__ Row row(int k) const { return {k < g.group_out ? first_plane + k * gradient.strides.c : -1}; }
   __device__ Col col(int weight) const {
     if (weight >= weights) return {nullptr, 0, 0};
     const Tap tap = tap_decoder.at(weight);
@@ -50,7 +52,7 @@ struct BackwardWeightOperands {
   }
   __device__ Depth depth(int pixel) const { return pixel_decoder.at(pixel); }
   __device__ Acc load_row(const Row& row, const Depth& p) const {
-    return row.plane == nullptr ? Acc{0} : widen(row.plane[p.outer * g.out.n + p.h * g.out.h + p.w * g.out.w]);
+    return row.plane < 0 ? Acc{0} : gradient.at(row.plane + p.outer * gradient.strides.n, p.h, p.w);
   }
   __device__ bool inside(const Col& col, const Depth& p) const {
     const int h = col.h + p.h * g.stride_h, w = col.w + p.w * g.stride_w;
@@ -60,6 +62,11 @@ struct BackwardWeightOperands {
     const int h = col.h + p.h * g.stride_h, w = col.w + p.w * g.stride_w;
     return widen(col.plane[p.outer * g.in.n + h * g.in.h + w * g.in.w]);
   }
+  template <int kCount>
+  __device__ void store(int k, int weight, const Acc (&sums)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store(k, weight + i, sums[i]);
+  }
   __device__ void store(int k, int weight, Acc sum) const {
     if (k >= g.group_out || weight >= weights) return;
     const Tap tap = tap_decoder.at(weight);
@@ -67,7 +74,8 @@ struct BackwardWeightOperands {
   }
 
   Conv2dGeometry g;
-  const T* grad_output;
+  Gradient gradient;
+  int64_t first_plane = 0;  // of the group
   const T* input;
   Acc* partials;  // [splits][the weights in memory order]
   int pixels, weights;
@@ -76,15 +84,15 @@ struct BackwardWeightOperands {
 };
 
 // Blocks are numbered by row tile, column tile, group, split: those that read the same pixels run together.
-template <class Tile, class T, Layout kLayout>
+template <class Tile, class T, Layout kLayout, class Gradient>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks<Accumulate<T>>)
-    backward_weight_implicit_gemm(BackwardWeightOperands<T, kLayout> operands, int row_tiles, int col_tiles, int split_size) {
+    backward_weight_implicit_gemm(BackwardWeightOperands<T, kLayout, Gradient> operands, int row_tiles, int col_tiles, int split_size) {
   const int row_tile = blockIdx.x % row_tiles, tiles = blockIdx.x / row_tiles;
   const int group = tiles / col_tiles % operands.g.groups, split = tiles / col_tiles / operands.g.groups;
   operands.select(group, split);
   const int begin = split * split_size, end = smaller(operands.pixels, begin + split_size);
-  ImplicitGemm<Tile, BackwardWeightOperands<T, kLayout>> gemm(operands, row_tile * Tile::kRows, tiles % col_tiles * Tile::kCols, begin,
-                                                              end);
+  ImplicitGemm<Tile, BackwardWeightOperands<T, kLayout, Gradient>> gemm(operands, row_tile * Tile::kRows, tiles % col_tiles * Tile::kCols,
+                                                                        begin, end);
   gemm.run();
 }
 
@@ -111,31 +119,45 @@ Plan gemm_plan(const Conv2dShape& s) {
   return {Tile::kRows, Tile::kCols, division.blocks, partials_bytes(s.dtype, division.splits, weight_elements(s))};
 }
 
-template <class Tile, class T, Layout kLayout>
-void launch_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
+template <class Tile, class T, Layout kLayout, class Gradient, class Buffers>
+void launch_gemm(const Conv2dShape& s, const Gradient& gradient, const Buffers& b, void* workspace, cudaStream_t stream) {
   const Division<Tile> division(s);
-  launch(backward_weight_implicit_gemm<Tile, T, kLayout>, division.blocks, stream,
-         BackwardWeightOperands<T, kLayout>(Conv2dGeometry(s), b, workspace), static_cast<int>(division.row_tiles),
-         static_cast<int>(division.col_tiles), static_cast<int>(division.splits.size));
+  launch(backward_weight_implicit_gemm<Tile, T, kLayout, Gradient>, division.blocks, stream,
+         BackwardWeightOperands<T, kLayout, Gradient>(Conv2dGeometry(s), gradient, b.input, workspace),
+         static_cast<int>(division.row_tiles), static_cast<int>(division.col_tiles), static_cast<int>(division.splits.size));
   launch_sum_partials<T>(workspace, division.splits, weight_elements(s), b.grad_weight, stream);
 }
 
-template <class Tile>
-void run_gemm_tile(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  with_element_type(s.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (s.layout == Layout::nchw) {
-      launch_gemm<Tile, T, Layout::nchw>(s, b, workspace, stream);
-    } else {
-      launch_gemm<Tile, T, Layout::nhwc>(s, b, workspace, stream);
-    }
-  });
+template <class T, class Gradient, class Buffers>
+void run_gemm_of(const Conv2dShape& s, const Gradient& gradient, const Buffers& b, void* workspace, cudaStream_t stream) {
+  const bool is_flat = has_few_rows(s.out_channels / s.groups);
+  if (s.layout == Layout::nchw) {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nchw, Gradient, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nchw, Gradient, Buffers>)(s, gradient, b, workspace, stream);
+  } else {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nhwc, Gradient, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nhwc, Gradient, Buffers>)(s, gradient, b, workspace, stream);
+  }
 }
 
 Plan plan_gemm(const Conv2dShape& s) { return has_few_rows(s.out_channels / s.groups) ? gemm_plan<FlatTile>(s) : gemm_plan<SquareTile>(s); }
 
 void run_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  (has_few_rows(s.out_channels / s.groups) ? run_gemm_tile<FlatTile> : run_gemm_tile<SquareTile>)(s, b, workspace, stream);
+  with_element_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_gemm_of<T>(s, PlainGradient<T>(s, b), b, workspace, stream);
+  });
+}
+
+bool masked_gemm_accepts(const Conv2dReluPoolShape& s) { return suits_fused_gemm(s, s.conv.out_channels / s.conv.groups); }
+
+Plan plan_masked_gemm(const Conv2dReluPoolShape& s) { return plan_gemm(s.conv); }
+
+void run_masked_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, cudaStream_t stream) {
+  with_strict_type(s.conv.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_gemm_of<T>(s.conv, MaskedGradient<T>(s, b), b, workspace, stream);
+  });
 }
 
 template <class T>
@@ -187,6 +209,13 @@ void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, c
 
 extern const Conv2dKernel conv2d_backward_weight_implicit_gemm_sm80 = {
     "conv2d_backward_weight_implicit_gemm_sm80", 80, Conv2dDirection::backward_weight, gemm_accepts, plan_gemm, run_gemm};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80 = {
+    "conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80",
+    80,
+    Conv2dDirection::backward_weight,
+    masked_gemm_accepts,
+    plan_masked_gemm,
+    run_masked_gemm};
 extern const Conv2dKernel conv2d_backward_weight_direct_sm80 = {
     "conv2d_backward_weight_direct_sm80", 80, Conv2dDirection::backward_weight, has_int_extents, plan_direct, run_direct};
 

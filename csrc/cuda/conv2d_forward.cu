@@ -6,31 +6,62 @@
 // direct: one thread per output adds up its taps in the same order as the GEMM in nchw; any shape, and what depthwise convolutions take.
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
+#include "cuda/relu_pool.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
-template <class T, Layout kLayout>
+// How the outputs are numbered and stored: one by one, or as windows of the pooling (WindowStore).
+template <class T>
+struct PlainStore {
+  using Acc = Accumulate<T>;
+
+  PlainStore(const Conv2dShape& s, const Conv2dBuffers& b)
+      : output(static_cast<T*>(b.output)),
+        bias(static_cast<const T*>(b.bias)),
+        strides(strides_of(s.layout, s.out_channels, s.out_h, s.out_w)),
+        decoder(static_cast<int>(s.out_h), static_cast<int>(s.out_w)),
+        pixels(static_cast<int>(s.batch * s.out_h * s.out_w)) {}
+
+  __device__ void select_channel(int channel) {
+    output += channel * strides.c;
+    if (bias != nullptr) bias += channel;
+  }
+  template <int kCount>
+  __device__ void store(int pixel, int k, const Acc (&sums)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (pixel + i >= pixels) return;
+      const PlaneIndex p = decoder.at(pixel + i);
+      const int64_t offset = p.outer * strides.n + k * strides.c + p.h * strides.h + p.w * strides.w;
+      output[offset] = narrow<T>(bias == nullptr ? sums[i] : sums[i] + widen(bias[k]));
+    }
+  }
+
+  T* output;
+  const T* bias;  // null: none
+  Strides strides;
+  PlaneDecoder decoder;
+  int pixels;
+};
+
+template <class T, Layout kLayout, class Store>
 struct ForwardOperands {
   using Acc = Accumulate<T>;
   static constexpr bool kRowsAlongDepth = true, kColsAlongDepth = kLayout == Layout::nhwc;
 
-  ForwardOperands(const Conv2dGeometry& geometry, const Conv2dBuffers& b)
+  ForwardOperands(const Conv2dGeometry& geometry, const Store& outputs, const void* input_, const void* weight_)
       : g(geometry),
-        input(static_cast<const T*>(b.input)),
-        weight(static_cast<const T*>(b.weight)),
-        bias(static_cast<const T*>(b.bias)),
-        output(static_cast<T*>(b.output)),
-        pixels(g.batch * g.out_h * g.out_w),
+        out(outputs),
+        input(static_cast<const T*>(input_)),
+        weight(static_cast<const T*>(weight_)),
         terms(g.group_in * g.kernel_h * g.kernel_w),
-        pixel_decoder(g.out_h, g.out_w),
         tap_decoder(g.group_in, g.kernel_h, g.kernel_w) {}
 
   __device__ void select_group(int group) {
     input += group * g.group_in * g.in.c;
     weight += group * g.group_out * g.filter.n;
-    bias += bias != nullptr ? group * g.group_out : 0;
-    output += group * g.group_out * g.out.c;
+    out.select_channel(group * g.group_out);
   }
 
   struct Row {
@@ -44,8 +75,8 @@ struct ForwardOperands {
 
   __device__ Row row(int k) const { return {k < g.group_out ? weight + k * g.filter.n : nullptr}; }
   __device__ Col col(int pixel) const {
-    if (pixel >= pixels) return {nullptr, 0, 0};
-    const PlaneIndex p = pixel_decoder.at(pixel);
+    if (pixel >= out.pixels) return {nullptr, 0, 0};
+    const PlaneIndex p = out.decoder.at(pixel);
     return {input + p.outer * g.in.n, p.h * g.stride_h - g.pad_top, p.w * g.stride_w - g.pad_left};
   }
   __device__ Depth depth(int term) const { return tap_decoder.at(term); }
@@ -60,65 +91,83 @@ struct ForwardOperands {
     const int h = col.h + tap.r * g.dilation_h, w = col.w + tap.s * g.dilation_w;
     return widen(col.image[tap.channel * g.in.c + h * g.in.h + w * g.in.w]);
   }
-  __device__ void store(int k, int pixel, Acc sum) const {
-    if (k >= g.group_out || pixel >= pixels) return;
-    const PlaneIndex p = pixel_decoder.at(pixel);
-    const int64_t offset = p.outer * g.out.n + k * g.out.c + p.h * g.out.h + p.w * g.out.w;
-    output[offset] = narrow<T>(bias == nullptr ? sum : sum + widen(bias[k]));
+  template <int kCount>
+  __device__ void store(int k, int pixel, const Acc (&sums)[kCount]) const {
+    if (k < g.group_out) out.store(pixel, k, sums);
   }
 
   Conv2dGeometry g;
+  Store out;
   const T* input;
   const T* weight;
-  const T* bias;
-  T* output;
-  int pixels, terms;
-  PlaneDecoder pixel_decoder;
+  int terms;
   TapDecoder<kLayout> tap_decoder;
 };
 
 // Blocks are numbered by row tile, group, column tile: those that read the same pixels run together.
-template <class Tile, class T, Layout kLayout>
+template <class Tile, class T, Layout kLayout, class Store>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks<Accumulate<T>>)
-    forward_implicit_gemm(ForwardOperands<T, kLayout> operands, int row_tiles, int groups) {
+    forward_implicit_gemm(ForwardOperands<T, kLayout, Store> operands, int row_tiles, int groups) {
   const int row_tile = blockIdx.x % row_tiles, rest = blockIdx.x / row_tiles;
   operands.select_group(rest % groups);
-  ImplicitGemm<Tile, ForwardOperands<T, kLayout>> gemm(operands, row_tile * Tile::kRows, rest / groups * Tile::kCols, 0, operands.terms);
+  ImplicitGemm<Tile, ForwardOperands<T, kLayout, Store>> gemm(operands, row_tile * Tile::kRows, rest / groups * Tile::kCols, 0,
+                                                              operands.terms);
   gemm.run();
 }
 
 bool gemm_accepts(const Conv2dShape& s) { return suits_implicit_gemm(s, s.out_channels / s.groups); }
 
 template <class Tile>
-Plan gemm_plan(const Conv2dShape& s) {
+Plan gemm_plan(const Conv2dShape& s, int64_t pixels) {
   const int64_t row_tiles = ceil_div<int64_t>(s.out_channels / s.groups, Tile::kRows);
-  const int64_t col_tiles = ceil_div<int64_t>(s.batch * s.out_h * s.out_w, Tile::kCols);
-  return {Tile::kRows, Tile::kCols, row_tiles * s.groups * col_tiles, 0};
+  return {Tile::kRows, Tile::kCols, row_tiles * s.groups * ceil_div<int64_t>(pixels, Tile::kCols), 0};
 }
 
-template <class Tile, class T, Layout kLayout>
-void launch_gemm(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
+Plan plan_gemm_of(const Conv2dShape& s, int64_t pixels) {
+  return (has_few_rows(s.out_channels / s.groups) ? gemm_plan<FlatTile> : gemm_plan<SquareTile>)(s, pixels);
+}
+
+template <class Tile, class T, Layout kLayout, class Store, class Buffers>
+void launch_gemm(const Conv2dShape& s, const Store& store, const Buffers& b, cudaStream_t stream) {
   const Conv2dGeometry g(s);
-  launch(forward_implicit_gemm<Tile, T, kLayout>, gemm_plan<Tile>(s).blocks, stream, ForwardOperands<T, kLayout>(g, b),
-         ceil_div(g.group_out, Tile::kRows), g.groups);
+  launch(forward_implicit_gemm<Tile, T, kLayout, Store>, gemm_plan<Tile>(s, store.pixels).blocks, stream,
+         ForwardOperands<T, kLayout, Store>(g, store, b.input, b.weight), ceil_div(g.group_out, Tile::kRows), g.groups);
 }
 
-template <class Tile>
-void run_gemm_tile(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
+template <class T, class Store, class Buffers>
+void run_gemm_of(const Conv2dShape& s, const Store& store, const Buffers& b, cudaStream_t stream) {
+  const bool is_flat = has_few_rows(s.out_channels / s.groups);
+  if (s.layout == Layout::nchw) {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nchw, Store, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nchw, Store, Buffers>)(s, store, b, stream);
+  } else {
+    (is_flat ? launch_gemm<FlatTile, T, Layout::nhwc, Store, Buffers>
+             : launch_gemm<SquareTile, T, Layout::nhwc, Store, Buffers>)(s, store, b, stream);
+  }
+}
+
+Plan plan_gemm(const Conv2dShape& s) { return plan_gemm_of(s, s.batch * s.out_h * s.out_w); }
+
+void run_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    if (s.layout == Layout::nchw) {
-      launch_gemm<Tile, T, Layout::nchw>(s, b, stream);
-    } else {
-      launch_gemm<Tile, T, Layout::nhwc>(s, b, stream);
-    }
+    run_gemm_of<T>(s, PlainStore<T>(s, b), b, stream);
   });
 }
 
-Plan plan_gemm(const Conv2dShape& s) { return has_few_rows(s.out_channels / s.groups) ? gemm_plan<FlatTile>(s) : gemm_plan<SquareTile>(s); }
+bool pooled_gemm_accepts(const Conv2dReluPoolShape& s) {
+  return has_stored_windows(s) && suits_fused_gemm(s, s.conv.out_channels / s.conv.groups);
+}
 
-void run_gemm(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  (has_few_rows(s.out_channels / s.groups) ? run_gemm_tile<FlatTile> : run_gemm_tile<SquareTile>)(s, b, stream);
+Plan plan_pooled_gemm(const Conv2dReluPoolShape& s) {
+  return plan_gemm_of(s.conv, s.conv.batch * s.pooled_h * s.pooled_w * s.pool_h * s.pool_w);
+}
+
+void run_pooled_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void*, cudaStream_t stream) {
+  with_strict_type(s.conv.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_gemm_of<T>(s.conv, WindowStore<T>(s, b), b, stream);
+  });
 }
 
 template <class T>
@@ -159,6 +208,12 @@ void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_
 
 extern const Conv2dKernel conv2d_forward_implicit_gemm_sm80 = {
     "conv2d_forward_implicit_gemm_sm80", 80, Conv2dDirection::forward, gemm_accepts, plan_gemm, run_gemm};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_implicit_gemm_sm80 = {"conv2d_relu_max_pool2d_forward_implicit_gemm_sm80",
+                                                                                       80,
+                                                                                       Conv2dDirection::forward,
+                                                                                       pooled_gemm_accepts,
+                                                                                       plan_pooled_gemm,
+                                                                                       run_pooled_gemm};
 extern const Conv2dKernel conv2d_forward_direct_sm80 = {
     "conv2d_forward_direct_sm80", 80, Conv2dDirection::forward, has_int_extents, plan_direct, run_direct};
 

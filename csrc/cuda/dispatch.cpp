@@ -18,9 +18,11 @@ constexpr const char* kSizedPool2dDirections[] = {"forward", "backward", "scatte
 constexpr const char* kSizedPool2dOps[] = {"adaptive_max_pool2d", "adaptive_avg_pool2d", "max_unpool2d"};
 
 const char* op_name(const Conv2dKernel&) { return "conv2d"; }
+const char* op_name(const Conv2dReluPoolKernel&) { return "conv2d_relu_max_pool2d"; }
 const char* op_name(const Pool2dKernel& row) { return kPool2dOps[static_cast<int>(row.op)]; }
 const char* op_name(const SizedPool2dKernel& row) { return kSizedPool2dOps[static_cast<int>(row.op)]; }
 const char* direction_name(const Conv2dKernel& row) { return kConv2dDirections[static_cast<int>(row.direction)]; }
+const char* direction_name(const Conv2dReluPoolKernel& row) { return kConv2dDirections[static_cast<int>(row.direction)]; }
 const char* direction_name(const Pool2dKernel& row) { return kPool2dDirections[static_cast<int>(row.direction)]; }
 const char* direction_name(const SizedPool2dKernel& row) { return kSizedPool2dDirections[static_cast<int>(row.direction)]; }
 
@@ -29,13 +31,16 @@ int slot_of(Conv2dDirection direction) { return static_cast<int>(direction); }
 int slot_of(Pool2dOp op, Pool2dDirection direction) { return 3 * static_cast<int>(op) + static_cast<int>(direction); }
 int slot_of(SizedPool2dOp op, SizedPool2dDirection direction) { return 4 * static_cast<int>(op) + static_cast<int>(direction); }
 int slot_of(const Conv2dKernel& row) { return slot_of(row.direction); }
+int slot_of(const Conv2dReluPoolKernel& row) { return slot_of(row.direction); }
 int slot_of(const Pool2dKernel& row) { return slot_of(row.op, row.direction); }
 int slot_of(const SizedPool2dKernel& row) { return slot_of(row.op, row.direction); }
 
 std::atomic<const Conv2dKernel*> forced_conv2d[4];
+std::atomic<const Conv2dReluPoolKernel*> forced_conv2d_relu_pool[4];
 std::atomic<const Pool2dKernel*> forced_pool2d[6];
 std::atomic<const SizedPool2dKernel*> forced_sized_pool2d[12];
 std::atomic<const Conv2dKernel*>& forced(const Conv2dKernel& row) { return forced_conv2d[slot_of(row)]; }
+std::atomic<const Conv2dReluPoolKernel*>& forced(const Conv2dReluPoolKernel& row) { return forced_conv2d_relu_pool[slot_of(row)]; }
 std::atomic<const Pool2dKernel*>& forced(const Pool2dKernel& row) { return forced_pool2d[slot_of(row)]; }
 std::atomic<const SizedPool2dKernel*>& forced(const SizedPool2dKernel& row) { return forced_sized_pool2d[slot_of(row)]; }
 
@@ -70,8 +75,10 @@ int capability_or_none() {
 bool suits(const Conv2dKernel& row, bool with_bias) {
   return row.direction != Conv2dDirection::backward_input || !with_bias || row.adds_bias;
 }
-bool suits(const Pool2dKernel&, bool) { return true; }
-bool suits(const SizedPool2dKernel&, bool) { return true; }
+template <class Kernel>
+bool suits(const Kernel&, bool) {
+  return true;
+}
 
 template <class Kernel, class Shape>
 const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape,
@@ -94,6 +101,11 @@ const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, cons
 const Conv2dKernel& row_for(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias = false) {
   const int slot = slot_of(direction);
   return choose_row(conv2d_kernels(), slot, forced_conv2d[slot].load(), shape, with_bias);
+}
+
+const Conv2dReluPoolKernel& row_for(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
+  const int slot = slot_of(direction);
+  return choose_row(conv2d_relu_pool_kernels(), slot, forced_conv2d_relu_pool[slot].load(), shape);
 }
 
 const Pool2dKernel& row_for(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
@@ -151,6 +163,11 @@ void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2
   row_for(direction, shape, buffers.bias != nullptr).run(shape, buffers, workspace, stream);
 }
 
+void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers,
+                          void* workspace, cudaStream_t stream) {
+  row_for(direction, shape).run(shape, buffers, workspace, stream);
+}
+
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream) {
   row_for(op, direction, shape).run(shape, buffers, stream);
 }
@@ -164,8 +181,17 @@ size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shap
   return row_for(direction, shape, with_bias).plan(shape).workspace_bytes;
 }
 
+size_t conv2d_relu_pool_workspace_bytes(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
+  return row_for(direction, shape).plan(shape).workspace_bytes;
+}
+
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) {
   const Conv2dKernel& row = row_for(direction, shape);
+  return {row.name, arch_name(row), row.plan(shape)};
+}
+
+Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
+  const Conv2dReluPoolKernel& row = row_for(direction, shape);
   return {row.name, arch_name(row), row.plan(shape)};
 }
 
@@ -183,6 +209,7 @@ std::vector<KernelRow> kernel_rows() {
   const int capability = capability_or_none();
   std::vector<KernelRow> rows;
   append_rows(rows, conv2d_kernels(), capability);
+  append_rows(rows, conv2d_relu_pool_kernels(), capability);
   append_rows(rows, pool2d_kernels(), capability);
   append_rows(rows, sized_pool2d_kernels(), capability);
   return rows;
@@ -190,8 +217,8 @@ std::vector<KernelRow> kernel_rows() {
 
 std::string force_kernel(const std::string& name) {
   std::string previous;
-  if (!force_in(conv2d_kernels(), name, previous) && !force_in(pool2d_kernels(), name, previous) &&
-      !force_in(sized_pool2d_kernels(), name, previous)) {
+  if (!force_in(conv2d_kernels(), name, previous) && !force_in(conv2d_relu_pool_kernels(), name, previous) &&
+      !force_in(pool2d_kernels(), name, previous) && !force_in(sized_pool2d_kernels(), name, previous)) {
     throw std::invalid_argument("name: no kernel is called \"" + name + "\"");
   }
   return previous;
@@ -199,6 +226,7 @@ std::string force_kernel(const std::string& name) {
 
 void restore_forced_kernel(const std::string& name, const std::string& previous) {
   restore_in(conv2d_kernels(), name, previous);
+  restore_in(conv2d_relu_pool_kernels(), name, previous);
   restore_in(pool2d_kernels(), name, previous);
   restore_in(sized_pool2d_kernels(), name, previous);
 }

@@ -72,7 +72,7 @@ __device__ void read_fragment(const Acc* staged, Acc (&fragment)[kCount]) {
 //   Acc load_row(Row, Depth)             an element of A
 //   bool inside(Col, Depth)              whether an element of B exists, or is padding
 //   Acc load_col(Col, Depth)             an element of B that exists
-//   void store(int row, int col, Acc)    takes a sum, or ignores it beyond the last row or column
+//   void store(int row, int col, sums)   takes the sums of kThreadCols neighbouring columns, or ignores those beyond the last row or column
 template <class Tile, class Operands>
 class ImplicitGemm {
  public:
@@ -181,10 +181,7 @@ class ImplicitGemm {
 
   __device__ void store() const {
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kThreadCols; ++j) operands_.store(first_row_ + thread_row() + i, first_col_ + thread_col() + j, sums_[i][j]);
-    }
+    for (int i = 0; i < kThreadRows; ++i) operands_.store(first_row_ + thread_row() + i, first_col_ + thread_col(), sums_[i]);
   }
 
   const Operands& operands_;

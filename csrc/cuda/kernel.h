@@ -36,6 +36,18 @@ struct Conv2dKernel {
   bool arch_specific = false;  // runs on that compute capability and on no later one
 };
 
+// Of max pooling of relu(convolution + bias), in the directions of the convolution.
+struct Conv2dReluPoolKernel {
+  const char* name;
+  int min_capability;
+  Conv2dDirection direction;
+  bool (*accepts)(const Conv2dReluPoolShape&);
+  Plan (*plan)(const Conv2dReluPoolShape&);
+  void (*run)(const Conv2dReluPoolShape&, const Conv2dReluPoolBuffers&, void* workspace, cudaStream_t);
+  bool needs_proof = false;
+  bool arch_specific = false;
+};
+
 struct Pool2dKernel {
   const char* name;
   int min_capability;

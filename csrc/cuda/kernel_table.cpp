@@ -36,6 +36,15 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_weight_direct_sm80)          \
   ROW(conv2d_backward_bias_reduction_sm80)
 
+#define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)                       \
+  ROW(conv2d_relu_max_pool2d_forward_implicit_gemm_sm80)         \
+  ROW(conv2d_relu_max_pool2d_forward_composed_sm80)              \
+  ROW(conv2d_relu_max_pool2d_backward_input_implicit_gemm_sm80)  \
+  ROW(conv2d_relu_max_pool2d_backward_input_composed_sm80)       \
+  ROW(conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80) \
+  ROW(conv2d_relu_max_pool2d_backward_weight_composed_sm80)      \
+  ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)
+
 #define CNN_EXT_POOL2D_ROWS(ROW)       \
   ROW(max_pool2d_forward_strips_sm80)  \
   ROW(max_pool2d_backward_strips_sm80) \
@@ -58,9 +67,11 @@ namespace cnn_ext::cuda {
   ROW(max_unpool2d_gather_direct_sm80)
 
 #define CNN_EXT_DECLARE_CONV2D(row) extern const Conv2dKernel row;
+#define CNN_EXT_DECLARE_CONV2D_RELU_POOL(row) extern const Conv2dReluPoolKernel row;
 #define CNN_EXT_DECLARE_POOL2D(row) extern const Pool2dKernel row;
 #define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
 CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D)
+CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL)
 CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D)
 CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)
 
@@ -68,6 +79,11 @@ CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)
 
 const std::vector<const Conv2dKernel*>& conv2d_kernels() {
   static const std::vector<const Conv2dKernel*> table = {CNN_EXT_CONV2D_ROWS(CNN_EXT_ADDRESS)};
+  return table;
+}
+
+const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels() {
+  static const std::vector<const Conv2dReluPoolKernel*> table = {CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADDRESS)};
   return table;
 }
 

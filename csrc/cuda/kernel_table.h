@@ -9,6 +9,7 @@
 namespace cnn_ext::cuda {
 
 const std::vector<const Conv2dKernel*>& conv2d_kernels();
+const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels();
 const std::vector<const Pool2dKernel*>& pool2d_kernels();
 const std::vector<const SizedPool2dKernel*>& sized_pool2d_kernels();
 

@@ -24,6 +24,11 @@ inline int64_t product(std::initializer_list<int64_t> factors) {
   return result;
 }
 
+// Whether an output of the convolution belongs to one window of the pooling at most, whose taps a byte can name.
+inline bool has_disjoint_windows(const Conv2dReluPoolShape& s) {
+  return s.pool_stride_h >= s.pool_h && s.pool_stride_w >= s.pool_w && s.pool_h * s.pool_w <= kNoGradient;
+}
+
 // Half of int's range leaves room for the sums of coordinates.
 constexpr int64_t kMaxExtent = int64_t{1} << 30;
 
@@ -53,6 +58,15 @@ inline bool suits_implicit_gemm(const Conv2dShape& s, int64_t rows) {
 // The types that tensor cores multiply.
 inline bool has_mma_type(const Conv2dShape& s) {
   return s.dtype == DType::float16 || s.dtype == DType::bfloat16 || (s.dtype == DType::float32 && s.allow_tf32 != 0);
+}
+
+// The fused implicit GEMMs take what no tensor core multiplies, with half of a tile's rows or more: other rows of the convolution serve the
+// rest, and the composed row makes use of them.
+constexpr int64_t kLeastFusedRows = 16;
+
+inline bool suits_fused_gemm(const Conv2dReluPoolShape& s, int64_t rows) {
+  return !has_mma_type(s.conv) && rows >= kLeastFusedRows && suits_implicit_gemm(s.conv, rows) && has_disjoint_windows(s) &&
+         all_below(kMaxExtent, {s.pool_stride_h, s.pool_stride_w});
 }
 
 // The general rows on tensor cores (mma_gemm.cuh) take groups of at least 16 channels on both sides and pad channels to chunks of 16 bytes.

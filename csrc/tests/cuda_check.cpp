@@ -18,138 +18,34 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/sized_pool2d_kernel.h"
-#include "cuda/common.cuh"
 #include "cuda/kernel_table.h"
 #include "tests/cases.h"
-#include "tests/cuda_operands.h"
+#include "tests/cuda_rows.h"
 #include "tests/options.h"
 #include "tests/roundings.h"
-
-namespace cnn_ext::cpu::naive {
-extern const Conv2dKernel conv2d_forward, conv2d_backward_input, conv2d_backward_weight, conv2d_backward_bias;
-extern const Pool2dKernel max_pool2d_forward, max_pool2d_backward, max_pool2d_gather, avg_pool2d_forward, avg_pool2d_backward;
-extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_forward, adaptive_avg_pool2d_backward, max_unpool2d_forward,
-    max_unpool2d_scatter, max_unpool2d_gather;
-}  // namespace cnn_ext::cpu::naive
 
 namespace {
 
 using namespace cnn_ext;
 using namespace cnn_ext::tests;
 using cuda::widen;
-namespace naive = cnn_ext::cpu::naive;
-
-const cpu::Conv2dKernel& truth_of(const cuda::Conv2dKernel& row) {
-  static const cpu::Conv2dKernel* const rows[] = {&naive::conv2d_forward, &naive::conv2d_backward_input, &naive::conv2d_backward_weight,
-                                                  &naive::conv2d_backward_bias};
-  return *rows[static_cast<int>(row.direction)];
-}
-
-const cpu::Pool2dKernel& truth_of(const cuda::Pool2dKernel& row) {
-  static const cpu::Pool2dKernel* const rows[][3] = {{&naive::max_pool2d_forward, &naive::max_pool2d_backward, &naive::max_pool2d_gather},
-                                                     {&naive::avg_pool2d_forward, &naive::avg_pool2d_backward, nullptr}};
-  return *rows[static_cast<int>(row.op)][static_cast<int>(row.direction)];
-}
-
-const cpu::SizedPool2dKernel& truth_of(const cuda::SizedPool2dKernel& row) {
-  static const cpu::SizedPool2dKernel* const rows[][4] = {
-      {&naive::adaptive_max_pool2d_forward, nullptr, nullptr, nullptr},
-      {&naive::adaptive_avg_pool2d_forward, &naive::adaptive_avg_pool2d_backward, nullptr, nullptr},
-      {&naive::max_unpool2d_forward, nullptr, &naive::max_unpool2d_scatter, &naive::max_unpool2d_gather}};
-  return *rows[static_cast<int>(row.op)][static_cast<int>(row.direction)];
-}
-
-void call(const cpu::Conv2dKernel& row, Conv2dShape s, const Conv2dBuffers& b, void* workspace) {
-  s.dtype = DType::float64;
-  row.run(s, b, workspace, 1);
-}
-void call(const cuda::Conv2dKernel& row, const Conv2dShape& s, const Conv2dBuffers& b, void* workspace) {
-  row.run(s, b, workspace, nullptr);
-}
-void call(const cpu::Pool2dKernel& row, Pool2dShape s, const Pool2dBuffers& b) {
-  s.dtype = DType::float64;
-  row.run(s, b, nullptr, 1);
-}
-void call(const cuda::Pool2dKernel& row, const Pool2dShape& s, const Pool2dBuffers& b) { row.run(s, b, nullptr); }
-void call(const cpu::SizedPool2dKernel& row, SizedPool2dShape s, const SizedPool2dBuffers& b) {
-  s.dtype = DType::float64;
-  row.run(s, b, nullptr, 1);
-}
-void call(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s, const SizedPool2dBuffers& b) { row.run(s, b, nullptr); }
-
-// Bytes of the workspace; the naive rows need none.
-size_t workspace_bytes(const cpu::Conv2dKernel&, const Conv2dShape&) { return 0; }
-size_t workspace_bytes(const cuda::Conv2dKernel& row, const Conv2dShape& s) { return row.plan(s).workspace_bytes; }
-
-template <class T, class Stored, class Kernel>
-Result<Stored> run_row(const Kernel& row, const Conv2dShape& s, const Run& run, const std::vector<uint8_t>&) {
-  emulation::set_order(run.order);
-  Operands<T, Stored> operands(run);
-  const int64_t input = s.batch * s.in_channels * s.in_h * s.in_w, output = s.batch * s.out_channels * s.out_h * s.out_w;
-  const int64_t weight = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
-  const bool forward = row.direction == Conv2dDirection::forward;
-  Conv2dBuffers b{};
-  if (forward || row.direction == Conv2dDirection::backward_weight) b.input = operands.values(input, 1);
-  if (forward || row.direction == Conv2dDirection::backward_input) b.weight = operands.values(weight, 2);
-  if (forward && s.layout == s.weight_layout) b.bias = operands.values(s.out_channels, 3);
-  if (row.direction == Conv2dDirection::backward_input && s.layout == s.weight_layout) b.bias = operands.values(s.in_channels, 3);
-  if (!forward) b.grad_output = operands.values(output, 4);
-  const int64_t count[] = {output, input, weight, s.out_channels};
-  void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
-  const int direction = static_cast<int>(row.direction);
-  Stored* result = static_cast<Stored*>(operands.bytes(count[direction] * static_cast<int64_t>(sizeof(Stored))));
-  *written[direction] = result;
-  const size_t alignment = 256;
-  void* workspace = operands.bytes(static_cast<int64_t>((workspace_bytes(row, s) + alignment - 1) / alignment * alignment));
-  call(row, s, b, workspace);
-  return {std::vector<Stored>(result, result + count[direction]), {}};
-}
-
-template <class T, class Stored, class Kernel>
-Result<Stored> run_row(const Kernel& row, const Pool2dShape& s, const Run& run, const std::vector<uint8_t>& offsets) {
-  emulation::set_order(run.order);
-  Operands<T, Stored> operands(run);
-  const int64_t input = s.batch * s.channels * s.in_h * s.in_w, output = s.batch * s.channels * s.out_h * s.out_w;
-  const int64_t offset_bytes = row.op == Pool2dOp::avg ? 0 : output * (s.kernel_h * s.kernel_w <= 256 ? 1 : 4);
-  const bool backward = row.direction == Pool2dDirection::backward, forward = row.direction == Pool2dDirection::forward;
-  Pool2dBuffers b{};
-  (backward ? b.grad_output : b.input) = operands.values(backward ? output : input, backward ? 4 : 1);
-  if (row.op == Pool2dOp::max) b.offsets = operands.bytes(offset_bytes, forward ? nullptr : offsets.data());
-  const int64_t count = backward ? input : output;
-  Stored* result = static_cast<Stored*>(operands.bytes(count * static_cast<int64_t>(sizeof(Stored))));
-  (backward ? b.grad_input : b.output) = result;
-  call(row, s, b);
-  const uint8_t* written = static_cast<const uint8_t*>(b.offsets);
-  return {std::vector<Stored>(result, result + count), std::vector<uint8_t>(written, written + offset_bytes)};
-}
-
-template <class T, class Stored, class Kernel>
-Result<Stored> run_row(const Kernel& row, const SizedPool2dShape& s, const Run& run, const std::vector<uint8_t>& indices) {
-  emulation::set_order(run.order);
-  Operands<T, Stored> operands(run);
-  const bool unpools = row.op == SizedPool2dOp::max_unpool;
-  const bool writes_small = row.direction == SizedPool2dDirection::gather || (!unpools && row.direction == SizedPool2dDirection::forward);
-  const int64_t large = s.batch * s.channels * s.in_h * s.in_w, small = s.batch * s.channels * s.out_h * s.out_w;
-  const int64_t index_bytes = row.op == SizedPool2dOp::adaptive_avg ? 0 : small * static_cast<int64_t>(sizeof(int64_t));
-  Stored* source = operands.values(writes_small ? large : small, writes_small ? 1 : 4);
-  const int64_t count = writes_small ? small : large;
-  Stored* result = static_cast<Stored*>(operands.bytes(count * static_cast<int64_t>(sizeof(Stored))));
-  void* places = operands.bytes(index_bytes, unpools ? indices.data() : nullptr);
-  call(row, s, {writes_small ? source : result, writes_small ? result : source, static_cast<int64_t*>(places)});
-  const uint8_t* written = static_cast<const uint8_t*>(places);
-  return {std::vector<Stored>(result, result + count), std::vector<uint8_t>(written, written + index_bytes)};
-}
 
 // The offsets or indices that a direction reads.
 template <class T>
 std::vector<uint8_t> offsets_for(const cuda::Conv2dKernel&, const Conv2dShape&) {
   return {};
+}
+
+template <class T>
+std::vector<uint8_t> offsets_for(const cuda::Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) {
+  if (row.direction == Conv2dDirection::forward || !has_pooling(s)) return {};
+  return run_row<T, double>(naive::conv2d_relu_max_pool2d_forward, s, Run{}, {}).offsets;
 }
 
 template <class T>
@@ -169,16 +65,25 @@ std::vector<uint8_t> offsets_for(const cuda::SizedPool2dKernel& row, const Sized
 }
 
 int64_t roundings_of(const cuda::Conv2dKernel& row, const Conv2dShape& s) { return roundings(row.direction, s); }
+int64_t roundings_of(const cuda::Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s) { return roundings(row.direction, s); }
 int64_t roundings_of(const cuda::Pool2dKernel& row, const Pool2dShape& s) { return roundings(row.op, row.direction, s); }
 
 int64_t roundings_of(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s) { return roundings(row.op, row.direction, s); }
 
-// The results of each image, where they do not depend on the others: 0 if they do.
-int64_t images(const cuda::Conv2dKernel& row, const Conv2dShape& s) {
-  return row.direction == Conv2dDirection::forward || row.direction == Conv2dDirection::backward_input ? s.batch : 0;
+// Whether the results of an image do not depend on the others.
+bool goes_by_image(Conv2dDirection direction) {
+  return direction == Conv2dDirection::forward || direction == Conv2dDirection::backward_input;
 }
-int64_t images(const cuda::Pool2dKernel&, const Pool2dShape& s) { return s.batch; }
-int64_t images(const cuda::SizedPool2dKernel&, const SizedPool2dShape& s) { return s.batch; }
+bool goes_by_image(const cuda::Conv2dKernel& row) { return goes_by_image(row.direction); }
+bool goes_by_image(const cuda::Conv2dReluPoolKernel& row) { return goes_by_image(row.direction); }
+bool goes_by_image(const cuda::Pool2dKernel&) { return true; }
+bool goes_by_image(const cuda::SizedPool2dKernel&) { return true; }
+
+int64_t& batch_of(Conv2dReluPoolShape& s) { return s.conv.batch; }
+template <class Shape>
+int64_t& batch_of(Shape& s) {
+  return s.batch;
+}
 
 // What the errors of a sum's terms follow.
 struct Arithmetic {
@@ -186,11 +91,13 @@ struct Arithmetic {
   double operand_error;  // of a product, relative: its operands may be rounded before
 };
 
-// Tensor cores multiply float32 as TF32, each operand rounded to 11 bits.
+// Tensor cores multiply float32 as TF32, each operand rounded to 11 bits. A composed row stores the convolution's gradient in between,
+// which may be a sum: rounded to a half.
 template <class T, class Kernel, class Shape>
 Arithmetic arithmetic_of(const Kernel& row, const Shape& shape) {
   const bool is_tf32 = std::is_same_v<T, float> && std::strstr(row.name, "_mma_") != nullptr;
-  return {roundings_of(row, shape), is_tf32 ? std::ldexp(1.0, -10) : 0};
+  const bool rounds_sums = std::strstr(row.name, "_composed_") != nullptr;
+  return {roundings_of(row, shape), is_tf32 ? std::ldexp(1.0, -10) : rounds_sums ? last_place<T>(1.0) : 0};
 }
 
 // How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums. A negative
@@ -243,7 +150,7 @@ std::string problem_of(const Kernel& row, const Shape& shape) {
   if (!same_bits(result, run(shape, {Order::reverse, Flush::end, Values::plain})))
     return "other bits in reverse order, or at other addresses";
   Shape first = shape;
-  if (images(row, shape) > 1) first.batch = 1;
+  if (goes_by_image(row)) batch_of(first) = std::min<int64_t>(batch_of(first), 1);
   if (!same_bits(result, run(first, {Order::shuffled, Flush::end, Values::plain})))
     return "other bits in shuffled order, or of an image alone";
   problem = difference(run(shape, {Order::forward, Flush::end, Values::not_finite}), truth(Values::not_finite), magnitude, arithmetic);
@@ -287,7 +194,7 @@ template <class T>
 void check_dtype(DType dtype, const std::string& dtype_name, const Options& options) {
   if (!options.dtype.empty() && options.dtype != dtype_name) return;
   const std::pair<Layout, const char*> layouts[] = {{Layout::nchw, "nchw"}, {Layout::nhwc, "nhwc"}};
-  size_t variant = 3 * static_cast<size_t>(dtype);
+  size_t variant = 3 * static_cast<size_t>(dtype), turn = static_cast<size_t>(dtype);
   for (const auto& [layout, layout_name] : layouts) {
     for (const Case& c : sample(read_cases(options.pool2d_file), variant++, options.every)) {
       const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name;
@@ -298,7 +205,15 @@ void check_dtype(DType dtype, const std::string& dtype_name, const Options& opti
     for (const auto& [weight_layout, weight_layout_name] : layouts) {
       for (const Case& c : sample(read_cases(options.conv2d_file), variant++, options.every)) {
         const std::string what = "case " + c.name + ", " + dtype_name + " " + layout_name + ", weight " + weight_layout_name;
-        check_rows<T>(cuda::conv2d_kernels(), what, conv2d_shape(c, dtype, layout, weight_layout), options);
+        const Conv2dShape conv = conv2d_shape(c, dtype, layout, weight_layout);
+        check_rows<T>(cuda::conv2d_kernels(), what, conv, options);
+        // Each convolution is fused with one of the poolings in turn, in float32 with and without TF32.
+        const auto& [window, stride] = kFusedPools[turn % std::size(kFusedPools)];
+        Conv2dReluPoolShape fused = fused_shape(conv, window, stride);
+        fused.conv.allow_tf32 = turn++ / std::size(kFusedPools) % 2;
+        if (fused.pooled_h < 1 || fused.pooled_w < 1) continue;
+        check_rows<T>(cuda::conv2d_relu_pool_kernels(), what + ", pooled " + std::to_string(window) + "/" + std::to_string(stride), fused,
+                      options);
       }
     }
   }
@@ -307,6 +222,7 @@ void check_dtype(DType dtype, const std::string& dtype_name, const Options& opti
 bool has_row(const std::string& name) {
   const auto is_named = [&](const auto* row) { return name == row->name; };
   return std::any_of(cuda::conv2d_kernels().begin(), cuda::conv2d_kernels().end(), is_named) ||
+         std::any_of(cuda::conv2d_relu_pool_kernels().begin(), cuda::conv2d_relu_pool_kernels().end(), is_named) ||
          std::any_of(cuda::pool2d_kernels().begin(), cuda::pool2d_kernels().end(), is_named) ||
          std::any_of(cuda::sized_pool2d_kernels().begin(), cuda::sized_pool2d_kernels().end(), is_named);
 }

@@ -16,34 +16,38 @@ using emulation::Order;
 
 enum class Values { plain, absolute, not_finite };
 
-// The operands of a case, the same for all rows, orders and dtypes but for their rounding.
+// The operands of a case, the same for all rows, orders and dtypes but for their rounding. exact: whole numbers between -1 and 1, whose
+// sums of products no type rounds.
 struct Run {
   Order order = Order::forward;
   Flush flush = Flush::start;
   Values values = Values::plain;
+  bool exact = false;
 };
 
-inline double operand(uint64_t seed, int64_t i, int64_t count, Values values) {
+inline double operand(uint64_t seed, int64_t i, int64_t count, const Run& run) {
   const uint64_t x = random_bits(seed, i);
-  if (values == Values::not_finite) {
+  if (run.values == Values::not_finite) {
     if (static_cast<int64_t>(random_bits(seed, -1) % static_cast<uint64_t>(count)) == i) return INFINITY;
     if (static_cast<int64_t>(random_bits(seed, -2) % static_cast<uint64_t>(count)) == i) return NAN;
   }
   double value = static_cast<double>(x >> 11) / 4503599627370496.0 - 1.0;
+  if (run.exact) value = std::round(value);
   if (x & 1) value = std::round(value * 4) / 4;
-  return values == Values::absolute ? std::fabs(value) : value;
+  return run.values == Values::absolute ? std::fabs(value) : value;
 }
 
 // Tensors of one call as T, which the kernels read, or as the doubles of the same values.
 template <class T, class Stored>
 class Operands {
  public:
-  explicit Operands(const Run& run) : values_(run.values), tensors_(run.flush) {}
+  explicit Operands(const Run& run) : run_(run), tensors_(run.flush) {}
 
-  Stored* values(int64_t count, uint64_t seed) {
+  Stored* values(int64_t count, uint64_t seed) { return values(count, seed, run_); }
+  Stored* values(int64_t count, uint64_t seed, const Run& run) {
     Stored* data = static_cast<Stored*>(bytes(count * static_cast<int64_t>(sizeof(Stored))));
     for (int64_t i = 0; i < count; ++i) {
-      const T rounded = cuda::narrow<T>(static_cast<cuda::Accumulate<T>>(operand(seed, i, count, values_)));
+      const T rounded = cuda::narrow<T>(static_cast<cuda::Accumulate<T>>(operand(seed, i, count, run)));
       if constexpr (std::is_same_v<T, Stored>) {
         data[i] = rounded;
       } else {
@@ -55,7 +59,7 @@ class Operands {
   void* bytes(int64_t count, const void* source = nullptr) { return tensors_.bytes(count, source); }
 
  private:
-  Values values_;
+  Run run_;
   Tensors tensors_;
 };
 
