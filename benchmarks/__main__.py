@@ -1,4 +1,4 @@
-"""``python -m benchmarks conv2d | pooling | mnist | all | rows | models | memory | overhead | install | report``."""
+"""``python -m benchmarks COMMAND``: benchmarks/README.md lists the commands."""
 
 import argparse
 import os
@@ -12,14 +12,14 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.machine import ALLOCATORS
 from benchmarks.options import DTYPES, EFFORTS, LAYOUTS, require_device
 
-BENCHMARKS = ("conv2d", "pooling", "mnist")
+BENCHMARKS = {"cpu": ("conv2d", "pooling", "mnist", "networks"), "cuda": ("conv2d", "pooling", "mnist")}
 RESULTS = Path(__file__).parent / "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description="cnn_ext against torch: benchmarks/README.md")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*BENCHMARKS, "all"):
+    for name in (*BENCHMARKS["cpu"], "all"):
         measure = commands.add_parser(name, help=f"measure {name}")
         measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         measure.add_argument(
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 1  # a wrong kernel's speed is no figure
         failures = [
             failure
-            for benchmark in (BENCHMARKS if options.command == "all" else [options.command])
+            for benchmark in (BENCHMARKS[options.device] if options.command == "all" else [options.command])
             for failure in runner.measure(benchmark, arguments[1:], options)
         ]
         print("".join(f"benchmarks: not measured: {failure}\n" for failure in failures), end="", file=sys.stderr)

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 import cnn_ext
 from benchmarks import machine
 from benchmarks.harness import BenchmarkError
-from benchmarks.networks import CLASSES, resnet50, vgg16
+from benchmarks.networks import CLASSES, NETWORKS
 from benchmarks.tables import Column, plain
 
-NETWORKS = {"vgg16": vgg16, "resnet50": resnet50}
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": lambda model: model,
     "cnn_ext": cnn_ext.convert,

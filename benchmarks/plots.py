@@ -1,4 +1,4 @@
-"""Pictures of a result: the roofline, the speed against torch per class, and the milliseconds of training."""
+"""Pictures of a result: the roofline, the speed against torch per class, and the times of whole models."""
 
 import statistics
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ OURS, TORCH, ROOF = "tab:blue", "0.55", "0.25"
 ROOFLINE_LAYOUT = {"cpu": "nchw", "cuda": "channels_last"}  # where it was measured
 LAYOUT_COLORS = {"nchw": "tab:blue", "channels_last": "tab:orange"}
 SPEED_TICKS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+MODEL_TITLES = {"mnist": "The lecture's CNN", "networks": "Whole networks, converted"}
 DIRECTION_TITLES = {
     "forward": "forward",
     "forward_training": "forward, for training",
@@ -28,7 +29,8 @@ def draw(document: dict, stem: Path) -> list[Path]:
     figures = {
         "conv2d": lambda: {"roofline": roofline(document), "speed": speed_by_class(document)},
         "pooling": lambda: {"speed": speed_by_class(document)},
-        "mnist": lambda: {"time": training_time(document)},
+        "mnist": lambda: {"time": times_of_models(document)},
+        "networks": lambda: {"time": times_of_models(document)},
     }
     paths = []
     for name, figure in figures[document["benchmark"]]().items():
@@ -137,12 +139,13 @@ def _set_speed_axis(axes, slowest: float, fastest: float) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def training_time(document: dict) -> Figure:
-    """A panel per row name (training step, epoch), a bar per contender."""
+def times_of_models(document: dict) -> Figure:
+    """A panel per row name (training step, epoch), two in a line; a bar per contender."""
     names = _in_order(row["name"] for row in document["rows"])
-    figure = Figure(figsize=(max(9, 6 * len(names)), 2.9), layout="constrained")
-    figure.suptitle(f"The lecture's CNN, batch {document['rows'][0]['batch_size']}\n{headline(document)}", size=10)
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    lines = -(-len(names) // 2)
+    figure = Figure(figsize=(max(9, 6 * min(2, len(names))), 0.5 + 2.4 * lines), layout="constrained")
+    figure.suptitle(f"{MODEL_TITLES[document['benchmark']]}\n{headline(document)}", size=10)
+    for axes, name in zip(figure.subplots(lines, 2 if len(names) > 1 else 1, squeeze=False).flat, names, strict=True):
         rows = [row for row in document["rows"] if row["name"] == name][::-1]
         in_seconds = max(row["ms"] for row in rows) > 1000
         values = [row["ms"] / (1000 if in_seconds else 1) for row in rows]
@@ -151,7 +154,7 @@ def training_time(document: dict) -> Figure:
         labels = [f"{value:.3g} ({row['time_vs_torch']:.2f})" for value, row in zip(values, rows, strict=True)]
         axes.bar_label(bars, labels, padding=3)
         axes.set_xlim(0, max(values) * 1.3)
-        axes.set_title(name)
+        axes.set_title(f"{name}, batch {rows[0]['batch_size']}")
         axes.set_xlabel(f"{'seconds' if in_seconds else 'ms'} (share of {rows[-1]['backend']}'s time)")
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -27,7 +27,7 @@ GROUP_COLUMNS = [
     Column("against torch, its better layout", lambda row: row["speed_vs_best"], ".2f"),
 ]
 
-TRAINING_COLUMNS = [
+MODEL_COLUMNS = [
     Column("", lambda row: row["name"]),
     Column("", lambda row: row["backend"]),
     Column("seconds", lambda row: row["ms"] / 1000, ".4g"),
@@ -82,8 +82,8 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
     runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
     head = f"**{document.get('name', document['benchmark'])}**, {headline(document)}, {quoted} ({source})"
-    if document["benchmark"] == "mnist":
-        return [head, _table(TRAINING_COLUMNS, document["rows"]), *_pictures(path, root)]
+    if "summary" not in document:
+        return [head, _table(MODEL_COLUMNS, document["rows"]), *_pictures(path, root)]
     groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]
     verdict = "; ".join(views.verdict(document["summary"]).splitlines())
     means = f"Speeds are geometric means; above 1, cnn_ext is faster. {verdict.capitalize()}."

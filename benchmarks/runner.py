@@ -11,14 +11,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import geometric_mean
 
-from benchmarks import conv2d, machine, mnist, plots, pooling, views
+from benchmarks import conv2d, machine, mnist, plots, pooling, views, whole_networks
 from benchmarks.harness import BenchmarkError, Effort
 from benchmarks.machine import ALLOCATORS
 from benchmarks.options import DEFAULT_DTYPES, DTYPES, EFFORTS, LAYOUTS, Bench
 from benchmarks.summary import summarize
 
 SCHEMA = 1
+
+WHOLE_MODELS = ("mnist", "networks")  # whose rows are times of contenders, in float32
+QUOTED_CONTENDER = "cnn_ext nchw"  # of those
 
 
 def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -> list[str]:
@@ -27,7 +31,7 @@ def measure(benchmark: str, arguments: list[str], options: argparse.Namespace) -
     options.out.mkdir(parents=True, exist_ok=True)
     dtypes = options.dtype or DEFAULT_DTYPES[options.device]
     failures = []
-    for dtype in dtypes if benchmark != "mnist" else ["float32"]:
+    for dtype in ["float32"] if benchmark in WHOLE_MODELS else dtypes:
         for allocator in _allocators(options):
             runs = [_run(benchmark, arguments, options, dtype, allocator) for _ in range(options.runs)]
             document = _middle(runs)
@@ -110,8 +114,8 @@ def document_of(benchmark: str, dtype: str, options: argparse.Namespace) -> dict
     document["rows"] = rows = _rows(benchmark, options, bench)
     document["failures"] = bench.failures
     document["peak"] = bench.peaks
-    if benchmark == "mnist":
-        document["figure"] = next(row["time_vs_torch"] for row in rows if row["backend"] == "cnn_ext nchw")
+    if benchmark in WHOLE_MODELS:
+        document["figure"] = geometric_mean(row["time_vs_torch"] for row in rows if row["backend"] == QUOTED_CONTENDER)
     else:
         document["summary"] = summarize(rows)
         document["figure"] = document["summary"]["speed_vs_torch"]
@@ -119,13 +123,13 @@ def document_of(benchmark: str, dtype: str, options: argparse.Namespace) -> dict
 
 
 def _rows(benchmark: str, options: argparse.Namespace, bench: Bench) -> list[dict]:
-    if benchmark == "mnist":
-        return mnist.run(bench)
-    rows = (
-        pooling.run(bench)
-        if benchmark == "pooling"
-        else conv2d.run(bench, tuple(options.direction or conv2d.DIRECTIONS))
-    )
+    runs = {
+        "conv2d": lambda: conv2d.run(bench, tuple(options.direction or conv2d.DIRECTIONS)),
+        "pooling": lambda: pooling.run(bench),
+        "mnist": lambda: mnist.run(bench),
+        "networks": lambda: whole_networks.run(bench),
+    }
+    rows = runs[benchmark]()
     if not rows:
         raise BenchmarkError("; ".join(bench.failures))
     return rows

@@ -30,7 +30,7 @@ POOLING_COLUMNS = [
     Column("", lambda row: _load_mark(row)),
 ]
 
-MNIST_COLUMNS = [
+MODEL_COLUMNS = [
     Column("what", lambda row: row["name"]),
     Column("who", lambda row: row["backend"]),
     Column("ms", lambda row: row["ms"], ".3f"),
@@ -60,7 +60,12 @@ CUDA_COLUMNS = {
     "launched_ms": Column("ms without a graph", lambda row: row.get("launched_ms"), ".3f"),
 }
 
-ROW_COLUMNS = {"conv2d": CONV2D_COLUMNS, "pooling": POOLING_COLUMNS, "mnist": MNIST_COLUMNS}
+ROW_COLUMNS = {
+    "conv2d": CONV2D_COLUMNS,
+    "pooling": POOLING_COLUMNS,
+    "mnist": MODEL_COLUMNS,
+    "networks": MODEL_COLUMNS,
+}
 
 
 def text(document: dict) -> str:
