@@ -20,6 +20,7 @@ constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weigh
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice
+constexpr int64_t kWholeGridShare = 2;  // of these, where each stages the source of the whole grid
 constexpr int64_t kReadingCost = 6;     // of a unit's packed weight, relative to the staging of a source element
 constexpr int64_t kAlignment = 64;
 
@@ -70,11 +71,20 @@ void fit_points(const Gather& g, Blocking& b) {
   while (b.images > 1 && !fits()) b.images = ceil_div(b.images, 2);
 }
 
-// Halves tasks until there are enough. Fewer points per task read the weights more often, fewer units stage the source more often.
+// Whether a block of the grid is all of it: the units alone cut the tasks, and every weight is read by one task.
+inline bool is_whole_grid(const Blocking& b) { return b.image_blocks * b.row_blocks * b.col_blocks == 1; }
+
+// Halves tasks until there are enough. Fewer points per task read the weights more often, fewer units stage the source more often. Where
+// the units make enough tasks of the whole grid, it stays whole: then a thread reads only weights that it packed itself.
 template <class T, class Tile>
 void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
   const int64_t units = b.units;
   for (count_blocks(g, units, b); b.tasks < wanted; count_blocks(g, units, b)) {
+    if (is_whole_grid(b) && g.groups * units >= wanted) {
+      if (b.tasks >= wanted / kWholeGridShare) return;
+      b.units = ceil_div(b.units, 2);
+      continue;
+    }
     const int64_t points = b.images * b.rows * b.cols;
     const bool may_split_points = b.images > 1 || (b.row_pieces > 1 && points >= 2 * kFewestPoints);
     const int64_t staged = staged_bytes<T>(g, b) / (b.channels * static_cast<int64_t>(sizeof(T)));  // of a channel
@@ -106,10 +116,11 @@ Blocking make_blocking(const Gather& g, int threads) {
 
 // Where things lie in the workspace, in bytes.
 struct Scratch {
+  bool packs_in_tasks;    // every weight is read by one task alone, which packs it
   int64_t group_weights;  // packed weights of one group, in elements
   int64_t group_bias;
-  int64_t bias, offsets, workers;                  // offsets into the workspace
-  int64_t staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
+  int64_t bias, offsets, workers;                                 // offsets into the workspace, behind the weights packed beforehand
+  int64_t weights_bytes, staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
@@ -139,16 +150,18 @@ Scratch make_scratch(const Gather& g, const Blocking& b) {
   Scratch s{};
   s.group_bias = packed_outputs<Tile>(g);
   s.group_weights = s.group_bias * g.terms();
-  s.bias = packed_bytes<T, Tile>(g);
+  s.packs_in_tasks = is_whole_grid(b);
+  s.bias = s.packs_in_tasks ? 0 : packed_bytes<T, Tile>(g);
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
   s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
+  s.weights_bytes = s.packs_in_tasks ? aligned(b.channels * g.taps() * Tile::kMaxWidth * kSize) : 0;
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
   // One tile's sums; one unit's, where the sink takes them together; or, while blocks of channels add to them, those of the whole task.
   const int64_t complete_sums = Sink::kTakesUnits ? unit_sums<Tile>(b) : Tile::kSums;
   const int64_t sums = b.channel_blocks == 1 ? complete_sums : b.units * unit_sums<Tile>(b);
   s.sums_bytes = aligned(sums * kSize);
   const int64_t pooled = Sink::kTakesUnits ? 2 * b.row_pieces * b.col_pieces * Tile::kMaxWidth : 0;
-  s.worker_bytes = s.staged_bytes + s.sums_bytes + aligned((Source::line_elements(g) + pooled) * kSize);
+  s.worker_bytes = s.weights_bytes + s.staged_bytes + s.sums_bytes + aligned((Source::line_elements(g) + pooled) * kSize);
   return s;
 }
 

@@ -33,23 +33,26 @@ class GatherRun {
         sink_(sink),
         memory_(static_cast<char*>(workspace)),
         packed_(static_cast<T*>(packed.data != nullptr ? packed.data : workspace)),
+        packs_in_tasks_(packed.data == nullptr && scratch_.packs_in_tasks),
         is_packed_(packed.is_ready),
         threads_(threads) {}
 
   Outcome run() const {
-    if (!is_packed_ && !pack_weights()) return Outcome::not_finite;
+    if (!is_packed_ && !packs_in_tasks_) pack_all();
+    if (!is_finite_) return Outcome::not_finite;
     pack_bias();
     fill_offsets(g_, layout_, b_.channels, offsets(0));
     fill_offsets(g_, layout_, channels_of(b_.channel_blocks - 1), offsets(b_.channel_blocks - 1));
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
-    return Outcome::done;
+    return is_finite_ ? Outcome::done : Outcome::not_finite;
   }
 
  private:
   static constexpr int64_t kSize = sizeof(T);
 
   T* packed_bias() const { return reinterpret_cast<T*>(memory_ + scratch_.bias); }
-  T* staged(int worker) const { return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes); }
+  T* own_weights(int worker) const { return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes); }
+  T* staged(int worker) const { return own_weights(worker) + scratch_.weights_bytes / kSize; }
   T* sums(int worker) const { return staged(worker) + scratch_.staged_bytes / kSize; }
   T* line(int worker) const { return sums(worker) + scratch_.sums_bytes / kSize; }
   T* pooled(int worker) const { return line(worker) + Source::line_elements(g_); }
@@ -80,19 +83,20 @@ class GatherRun {
            channel_block * b_.channels * g_.taps() * Tile::width(g_.outputs, unit);
   }
 
-  bool pack_weights() const {
+  void pack(int64_t group, int64_t unit, int64_t channel_block, T* packed) const {
+    const T* src = weight_ + group * g_.weight_group + Tile::first(g_.outputs, unit) * g_.weight_output +
+                   channel_block * b_.channels * g_.weight_channel;
+    if (!pack_unit(g_, src, outputs_of(unit), Tile::width(g_.outputs, unit), channels_of(channel_block), packed))
+      __atomic_store_n(&is_finite_, false, __ATOMIC_RELAXED);
+  }
+
+  void pack_all() const {
     const int64_t units = Tile::units(g_.outputs);
-    int finite = 1;
     const int team = g_.groups * scratch_.group_weights < kSerialPack ? 1 : threads_;
     parallel_for(team, g_.groups * units * b_.channel_blocks, [&](int, int64_t i) {
       const int64_t channel_block = i % b_.channel_blocks, unit = i / b_.channel_blocks % units, group = i / b_.channel_blocks / units;
-      const T* src = weight_ + group * g_.weight_group + Tile::first(g_.outputs, unit) * g_.weight_output +
-                     channel_block * b_.channels * g_.weight_channel;
-      if (!pack_unit(g_, src, outputs_of(unit), Tile::width(g_.outputs, unit), channels_of(channel_block),
-                     packed_weights(group, unit, channel_block)))
-        __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
+      pack(group, unit, channel_block, packed_weights(group, unit, channel_block));
     });
-    return finite != 0;
   }
 
   void pack_bias() const {
@@ -165,7 +169,7 @@ class GatherRun {
 
   // The packed weights that will be read next; few of them stay in the second cache in any case.
   Ahead<T> weights_ahead(int64_t task, const Place& p, int64_t channel_block, int64_t unit) const {
-    if (g_.groups * scratch_.group_weights * kSize <= kNearWeights) return {};
+    if (packs_in_tasks_ || g_.groups * scratch_.group_weights * kSize <= kNearWeights) return {};
     Place next = p;
     if (unit + 1 < p.unit_end) {
       next.unit = unit + 1;
@@ -212,7 +216,8 @@ class GatherRun {
     const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
     const int64_t channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
     const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
-    const T* weights = packed_weights(p.group, unit, channel_block);
+    if (packs_in_tasks_) pack(p.group, unit, channel_block, own_weights(worker));
+    const T* weights = packs_in_tasks_ ? own_weights(worker) : packed_weights(p.group, unit, channel_block);
     T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
     const Writing writing = writing_of(channel_block, unit);
     TileTask<T> tile{};
@@ -318,7 +323,8 @@ class GatherRun {
   const Sink sink_;
   char* const memory_;
   T* const packed_;
-  const bool is_packed_;
+  const bool packs_in_tasks_, is_packed_;
+  mutable bool is_finite_ = true;  // whether all weights packed so far are; tasks may set it at the same time
   const int threads_;
 };
 
