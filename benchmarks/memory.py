@@ -50,7 +50,8 @@ def measure(results: Path, batch: int = BATCH, extent: int = EXTENT) -> None:
             for figure in ("saved", "peak"):
                 torchs = next(row for row in rows if row["network"] == network)
                 rows[-1][f"{figure}_vs_torch"] = rows[-1][f"{figure}_mb"] / torchs[f"{figure}_mb"]
-    document = machine.describe("cpu") | {"command": "python -m benchmarks memory", "rows": rows}
+    what = {"benchmark": "memory", "device": "cpu", "allocator": "default", "command": "python -m benchmarks memory"}
+    document = machine.describe("cpu") | what | {"rows": rows}
     print(plain(COLUMNS, rows))
     path = results / "memory.json"
     path.write_text(json.dumps(document, indent=1) + "\n")

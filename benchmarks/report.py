@@ -34,6 +34,15 @@ MODEL_COLUMNS = [
     Column("share of the first line's time", lambda row: row["time_vs_torch"], ".3f"),
 ]
 
+MEMORY_COLUMNS = [
+    Column("network", lambda row: f"{row['network']}, batch {row['batch_size']}"),
+    Column("layers of", lambda row: row["backend"]),
+    Column("MB kept for backward", lambda row: row["saved_mb"], ".0f"),
+    Column("of torch's", lambda row: row["saved_vs_torch"], ".3f"),
+    Column("MB at the peak", lambda row: row["peak_mb"], ".0f"),
+    Column("of torch's", lambda row: row["peak_vs_torch"], ".3f"),
+]
+
 INSTALL_COLUMNS = [
     Column("build and install", lambda row: row["name"]),
     Column("seconds", lambda row: row["seconds"], ".0f"),
@@ -79,6 +88,11 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
     source = f"[file]({_link(path, root)}), `{document['command']}`"
     if document["benchmark"] == "rows":
         return [_kernels_line(document, source)]
+    if document["benchmark"] == "memory":
+        return [
+            f"**memory** of a training step, {headline(document)} ({source})",
+            _table(MEMORY_COLUMNS, document["rows"]),
+        ]
     runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
     head = f"**{document.get('name', document['benchmark'])}**, {headline(document)}, {quoted} ({source})"

@@ -378,6 +378,16 @@ def test_the_peak_is_of_the_call_alone():
     assert held.numel() == 1 << 22
 
 
+def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "NETWORKS", {"small": small_network})
+    monkeypatch.setattr(memory, "_in_own_process", memory.row_of)
+    memory.measure(tmp_path, batch=2, extent=32)
+    (tmp_path / "README.md").write_text(README)
+    report.write(tmp_path, tmp_path / "README.md")
+    lines = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| small, batch 2")]
+    assert [line.split(" | ")[1] for line in lines] == list(memory.CONTENDERS)
+
+
 def test_a_row_of_the_memory_benchmark():
     row = memory.row_of("resnet50", "cnn_ext", 2, 32)
     assert row["saved_mb"] > 0 and row["peak_mb"] > 0
