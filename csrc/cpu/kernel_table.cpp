@@ -25,6 +25,8 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_backward_input_patches)             \
   SPECIAL(conv2d_forward_winograd)                   \
   SPECIAL(conv2d_backward_input_winograd)            \
+  SPECIAL(conv2d_forward_grouped)                    \
+  SPECIAL(conv2d_backward_input_grouped)             \
   SPECIAL(conv2d_forward_pixels)                     \
   SPECIAL(conv2d_backward_input_shares)              \
   SPECIAL(conv2d_backward_input_pixels)              \
@@ -59,6 +61,7 @@ namespace cnn_ext::cpu {
 // Those whose packed weight may be kept.
 #define CNN_EXT_PACKING_CONV2D_ROWS(ROW, SPECIAL) \
   SPECIAL(conv2d_forward_pointwise_packing)       \
+  SPECIAL(conv2d_forward_grouped_packing)         \
   SPECIAL(conv2d_forward_pixels_packing)          \
   ROW(conv2d_forward_direct_packing)
 

@@ -12,6 +12,8 @@ namespace {
 template <class T>
 class Packer {
  public:
+  explicit Packer(const StepOrder& order) : order_(order) {}
+
   // Packs `outputs` output channels beginning at src, and zeros up to `width`, of `channels` channels.
   void pack(const Gather& g, const T* src, int64_t outputs, int64_t width, int64_t channels, T* dst) {
     for (int64_t lane = 0; lane < width; lane += kLanes<T>) {
@@ -31,15 +33,14 @@ class Packer {
  private:
   void pack_lanes(const Gather& g, const T* src, int64_t channels, T* dst) {
     if (g.weight_output != 1 && has_dense_taps(g)) return pack_dense_taps(g, src, channels, dst);
-    const StepOrder order = step_order(g, channels);
-    const int64_t channel_step = order.channel * width_;
+    const int64_t channel_step = order_.channel * width_;
     if (g.weight_output != 1 && g.weight_channel == 1) {
-      return for_taps(g, order, [&](int64_t tap, int64_t step) {
+      return for_taps(g, [&](int64_t tap, int64_t step) {
         pack_run(src + tap, g.weight_output, channels, Strided{dst + step * width_, channel_step});
       });
     }
     for (int64_t c = 0; c < channels; ++c, src += g.weight_channel, dst += channel_step) {  // its taps lie together
-      for_taps(g, order, [&](int64_t tap, int64_t step) {
+      for_taps(g, [&](int64_t tap, int64_t step) {
         write(g.weight_output == 1 ? load_first(src + tap, valid_) : gather(src + tap, g.weight_output), dst + step * width_);
       });
     }
@@ -47,21 +48,20 @@ class Packer {
 
   // Calls body(where the tap lies in the weight, its step) for the taps of a channel.
   template <class Body>
-  static void for_taps(const Gather& g, const StepOrder& order, const Body& body) {
+  void for_taps(const Gather& g, const Body& body) const {
     for (int64_t r = 0; r < g.h.taps; ++r) {
       for (int64_t s = 0; s < g.w.taps; ++s) {
         const int64_t row = g.h.kernel_first + r * g.h.kernel_step, col = g.w.kernel_first + s * g.w.kernel_step;
-        body(row * g.weight_h + col * g.weight_w, r * order.row + s * order.col);
+        body(row * g.weight_h + col * g.weight_w, r * order_.row + s * order_.col);
       }
     }
   }
 
   void pack_dense_taps(const Gather& g, const T* src, int64_t channels, T* dst) {
     const int64_t taps = g.taps();
-    const StepOrder order = step_order(g, channels);
-    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, order, width_, dst));
+    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, order_, width_, dst));
     for (int64_t c = 0; c < channels; ++c) {
-      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, order, width_, dst + c * order.channel * width_));
+      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, order_, width_, dst + c * order_.channel * width_));
     }
   }
 
@@ -129,17 +129,24 @@ class Packer {
     store_first(dst, v, lanes_);
   }
 
+  const StepOrder order_;
   Vec<T> residue_{};
   int lanes_ = 0, valid_ = 0;  // lanes written; of those, lanes of existing output channels
   int64_t width_ = 0;
 };
 
-// Packs one unit and block of channels; whether all weights were finite.
+// Packs one unit and block of channels in an order of steps; whether all weights were finite.
 template <class T>
-__attribute__((noinline)) bool pack_unit(const Gather& g, const T* src, int64_t outputs, int64_t width, int64_t channels, T* dst) {
-  Packer<T> packer;
+__attribute__((noinline)) bool pack_unit(const Gather& g, const StepOrder& order, const T* src, int64_t outputs, int64_t width,
+                                         int64_t channels, T* dst) {
+  Packer<T> packer(order);
   packer.pack(g, src, outputs, width, channels, dst);
   return packer.found_finite();
+}
+
+template <class T>
+bool pack_unit(const Gather& g, const T* src, int64_t outputs, int64_t width, int64_t channels, T* dst) {
+  return pack_unit(g, step_order(g, channels), src, outputs, width, channels, dst);
 }
 
 }  // namespace
