@@ -103,6 +103,7 @@ MATRIX_INSTRUCTIONS = {
     "float": "HMMA.1688.F32.TF32",
     "__half": "HMMA.16816.F32",
     "__nv_bfloat16": "HMMA.16816.F32.BF16",
+    "double": "DMMA.884",
 }
 PLAIN_INSTRUCTIONS = {"float": "FFMA", "__half": "FFMA", "__nv_bfloat16": "FFMA", "double": "DFMA"}
 
@@ -172,7 +173,7 @@ def test_kernels_have_the_intended_instructions(opcodes):
     missing = {name: intended(name) - found for name, found in opcodes.items()}
     assert {name: wanted for name, wanted in missing.items() if wanted} == {}
     for name, found in opcodes.items():
-        if "_mma<" in name and "float" not in name:
+        if "_mma<" in name and element_type(name) in ("__half", "__nv_bfloat16"):
             assert any(op.startswith("LDSM.16") for op in found), name
 
 

@@ -23,7 +23,7 @@ struct Place {
 constexpr int kNowhere = INT32_MIN / 2;  // as h: outside, whatever is added
 
 // Operands offer
-//   Element                  float, __half or __nv_bfloat16
+//   Element                  float, double, __half or __nv_bfloat16
 //   kAlongDepth              whether a chunk's channels are neighbours in depth (else: neighbouring rows or columns)
 //   data, channel_stride     of the tensor
 //   height, width            of the plane; a place outside is padding
@@ -41,7 +41,7 @@ __device__ int chunk_channels(const Place& extent, const Place& depth) {
 }
 
 // The tile of an operand in shared memory, by chunks: [extent][4 of the depth] or [depth][extents / kChunk]. Chunks are swizzled or, where
-// float32 lies across the depth and no ldmatrix transposes it, rows are padded: neither staging nor reading fragments meets a bank twice.
+// words lie across the depth that no ldmatrix transposes, rows are padded: neither staging nor reading fragments meets a bank twice.
 constexpr int kTilePadding = 512;  // bytes
 
 template <class Operand, int kExtent>
@@ -50,11 +50,14 @@ struct ChunkTile {
   static constexpr int kCount = kExtent * kStepChunks;
   static constexpr int kRowChunks = kExtent / kChunk<T>;  // across the depth
 
-  __device__ static int along(int extent, int chunk) { return extent * kStepBytes + (chunk ^ (extent / 2 % kStepChunks)) * kChunkBytes; }
+  __device__ static int along(int extent, int chunk) {
+    const int pair = extent / 2 % kStepChunks;  // of rows; half a warp reads two pairs of float64, two chunks wide
+    return extent * kStepBytes + (chunk ^ (sizeof(T) == 8 ? pair % 2 * 2 + pair / 2 : pair)) * kChunkBytes;
+  }
   __device__ static int across(int depth, int chunk) {
     return (sizeof(T) == 2 ? depth * kRowChunks + (chunk ^ depth % 8) : depth * (kRowChunks + 2) + chunk) * kChunkBytes;
   }
-  static_assert(sizeof(T) == 2 || kStepDepth<T> * 2 * kChunkBytes == kTilePadding);
+  static_assert(sizeof(T) == 2 || kStepDepth<T> * 2 * kChunkBytes <= kTilePadding);
 };
 
 // Which chunks of a tile a thread stages: kLoads of them. Neighbouring threads take neighbouring chunks in the direction in which memory is
@@ -136,21 +139,20 @@ class ElementLoader {
   }
 
  private:
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  // An element makes up two words, one or a half.
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
   __device__ void gather(const T* first, int channels, ChunkWords& chunk) const {
+    chunk = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      chunk.word[i] = 0;
-#pragma unroll
-      for (int j = 0; j < kPerWord; ++j) {
-        const int channel = i * kPerWord + j;
-        if (channel >= channels) continue;
-        Bits bits;
-        __builtin_memcpy(&bits, first + static_cast<int64_t>(channel) * operand_.channel_stride, sizeof bits);
-        chunk.word[i] |= static_cast<uint32_t>(bits) << (16 * j);
-      }
+    for (int channel = 0; channel < kChunk<T>; ++channel) {
+      if (channel >= channels) continue;
+      Bits bits;
+      __builtin_memcpy(&bits, first + static_cast<int64_t>(channel) * operand_.channel_stride, sizeof bits);
+      constexpr int kBytes = static_cast<int>(sizeof(T));
+      const int byte = channel * kBytes;
+      chunk.word[byte / 4] |= static_cast<uint32_t>(bits) << (byte % 4 * 8);
+      if constexpr (kBytes == 8) chunk.word[byte / 4 + 1] = static_cast<uint32_t>(bits >> 32);
     }
   }
 

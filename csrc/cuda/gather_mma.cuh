@@ -79,14 +79,14 @@ struct PixelStore {
   static constexpr bool kChunks = kVector;
 
   __device__ bool along_rows() const { return strides.c != 1; }
-  __device__ void store(int pixel, int channel, const float* sums) const {
+  __device__ void store(int pixel, int channel, const Accumulate<T>* sums) const {
     if (pixel >= pixels || channel >= channels) return;
     const PlaneIndex p = pixel_decoder.at(pixel);
     const int h = taps.h.first_out + p.h * taps.h.out_step, w = taps.w.first_out + p.w * taps.w.out_step;
     if (h >= height || w >= width) return;  // the larger phases' last row and column are missing in the others
     T* target = result + p.outer * strides.n + h * strides.h + w * strides.w + channel * strides.c;
     if constexpr (kVector) {
-      float values[kChunk<T>];
+      Accumulate<T> values[kChunk<T>];
 #pragma unroll
       for (int i = 0; i < kChunk<T>; ++i) values[i] = with_bias(sums[i], channel + i);
       store_chunk(target, kChunk<T>, true, values);
@@ -94,7 +94,7 @@ struct PixelStore {
       *target = narrow<T>(with_bias(*sums, channel));
     }
   }
-  __device__ float with_bias(float sum, int channel) const { return bias == nullptr ? sum : sum + widen(bias[channel]); }
+  __device__ Accumulate<T> with_bias(Accumulate<T> sum, int channel) const { return bias == nullptr ? sum : sum + widen(bias[channel]); }
 
   T* result;
   const T* bias;
@@ -150,7 +150,7 @@ struct GatherProblem {
 
 // Blocks are numbered by column tile, group, phase, row tile: those that read the same pixels run together.
 template <class Tile, bool kVector, bool kForward, class T>
-__global__ void __launch_bounds__(kBlockThreads, 2) gather_mma(GatherProblem<T, kForward> problem, int col_tiles) {
+__global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>) gather_mma(GatherProblem<T, kForward> problem, int col_tiles) {
   const Conv2dGeometry& g = problem.g;
   const int col_tile = blockIdx.x % col_tiles, tiles = blockIdx.x / col_tiles;
   const int group = tiles % g.groups, phase = tiles / g.groups % problem.phases, row_tile = tiles / g.groups / problem.phases;
@@ -198,8 +198,16 @@ Plan gather_mma_plan(const Conv2dShape& s) {
 
 template <class Tile, bool kVector, bool kForward, class T>
 void launch_gather_mma(const Conv2dShape& s, const GatherProblem<T, kForward>& problem, cudaStream_t stream) {
-  launch(gather_mma<Tile, kVector, kForward, T>, Grid(gather_mma_plan<Tile, kForward>(s).blocks, kBlockThreads, Tile::kSharedBytes), stream,
-         problem, ceil_div(problem.cols, Tile::kCols));
+  launch(gather_mma<Tile, kVector, kForward, T>,
+         Grid(gather_mma_plan<Tile, kForward>(s).blocks, kBlockThreads, Tile::template kSharedBytes<T>), stream, problem,
+         ceil_div(problem.cols, Tile::kCols));
+}
+
+// With the one tile, whichever loader runs.
+template <class Tile, class T, bool kForward>
+void run_gather_tile(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
+  const GatherProblem<T, kForward> problem(s, b);
+  (problem.has_vectors() ? launch_gather_mma<Tile, true, kForward, T> : launch_gather_mma<Tile, false, kForward, T>)(s, problem, stream);
 }
 
 template <bool kForward>

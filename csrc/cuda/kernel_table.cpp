@@ -20,6 +20,8 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_depthwise_planes_sm80)        \
   ROW(conv2d_forward_patch_mma_sm80)               \
   ROW(conv2d_forward_mma_sm80)                     \
+  ROW(conv2d_forward_mma_tf32x3_sm80)              \
+  ROW(conv2d_forward_dmma_sm80)                    \
   ROW(conv2d_forward_implicit_gemm_sm80)           \
   ROW(conv2d_forward_direct_sm80)                  \
   ROW(conv2d_backward_input_columns_sm80)          \
@@ -27,11 +29,15 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_depthwise_planes_sm80) \
   ROW(conv2d_backward_input_patch_mma_sm80)        \
   ROW(conv2d_backward_input_mma_sm80)              \
+  ROW(conv2d_backward_input_mma_tf32x3_sm80)       \
+  ROW(conv2d_backward_input_dmma_sm80)             \
   ROW(conv2d_backward_input_implicit_gemm_sm80)    \
   ROW(conv2d_backward_input_direct_sm80)           \
   ROW(conv2d_backward_weight_depthwise_sm80)       \
   ROW(conv2d_backward_weight_patch_mma_sm80)       \
   ROW(conv2d_backward_weight_mma_sm80)             \
+  ROW(conv2d_backward_weight_mma_tf32x3_sm80)      \
+  ROW(conv2d_backward_weight_dmma_sm80)            \
   ROW(conv2d_backward_weight_implicit_gemm_sm80)   \
   ROW(conv2d_backward_weight_direct_sm80)          \
   ROW(conv2d_backward_bias_reduction_sm80)

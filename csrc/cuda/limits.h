@@ -73,11 +73,15 @@ inline bool suits_fused_gemm(const Conv2dReluPoolShape& s, int64_t rows) {
 constexpr int64_t kLeastMmaChannels = 16;
 constexpr int64_t kMostPadding = 7;
 
-inline bool suits_mma(const Conv2dShape& s) {
+inline bool has_mma_channels(const Conv2dShape& s) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
-  return has_mma_type(s) && group_in >= kLeastMmaChannels && group_out >= kLeastMmaChannels && suits_implicit_gemm(s, group_out) &&
+  return group_in >= kLeastMmaChannels && group_out >= kLeastMmaChannels && suits_implicit_gemm(s, group_out) &&
          all_below(kMaxExtent, {product({s.out_channels, group_in + kMostPadding, s.kernel_h, s.kernel_w}),
                                 product({group_out + kMostPadding, s.kernel_h, s.kernel_w})});
 }
+
+inline bool suits_mma(const Conv2dShape& s) { return has_mma_type(s) && has_mma_channels(s); }
+inline bool suits_split_mma(const Conv2dShape& s) { return s.dtype == DType::float32 && s.allow_tf32 == 0 && has_mma_channels(s); }
+inline bool suits_double_mma(const Conv2dShape& s) { return s.dtype == DType::float64 && has_mma_channels(s); }
 
 }  // namespace cnn_ext::cuda

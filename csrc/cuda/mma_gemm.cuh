@@ -17,64 +17,42 @@
 // Padding never multiplies: padded elements are staged as zeros, and a zero times an infinity or a NaN of the other operand shows as a
 // NaN in the sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored.
 //
-// Not handled: float64; strict float32 (TF32 has 10 bits). Bound by the tensor cores in nhwc, by the issue of loads where chunks are
-// gathered.
+// float32 is multiplied as TF32 or, strictly, as three products of TF32; float64 as it is (mma_fragments.cuh). Bound by the tensor cores in
+// nhwc, by the issue of loads where chunks are gathered.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/chunk_loaders.cuh"
 #include "cuda/common.cuh"
+#include "cuda/mma_fragments.cuh"
 #include "cuda/primitives.cuh"
 
 namespace cnn_ext::cuda {
 
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) { mma_m16n8k8_tf32(d, a, b); }
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) { mma_m16n8k16_f16(d, a, b); }
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) { mma_m16n8k16_bf16(d, a, b); }
-
-// Four 8 x 8 matrices (8 x 4 in TF32) of a tile as ldmatrix numbers them: `first` is the extent of the first; kExtentBit says which bit of
-// a matrix's number means 8 extents on, the other one meaning a chunk on in depth. `step`: which of the two instructions of a stage.
-template <class Operand, int kExtent, int kExtentBit>
-__device__ void read_fragments(uint32_t (&registers)[4], const unsigned char* tile, int first, int step) {
-  using T = typename Operand::Element;
-  using Tile = ChunkTile<Operand, kExtent>;
-  const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
-  const int extent_part = kExtentBit == 0 ? matrix % 2 : matrix / 2, depth_part = kExtentBit == 0 ? matrix / 2 : matrix % 2;
-  if constexpr (Operand::kAlongDepth) {
-    ldmatrix_x4(registers, tile + Tile::along(first + extent_part * 8 + row, 2 * step + depth_part));
-  } else if constexpr (sizeof(T) == 2) {
-    const int depth = (2 * step + depth_part) * kChunk<T> + row;
-    ldmatrix_x4_trans(registers, tile + Tile::across(depth, first / kChunk<T> + extent_part));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int depth = (2 * step + (kExtentBit == 0 ? i / 2 : i % 2)) * kChunk<T> + lane % 4;
-      const int extent = first + (kExtentBit == 0 ? i % 2 : i / 2) * 8 + lane / 4;
-      registers[i] =
-          *reinterpret_cast<const uint32_t*>(tile + Tile::across(depth, extent / kChunk<T>) + extent % kChunk<T> * sizeof(uint32_t));
-    }
-  }
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) registers[i] = to_tf32(__uint_as_float(registers[i]));
-  }
-}
-
-template <int kRows_, int kCols_, int kWarpRows_>
+// kTerms: the products on tensor cores that make up one (mma_fragments.cuh).
+template <int kRows_, int kCols_, int kWarpRows_, int kTerms_ = 1>
 struct MmaTile {
-  static constexpr int kRows = kRows_, kCols = kCols_, kWarpRows = kWarpRows_, kWarpCols = 32, kStages = 4;
+  static constexpr int kRows = kRows_, kCols = kCols_, kWarpRows = kWarpRows_, kWarpCols = 32, kTerms = kTerms_, kStages = 4;
   static_assert(kRows / kWarpRows * (kCols / kWarpCols) * 32 == kBlockThreads);
 
-  // The sums on their way out lie in shared memory as floats, [rows][kCols + 8] or [cols][kRows + 4]: no bank twice.
+  // The sums on their way out lie in shared memory, [rows][kCols + 8] or [cols][kRows + 4]: no bank twice.
   static constexpr int kRowPitch = kCols + 8, kColPitch = kRows + 4;
   static constexpr size_t kRowTileBytes = kRows * kStepBytes + kTilePadding, kColTileBytes = kCols * kStepBytes + kTilePadding;
   static constexpr size_t kStageBytes = kRowTileBytes + kColTileBytes;
-  static constexpr size_t kSumBytes = sizeof(float) * (kRows * kRowPitch > kCols * kColPitch ? kRows * kRowPitch : kCols * kColPitch);
-  static constexpr size_t kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr size_t kSums = larger(kRows * kRowPitch, kCols * kColPitch);
+  template <class T>
+  static constexpr size_t kSumBytes = sizeof(Accumulate<T>) * kSums;
+  template <class T>
+  static constexpr size_t kSharedBytes = kStages * kStageBytes > kSumBytes<T> ? kStages * kStageBytes : kSumBytes<T>;
 };
 using WideMmaTile = MmaTile<128, 128, 64>;
 using NarrowMmaTile = MmaTile<128, 64, 32>;
+using SplitMmaTile = MmaTile<128, 64, 32, 3>;
+
+// Blocks that share a multiprocessor, as registers allow: for the kernels' launch bounds.
+template <class Tile, class T>
+constexpr int kMmaBlocks = Tile::kTerms > 1 || sizeof(T) == 8 ? 1 : 2;
 
 inline bool has_few_cols(int64_t cols) { return cols <= NarrowMmaTile::kCols; }
 
@@ -85,13 +63,14 @@ inline bool reads_words_across(DType dtype) { return dtype == DType::float32; }
 // Stores offer
 //   kChunks                                       whether they take chunks of kChunk neighbouring columns, or single sums
 //   bool along_rows()                             single sums: whether neighbouring rows are neighbours in memory
-//   void store(int row, int col, const float*)    takes a sum, or kChunk of them; ignores what lies beyond the last row or column
+//   void store(int row, int col, const Sum*)      takes a sum, or kChunk of them; ignores what lies beyond the last row or column
 template <class Tile, class RowLoader, class ColLoader>
 class MmaGemm {
  public:
   using Rows = typename RowLoader::Operand;
   using Cols = typename ColLoader::Operand;
   using T = typename Rows::Element;
+  using Sum = Accumulate<T>;
 
   // channels_first: whether neighbouring threads of an element loader take neighbouring channels, or pixels.
   __device__ MmaGemm(const Rows& rows, const Cols& cols, int first_row, int first_col, bool channels_first)
@@ -108,7 +87,7 @@ class MmaGemm {
     accumulate(shared, depth_begin, depth_end);
     cp_async_wait<0>();
     __syncthreads();
-    float* sums = reinterpret_cast<float*>(shared);
+    Sum* sums = reinterpret_cast<Sum*>(shared);
     const bool along_rows = !Store::kChunks && store.along_rows();
     const int row_pitch = along_rows ? 1 : Tile::kRowPitch, col_pitch = along_rows ? Tile::kColPitch : 1;
     const bool meets_nan = write_sums(sums, row_pitch, col_pitch);
@@ -158,29 +137,31 @@ class MmaGemm {
   }
 
   __device__ void multiply(const unsigned char* rows, const unsigned char* cols) {
+    using Fragments = MmaFragments<T, Tile::kTerms>;
+    constexpr int kColWords = Fragments::kWords / 2;  // of 8 columns
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      uint32_t b[kWarpCols / 8][2];
+      typename Fragments::Register b[kWarpCols / 8][kColWords];
 #pragma unroll
       for (int j = 0; j < kWarpCols / 16; ++j) {
-        uint32_t pair[4];
-        read_fragments<Cols, Tile::kCols, 1>(pair, cols, warp_col() + j * 16, step);
-        b[2 * j][0] = pair[0], b[2 * j][1] = pair[1], b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
+        typename Fragments::Register pair[2 * kColWords];
+        Fragments::template read<Cols, Tile::kCols, 1>(pair, cols, warp_col() + j * 16, step);
+#pragma unroll
+        for (int i = 0; i < kColWords; ++i) b[2 * j][i] = pair[i], b[2 * j + 1][i] = pair[kColWords + i];
       }
 #pragma unroll
       for (int i = 0; i < kWarpRows / 16; ++i) {
-        uint32_t a[4];
-        read_fragments<Rows, Tile::kRows, 0>(a, rows, warp_row() + i * 16, step);
-#pragma unroll
-        for (int j = 0; j < kWarpCols / 8; ++j) mma(sums_[i][j], a, b[j], T{});
+        typename Fragments::Register a[Fragments::kWords];
+        Fragments::template read<Rows, Tile::kRows, 0>(a, rows, warp_row() + i * 16, step);
+        Fragments::multiply(sums_[i], a, b);
       }
     }
   }
 
   // Registers -> shared memory. Whether there is a NaN among this thread's sums.
-  __device__ bool write_sums(float* sums, int row_pitch, int col_pitch) const {
+  __device__ bool write_sums(Sum* sums, int row_pitch, int col_pitch) const {
     const int lane = threadIdx.x % 32;
-    float* corner = sums + (warp_row() + lane / 4) * row_pitch + (warp_col() + lane % 4 * 2) * col_pitch;
+    Sum* corner = sums + (warp_row() + lane / 4) * row_pitch + (warp_col() + lane % 4 * 2) * col_pitch;
     bool meets_nan = false;
 #pragma unroll
     for (int i = 0; i < kWarpRows / 16; ++i) {
@@ -198,7 +179,7 @@ class MmaGemm {
 
   // The element of an operand, if it exists.
   template <class Operand>
-  __device__ static bool read(const Operand& operand, int extent, int depth, float& value) {
+  __device__ static bool read(const Operand& operand, int extent, int depth, Sum& value) {
     const int channel = (Operand::kAlongDepth ? depth : extent) % kChunk<T>;
     const Place e = operand.at_extent(Operand::kAlongDepth ? extent : extent - channel);
     const Place d = operand.at_depth(Operand::kAlongDepth ? depth - channel : depth);
@@ -208,24 +189,24 @@ class MmaGemm {
   }
 
   // Replaces every sum that is NaN by that of the products that exist.
-  __device__ void add_up_again(float* sums, int row_pitch, int col_pitch, int depth_begin, int depth_end) const {
+  __device__ void add_up_again(Sum* sums, int row_pitch, int col_pitch, int depth_begin, int depth_end) const {
 #pragma unroll 1
     for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
       const int row = index / Tile::kCols, col = index % Tile::kCols;
-      float* sum = sums + row * row_pitch + col * col_pitch;
+      Sum* sum = sums + row * row_pitch + col * col_pitch;
       if (!isnan(*sum)) continue;
-      float exact = 0;
+      Sum exact = 0;
 #pragma unroll 1
       for (int depth = depth_begin; depth < depth_end; ++depth) {
-        float a, b;
-        if (read(rows_, first_row_ + row, depth, a) && read(cols_, first_col_ + col, depth, b)) exact = fmaf(a, b, exact);
+        Sum a, b;
+        if (read(rows_, first_row_ + row, depth, a) && read(cols_, first_col_ + col, depth, b)) exact = fma(a, b, exact);
       }
       *sum = exact;
     }
   }
 
   template <class Store>
-  __device__ void store_sums(const float* sums, bool along_rows, const Store& store) const {
+  __device__ void store_sums(const Sum* sums, bool along_rows, const Store& store) const {
     if constexpr (Store::kChunks) {
       constexpr int kChunkCols = Tile::kCols / kChunk<T>;
 #pragma unroll 1
@@ -249,7 +230,7 @@ class MmaGemm {
   RowLoader row_loader_;
   ColLoader col_loader_;
   const int first_row_, first_col_;
-  float sums_[kWarpRows / 16][kWarpCols / 8][4] = {};
+  Sum sums_[kWarpRows / 16][kWarpCols / 8][4] = {};
 };
 
 }  // namespace cnn_ext::cuda

@@ -7,6 +7,7 @@
 //   of B 8 x 8   (tf32)   b[0..1] = (pair, group), (pair + 4, group)
 //   of A 16 x 16 (16 bit) a[0..3] = columns 2 * pair + {0, 1} of row group, of row group + 8, and columns 2 * pair + 8 + {0, 1} of both
 //   of B 16 x 8  (16 bit) b[0..1] = rows 2 * pair + {0, 1} of column group, rows 2 * pair + 8 + {0, 1}; the lower half is the first
+//   of D 8 x 8   (f64)    row group, columns 2 * pair + {0, 1};  of A 8 x 4: (group, pair);  of B 4 x 8: (pair, group)
 #pragma once
 
 #include <cstdint>
@@ -113,6 +114,10 @@ __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], 
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void mma_m8n8k4_f64(double& d0, double& d1, double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(d0), "+d"(d1) : "d"(a), "d"(b));
 }
 
 }  // namespace cnn_ext::cuda

@@ -91,13 +91,20 @@ struct Arithmetic {
   double operand_error;  // of a product, relative: its operands may be rounded before
 };
 
-// Tensor cores multiply float32 as TF32, each operand rounded to 11 bits. A composed row stores the convolution's gradient in between,
-// which may be a sum: rounded to a half.
+bool allows_tf32(const Conv2dShape& s) { return s.allow_tf32 != 0; }
+template <class Shape>
+bool allows_tf32(const Shape&) {
+  return true;
+}
+
+// Tensor cores multiply float32 as TF32, each operand rounded to 11 bits, or three times where that is not allowed (mma_fragments.cuh). A
+// composed row stores the convolution's gradient in between, which may be a sum: rounded to a half.
 template <class T, class Kernel, class Shape>
 Arithmetic arithmetic_of(const Kernel& row, const Shape& shape) {
   const bool is_tf32 = std::is_same_v<T, float> && std::strstr(row.name, "_mma_") != nullptr;
   const bool rounds_sums = std::strstr(row.name, "_composed_") != nullptr;
-  return {roundings_of(row, shape), is_tf32 ? std::ldexp(1.0, -10) : rounds_sums ? last_place<T>(1.0) : 0};
+  const double of_product = std::ldexp(1.0, allows_tf32(shape) ? -10 : -21);
+  return {roundings_of(row, shape), is_tf32 ? of_product : rounds_sums ? last_place<T>(1.0) : 0};
 }
 
 // How far a result may be from the truth, in the words of tests/support/tolerances.py: sums are added up in the type of sums. A negative
@@ -170,9 +177,20 @@ void report_fault(int) {
   _exit(3);
 }
 
+// The policy under which a row may serve: some want TF32 to be forbidden.
+Conv2dShape policy_for(const cuda::Conv2dKernel& row, Conv2dShape s) {
+  if (!row.accepts(s)) s.allow_tf32 = 0;
+  return s;
+}
+template <class Kernel, class Shape>
+const Shape& policy_for(const Kernel&, const Shape& shape) {
+  return shape;
+}
+
 template <class T, class Kernel, class Shape>
-void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& shape, const Options& options) {
+void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& allowed, const Options& options) {
   for (const Kernel* row : table) {
+    const Shape shape = policy_for(*row, allowed);
     if ((!options.row.empty() && options.row != row->name) || !row->accepts(shape)) continue;
     if (row->plan(shape).blocks > kMostBlocks) {
       ++left_out;

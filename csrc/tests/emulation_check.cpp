@@ -101,7 +101,7 @@ double quarter(uint64_t seed, int64_t i) { return static_cast<double>(random_bit
 template <class T>
 T* quarters(Tensors& tensors, int64_t count, uint64_t seed) {
   T* data = static_cast<T*>(tensors.bytes(count * static_cast<int64_t>(sizeof(T))));
-  for (int64_t i = 0; i < count; ++i) data[i] = narrow<T>(static_cast<float>(quarter(seed, i)));
+  for (int64_t i = 0; i < count; ++i) data[i] = narrow<T>(static_cast<Accumulate<T>>(quarter(seed, i)));
   return data;
 }
 
@@ -110,7 +110,8 @@ void expect(bool holds, const char* what) {
 }
 
 // A [rows, depth] * B^T [cols, depth] of such quarters.
-void expect_product(const float* c, int rows, int cols, int depth) {
+template <class Sum>
+void expect_product(const Sum* c, int rows, int cols, int depth) {
   for (int row = 0; row < rows; ++row) {
     for (int col = 0; col < cols; ++col) {
       double sum = 0;
@@ -152,6 +153,23 @@ void check_tf32() {
   const auto rounded = [](float x) { return __uint_as_float(to_tf32(x)); };
   expect(rounded(1 + quarter_ulp) == 1 && rounded(1 + 2 * quarter_ulp) == 1 + ulp && rounded(-1 - 2 * quarter_ulp) == -1 - ulp, "TF32");
   expect(std::isnan(rounded(NAN)) && rounded(INFINITY) == INFINITY, "TF32 of what is not finite");
+}
+
+// C [8, 8] = A [8, 4] * B^T [8, 4] in float64 by one warp.
+__global__ void f64_product(const double* a, const double* b, double* c) {
+  const int lane = static_cast<int>(threadIdx.x), group = lane / 4, pair = lane % 4;
+  double sums[2] = {};
+  mma_m8n8k4_f64(sums[0], sums[1], a[group * 4 + pair], b[group * 4 + pair]);
+  for (int i = 0; i < 2; ++i) c[group * 8 + pair * 2 + i] = sums[i];
+}
+
+void check_f64() {
+  Tensors tensors(Flush::end);
+  const double* a = quarters<double>(tensors, 8 * 4, 1);
+  const double* b = quarters<double>(tensors, 8 * 4, 2);
+  double* c = static_cast<double*>(tensors.bytes(8 * 8 * sizeof(double)));
+  launch(f64_product, Grid(1, 32), nullptr, a, b, c);
+  expect_product(c, 8, 8, 4);
 }
 
 // Matrix i holds 64 i + 8 row + col; the registers must name the right pair of elements.
@@ -230,6 +248,7 @@ void check_all(Fault fault) {
   check_product<__half>(fault);
   check_product<__nv_bfloat16>(fault);
   check_tf32();
+  check_f64();
   check_halves();
   check_vectors(fault);
   launch(load_matrices, Grid(1, 32, 256 * sizeof(uint16_t)), nullptr);

@@ -44,6 +44,11 @@ class Row:
         return "_naive" in self.name
 
     @property
+    def allows_tf32(self) -> bool:
+        """Whether it is for calls that may round float32 operands to TF32; some rows are for the others alone."""
+        return "_tf32x3_" not in self.name
+
+    @property
     def module(self) -> ModuleType:
         return _native.cpu if self.device == "cpu" else _native.cuda()
 
@@ -64,11 +69,13 @@ def rows(*, op: str | None = None, direction: str | None = None) -> list[Row]:
 
 @contextlib.contextmanager
 def forced(row: Row) -> Iterator[None]:
-    """Inside, calls of the row's op and direction use it alone."""
-    previous = row.module.force_kernel(row.name)
+    """Inside, calls of the row's op and direction use it alone, and torch's switch for TF32 is as it wants it."""
+    previous, allowed = row.module.force_kernel(row.name), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = row.allows_tf32
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32 = allowed
         row.module.restore_forced_kernel(row.name, previous)
 
 
@@ -192,6 +199,8 @@ def choice(row: Row, shape, threads: int = 1) -> dict:
 
 def accepts(row: Row, shape) -> bool:
     """Whether ``row`` takes ``shape``."""
+    if row.op == "conv2d":
+        shape = shape.with_tf32(row.allows_tf32)
     with forced(row):
         try:
             choice(row, shape)

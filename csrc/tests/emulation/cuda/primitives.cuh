@@ -114,4 +114,16 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint3
   mma_m16n8k16(d, a, b, [](uint16_t bits) { return __bfloat162float(bits_as<__nv_bfloat16>(bits)); });
 }
 
+inline void mma_m8n8k4_f64(double& d0, double& d1, double a, double b) {
+  struct Elements {
+    double a, b;
+  };
+  const Elements* lanes = emulation::exchange(Elements{a, b});
+  const int row = emulation::lane() / 4, col = emulation::lane() % 4 * 2;
+  for (int k = 0; k < 4; ++k) {
+    d0 = fma(lanes[row * 4 + k].a, lanes[col * 4 + k].b, d0);
+    d1 = fma(lanes[row * 4 + k].a, lanes[(col + 1) * 4 + k].b, d1);
+  }
+}
+
 }  // namespace cnn_ext::cuda
