@@ -14,16 +14,17 @@ namespace cnn_ext::cuda {
 
 constexpr int kSplitMultiple = 32;  // whole steps of the depth in every type
 
-template <class T>
+template <class Tile, class T>
 struct InputChunks {
   using Element = T;
   static constexpr bool kAlongDepth = false;
 
-  __device__ Place at_extent(int weight) const {
-    if (weight >= weights) return {0, kNowhere, 0, 0};
+  __device__ Place at_extent(int row) const {
+    const int weight = Tile::row_member(row), group = Tile::row_group(row);
+    if (weight >= weights || group >= groups) return {0, kNowhere, 0, 0};
     const Tap tap = tap_decoder.at(weight);
     const int h = tap.r * g.dilation_h - g.pad_top, w = tap.s * g.dilation_w - g.pad_left;
-    return {tap.channel * g.in.c + h * g.in.h + w * g.in.w, h, w, g.group_in - tap.channel};
+    return {(group * g.group_in + tap.channel) * g.in.c + h * g.in.h + w * g.in.w, h, w, g.group_in - tap.channel};
   }
   __device__ Place at_depth(int pixel) const {
     if (pixel >= pixels_end) return {0, kNowhere, 0, 0};
@@ -36,20 +37,21 @@ struct InputChunks {
   int channel_stride;
   int height, width;
   const Conv2dGeometry& g;
-  int weights, pixels_end;
+  int groups, weights, pixels_end;
   const TapDecoder<Layout::nhwc>& tap_decoder;
   const PlaneDecoder& pixel_decoder;
 };
 
-template <class T>
+template <class Tile, class T>
 struct GradOutputChunks {
   using Element = T;
   static constexpr bool kAlongDepth = false;
   static constexpr int height = 1, width = 1;
 
-  __device__ Place at_extent(int k) const {
-    if (k >= g.group_out) return {0, kNowhere, 0, 0};
-    return {k * g.out.c, 0, 0, g.group_out - k};
+  __device__ Place at_extent(int col) const {
+    const int k = Tile::col_member(col), group = Tile::col_group(col);
+    if (k >= g.group_out || group >= groups) return {0, kNowhere, 0, 0};
+    return {(group * g.group_out + k) * g.out.c, 0, 0, g.group_out - k};
   }
   __device__ Place at_depth(int pixel) const {
     if (pixel >= pixels_end) return {0, kNowhere, 0, 0};
@@ -60,25 +62,26 @@ struct GradOutputChunks {
   const T* data;
   int channel_stride;
   const Conv2dGeometry& g;
-  int pixels_end;
+  int groups, pixels_end;
   const PlaneDecoder& pixel_decoder;
 };
 
-template <class Sum>
+template <class Tile, class Sum>
 struct PartialStore {
   static constexpr bool kChunks = false;
 
   __device__ bool along_rows() const { return true; }
-  __device__ void store(int weight, int k, const Sum* sum) const {
-    if (weight >= weights || k >= g.group_out) return;
+  __device__ void store(int row, int col, const Sum* sum) const {
+    const int weight = Tile::row_member(row), k = Tile::col_member(col), group = Tile::col_group(col);
+    if (weight >= weights || k >= g.group_out || group >= groups) return;
     const Tap tap = tap_decoder.at(weight);
     if (tap.channel >= g.group_in) return;
-    partials[k * g.filter.n + tap.channel * g.filter.c + tap.r * g.filter.h + tap.s * g.filter.w] = *sum;
+    partials[(group * g.group_out + k) * g.filter.n + tap.channel * g.filter.c + tap.r * g.filter.h + tap.s * g.filter.w] = *sum;
   }
 
-  Sum* partials;  // of the group: [weights in memory order]
+  Sum* partials;  // of the first group: [weights in memory order]
   const Conv2dGeometry& g;
-  int weights;
+  int groups, weights;
   const TapDecoder<Layout::nhwc>& tap_decoder;
 };
 
@@ -111,32 +114,37 @@ struct WeightProblem {
   PlaneDecoder pixel_decoder;
 };
 
-// Blocks are numbered by row tile, column tile, group, split: those that read the same pixels run together.
+// Blocks are numbered by row tile, column tile, groups, split: those that read the same pixels run together.
 template <class Tile, bool kVector, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
     backward_weight_mma(WeightProblem<T> problem, int row_tiles, int col_tiles, int split_size) {
   const Conv2dGeometry& g = problem.g;
   const int row_tile = blockIdx.x % row_tiles, tiles = blockIdx.x / row_tiles;
-  const int col_tile = tiles % col_tiles, group = tiles / col_tiles % g.groups, split = tiles / col_tiles / g.groups;
+  const int group_tiles = ceil_div(g.groups, Tile::kGroups);
+  const int col_tile = tiles % col_tiles, group = tiles / col_tiles % group_tiles * Tile::kGroups, groups = g.groups - group;
+  const int split = tiles / col_tiles / group_tiles;
   const int begin = split * split_size, end = smaller(problem.pixels, begin + split_size);
 
-  const InputChunks<T> rows{problem.input + group * g.group_in * g.in.c,
-                            static_cast<int>(g.in.c),
-                            g.in_h,
-                            g.in_w,
-                            g,
-                            problem.weights,
-                            end,
-                            problem.tap_decoder,
-                            problem.pixel_decoder};
-  const GradOutputChunks<T> cols{problem.grad_output + group * g.group_out * g.out.c, static_cast<int>(g.out.c), g, end,
-                                 problem.pixel_decoder};
-  const PartialStore<Accumulate<T>> store{problem.partials + (static_cast<int64_t>(split) * g.groups + group) * g.group_out * g.filter.n, g,
-                                          problem.weights, problem.tap_decoder};
+  using Input = InputChunks<Tile, T>;
+  using GradOutput = GradOutputChunks<Tile, T>;
+  const Input rows{problem.input + group * g.group_in * g.in.c,
+                   static_cast<int>(g.in.c),
+                   g.in_h,
+                   g.in_w,
+                   g,
+                   groups,
+                   problem.weights,
+                   end,
+                   problem.tap_decoder,
+                   problem.pixel_decoder};
+  const GradOutput cols{
+      problem.grad_output + group * g.group_out * g.out.c, static_cast<int>(g.out.c), g, groups, end, problem.pixel_decoder};
+  const PartialStore<Tile, Accumulate<T>> store{
+      problem.partials + (static_cast<int64_t>(split) * g.groups + group) * g.group_out * g.filter.n, g, groups, problem.weights,
+      problem.tap_decoder};
 
-  using RowLoader = std::conditional_t<kVector, VectorLoader<InputChunks<T>, Tile::kRows>, ElementLoader<InputChunks<T>, Tile::kRows>>;
-  using ColLoader =
-      std::conditional_t<kVector, VectorLoader<GradOutputChunks<T>, Tile::kCols>, ElementLoader<GradOutputChunks<T>, Tile::kCols>>;
+  using RowLoader = std::conditional_t<kVector, VectorLoader<Input, Tile::kRows>, ElementLoader<Input, Tile::kRows>>;
+  using ColLoader = std::conditional_t<kVector, VectorLoader<GradOutput, Tile::kCols>, ElementLoader<GradOutput, Tile::kCols>>;
   MmaGemm<Tile, RowLoader, ColLoader> gemm(rows, cols, row_tile * Tile::kRows, col_tile * Tile::kCols, g.in.c == 1);
   gemm.run(begin, end, store);
 }
@@ -152,26 +160,25 @@ inline int64_t padded_weights(const Conv2dShape& s) {
 template <class Tile>
 struct WeightDivision {
   explicit WeightDivision(const Conv2dShape& s)
-      : row_tiles(ceil_div<int64_t>(padded_weights(s), Tile::kRows)),
-        col_tiles(ceil_div<int64_t>(s.out_channels / s.groups, Tile::kCols)),
-        splits(split_sum(pixels_of(s), row_tiles * col_tiles * s.groups, weight_elements(s), kSplitMultiple)),
-        blocks(row_tiles * col_tiles * s.groups * splits.count) {}
-  int64_t row_tiles, col_tiles;
+      : row_tiles(ceil_div<int64_t>(padded_weights(s), Tile::kGroupRows)),
+        col_tiles(ceil_div<int64_t>(s.out_channels / s.groups, Tile::kGroupCols)),
+        tiles(row_tiles * col_tiles * ceil_div<int64_t>(s.groups, Tile::kGroups)),
+        splits(split_sum(pixels_of(s), tiles, weight_elements(s), kSplitMultiple)) {}
+  int64_t row_tiles, col_tiles, tiles;
   Splits splits;
-  int64_t blocks;
 };
 
 template <class Tile>
 Plan backward_weight_mma_plan(const Conv2dShape& s) {
   const WeightDivision<Tile> division(s);
-  return {Tile::kCols, Tile::kRows, division.blocks, partials_bytes(s.dtype, division.splits, weight_elements(s))};
+  return {Tile::kCols, Tile::kGroupRows, division.tiles * division.splits.count,
+          partials_bytes(s.dtype, division.splits, weight_elements(s))};
 }
 
 template <class Tile, bool kVector, class T>
 void launch_backward_weight_mma(const Conv2dShape& s, const WeightProblem<T>& problem, const Splits& splits, cudaStream_t stream) {
   const WeightDivision<Tile> division(s);
-  launch(backward_weight_mma<Tile, kVector, T>,
-         Grid(division.row_tiles * division.col_tiles * s.groups * splits.count, kBlockThreads, Tile::template kSharedBytes<T>), stream,
+  launch(backward_weight_mma<Tile, kVector, T>, Grid(division.tiles * splits.count, kBlockThreads, Tile::template kSharedBytes<T>), stream,
          problem, static_cast<int>(division.row_tiles), static_cast<int>(division.col_tiles), static_cast<int>(splits.size));
 }
 

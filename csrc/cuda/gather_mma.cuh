@@ -21,16 +21,17 @@ struct GatherTaps {
   TapDecoder<Layout::nhwc> decoder;
 };
 
-template <class T>
+template <class Tile, class T>
 struct SourceChunks {
   using Element = T;
   static constexpr bool kAlongDepth = true;
 
-  __device__ Place at_extent(int pixel) const {
-    if (pixel >= pixels) return {0, kNowhere, 0, 0};
+  __device__ Place at_extent(int row) const {
+    const int pixel = Tile::row_member(row), group = Tile::row_group(row);
+    if (pixel >= pixels || group >= groups) return {0, kNowhere, 0, 0};
     const PlaneIndex p = pixel_decoder.at(pixel);
     const int h = taps.h.first + p.h * taps.h.step, w = taps.w.first + p.w * taps.w.step;
-    return {p.outer * strides.n + h * strides.h + w * strides.w, h, w, 0};
+    return {p.outer * strides.n + h * strides.h + w * strides.w + group * taps.channels * strides.c, h, w, 0};
   }
   __device__ Place at_depth(int term) const {
     if (term >= taps.terms) return {0, kNowhere, 0, 0};
@@ -44,20 +45,21 @@ struct SourceChunks {
   int height, width;
   Strides strides;
   const GatherTaps& taps;
-  int pixels;
+  int groups, pixels;
   PlaneDecoder pixel_decoder;
 };
 
 // The filters. A chunk is 16 bytes of their channels c: forward adds them up, in backward_input they are columns.
-template <class T, bool kForward>
+template <class Tile, class T, bool kForward>
 struct FilterChunks {
   using Element = T;
   static constexpr bool kAlongDepth = kForward;
   static constexpr int height = 1, width = 1;
 
   __device__ Place at_extent(int col) const {
-    if (col >= cols) return {0, kNowhere, 0, 0};
-    return {col * (kForward ? strides.n : strides.c), 0, 0, cols - col};
+    const int channel = Tile::col_member(col), group = Tile::col_group(col);
+    if (channel >= cols || group >= groups) return {0, kNowhere, 0, 0};
+    return {channel * (kForward ? strides.n : strides.c) + group * of_group, 0, 0, cols - channel};
   }
   __device__ Place at_depth(int term) const {
     const Tap tap = taps.decoder.at(term);
@@ -69,18 +71,21 @@ struct FilterChunks {
   const T* data;
   int channel_stride;
   Strides strides;
+  int64_t of_group;  // elements
   const GatherTaps& taps;
-  int cols;
+  int groups, cols;
 };
 
 // Rounds the sums, with the bias where there is one, and stores them.
-template <class T, bool kVector>
+template <class Tile, class T, bool kVector>
 struct PixelStore {
   static constexpr bool kChunks = kVector;
 
   __device__ bool along_rows() const { return strides.c != 1; }
-  __device__ void store(int pixel, int channel, const Accumulate<T>* sums) const {
-    if (pixel >= pixels || channel >= channels) return;
+  __device__ void store(int row, int col, const Accumulate<T>* sums) const {
+    const int pixel = Tile::row_member(row), group = Tile::col_group(col), member = Tile::col_member(col);
+    if (pixel >= pixels || member >= channels || group >= groups) return;
+    const int channel = group * channels + member;
     const PlaneIndex p = pixel_decoder.at(pixel);
     const int h = taps.h.first_out + p.h * taps.h.out_step, w = taps.w.first_out + p.w * taps.w.out_step;
     if (h >= height || w >= width) return;  // the larger phases' last row and column are missing in the others
@@ -100,7 +105,7 @@ struct PixelStore {
   const T* bias;
   Strides strides;
   const GatherTaps& taps;
-  int height, width, pixels, channels;
+  int height, width, groups, pixels, channels;  // channels of a group
   PlaneDecoder pixel_decoder;
 };
 
@@ -148,12 +153,13 @@ struct GatherProblem {
   GatherTaps first_phase;
 };
 
-// Blocks are numbered by column tile, group, phase, row tile: those that read the same pixels run together.
+// Blocks are numbered by column tile, groups, phase, row tile: those that read the same pixels run together.
 template <class Tile, bool kVector, bool kForward, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>) gather_mma(GatherProblem<T, kForward> problem, int col_tiles) {
   const Conv2dGeometry& g = problem.g;
   const int col_tile = blockIdx.x % col_tiles, tiles = blockIdx.x / col_tiles;
-  const int group = tiles % g.groups, phase = tiles / g.groups % problem.phases, row_tile = tiles / g.groups / problem.phases;
+  const int group_tiles = ceil_div(g.groups, Tile::kGroups), group = tiles % group_tiles * Tile::kGroups, groups = g.groups - group;
+  const int phase = tiles / group_tiles % problem.phases, row_tile = tiles / group_tiles / problem.phases;
   // Of a block's phase in shared memory: registers are scarce.
   __shared__ __align__(alignof(GatherTaps)) unsigned char phase_taps[sizeof(GatherTaps)];
   if (!kForward && threadIdx.x == 0) new (phase_taps) GatherTaps(problem.taps_of(phase));
@@ -161,29 +167,37 @@ __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>) gather_mma
   const GatherTaps& taps = kForward ? problem.first_phase : *reinterpret_cast<const GatherTaps*>(phase_taps);
   const Strides &source = problem.source_strides(), &result = problem.result_strides();
 
-  const SourceChunks<T> rows{problem.source + group * problem.depth_channels * source.c,
-                             static_cast<int>(source.c),
-                             kForward ? g.in_h : g.out_h,
-                             kForward ? g.in_w : g.out_w,
-                             source,
-                             taps,
-                             problem.pixels,
-                             problem.pixel_decoder};
-  const FilterChunks<T, kForward> cols{problem.weight + group * g.group_out * g.filter.n, static_cast<int>(g.filter.c), g.filter, taps,
-                                       problem.cols};
-  const PixelStore<T, kVector> store{problem.result + group * problem.cols * result.c,
-                                     problem.bias == nullptr ? nullptr : problem.bias + group * problem.cols,
-                                     result,
-                                     taps,
-                                     kForward ? g.out_h : g.in_h,
-                                     kForward ? g.out_w : g.in_w,
-                                     problem.pixels,
-                                     problem.cols,
-                                     problem.pixel_decoder};
+  using Source = SourceChunks<Tile, T>;
+  using Filter = FilterChunks<Tile, T, kForward>;
+  const Source rows{problem.source + group * problem.depth_channels * source.c,
+                    static_cast<int>(source.c),
+                    kForward ? g.in_h : g.out_h,
+                    kForward ? g.in_w : g.out_w,
+                    source,
+                    taps,
+                    groups,
+                    problem.pixels,
+                    problem.pixel_decoder};
+  const Filter cols{problem.weight + group * g.group_out * g.filter.n,
+                    static_cast<int>(g.filter.c),
+                    g.filter,
+                    g.group_out * g.filter.n,
+                    taps,
+                    groups,
+                    problem.cols};
+  const PixelStore<Tile, T, kVector> store{problem.result + group * problem.cols * result.c,
+                                           problem.bias == nullptr ? nullptr : problem.bias + group * problem.cols,
+                                           result,
+                                           taps,
+                                           kForward ? g.out_h : g.in_h,
+                                           kForward ? g.out_w : g.in_w,
+                                           groups,
+                                           problem.pixels,
+                                           problem.cols,
+                                           problem.pixel_decoder};
 
-  using RowLoader = std::conditional_t<kVector, VectorLoader<SourceChunks<T>, Tile::kRows>, ElementLoader<SourceChunks<T>, Tile::kRows>>;
-  using ColLoader = std::conditional_t<kVector, VectorLoader<FilterChunks<T, kForward>, Tile::kCols>,
-                                       ElementLoader<FilterChunks<T, kForward>, Tile::kCols>>;
+  using RowLoader = std::conditional_t<kVector, VectorLoader<Source, Tile::kRows>, ElementLoader<Source, Tile::kRows>>;
+  using ColLoader = std::conditional_t<kVector, VectorLoader<Filter, Tile::kCols>, ElementLoader<Filter, Tile::kCols>>;
   MmaGemm<Tile, RowLoader, ColLoader> gemm(rows, cols, row_tile * Tile::kRows, col_tile * Tile::kCols, source.c == 1);
   gemm.run(0, taps.terms, store);
 }
@@ -192,15 +206,16 @@ template <class Tile, bool kForward>
 Plan gather_mma_plan(const Conv2dShape& s) {
   const int64_t rows = kForward ? s.batch * s.out_h * s.out_w : s.batch * ceil_div(s.in_h, s.stride_h) * ceil_div(s.in_w, s.stride_w);
   const int64_t cols = (kForward ? s.out_channels : s.in_channels) / s.groups, phases = kForward ? 1 : s.stride_h * s.stride_w;
-  const int64_t blocks = ceil_div<int64_t>(cols, Tile::kCols) * s.groups * phases * ceil_div<int64_t>(rows, Tile::kRows);
-  return {Tile::kCols, Tile::kRows, blocks, 0};
+  const int64_t blocks = ceil_div<int64_t>(cols, Tile::kGroupCols) * ceil_div<int64_t>(s.groups, Tile::kGroups) * phases *
+                         ceil_div<int64_t>(rows, Tile::kGroupRows);
+  return {Tile::kCols, Tile::kGroupRows, blocks, 0};
 }
 
 template <class Tile, bool kVector, bool kForward, class T>
 void launch_gather_mma(const Conv2dShape& s, const GatherProblem<T, kForward>& problem, cudaStream_t stream) {
   launch(gather_mma<Tile, kVector, kForward, T>,
          Grid(gather_mma_plan<Tile, kForward>(s).blocks, kBlockThreads, Tile::template kSharedBytes<T>), stream, problem,
-         ceil_div(problem.cols, Tile::kCols));
+         ceil_div(problem.cols, Tile::kGroupCols));
 }
 
 // With the one tile, whichever loader runs.

@@ -16,25 +16,31 @@ namespace cnn_ext::cuda {
 #define CNN_EXT_CONV2D_ROWS(ROW)                   \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                   \
   ROW(conv2d_forward_columns_sm80)                 \
+  ROW(conv2d_forward_depthwise_large_sm80)         \
   ROW(conv2d_forward_depthwise_sm80)               \
   ROW(conv2d_forward_depthwise_planes_sm80)        \
   ROW(conv2d_forward_patch_mma_sm80)               \
+  ROW(conv2d_forward_groups_mma_sm80)              \
   ROW(conv2d_forward_mma_sm80)                     \
   ROW(conv2d_forward_mma_tf32x3_sm80)              \
   ROW(conv2d_forward_dmma_sm80)                    \
   ROW(conv2d_forward_implicit_gemm_sm80)           \
   ROW(conv2d_forward_direct_sm80)                  \
   ROW(conv2d_backward_input_columns_sm80)          \
+  ROW(conv2d_backward_input_depthwise_large_sm80)  \
   ROW(conv2d_backward_input_depthwise_sm80)        \
   ROW(conv2d_backward_input_depthwise_planes_sm80) \
   ROW(conv2d_backward_input_patch_mma_sm80)        \
+  ROW(conv2d_backward_input_groups_mma_sm80)       \
   ROW(conv2d_backward_input_mma_sm80)              \
   ROW(conv2d_backward_input_mma_tf32x3_sm80)       \
   ROW(conv2d_backward_input_dmma_sm80)             \
   ROW(conv2d_backward_input_implicit_gemm_sm80)    \
   ROW(conv2d_backward_input_direct_sm80)           \
+  ROW(conv2d_backward_weight_depthwise_large_sm80) \
   ROW(conv2d_backward_weight_depthwise_sm80)       \
   ROW(conv2d_backward_weight_patch_mma_sm80)       \
+  ROW(conv2d_backward_weight_groups_mma_sm80)      \
   ROW(conv2d_backward_weight_mma_sm80)             \
   ROW(conv2d_backward_weight_mma_tf32x3_sm80)      \
   ROW(conv2d_backward_weight_dmma_sm80)            \

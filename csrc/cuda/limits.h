@@ -69,19 +69,37 @@ inline bool suits_fused_gemm(const Conv2dReluPoolShape& s, int64_t rows) {
          all_below(kMaxExtent, {s.pool_stride_h, s.pool_stride_w});
 }
 
-// The general rows on tensor cores (mma_gemm.cuh) take groups of at least 16 channels on both sides and pad channels to chunks of 16 bytes.
-constexpr int64_t kLeastMmaChannels = 16;
+// The rows on tensor cores (mma_gemm.cuh) pad channels to chunks of 16 bytes, and number pixels and taps with ints.
 constexpr int64_t kMostPadding = 7;
 
-inline bool has_mma_channels(const Conv2dShape& s) {
+inline bool fits_mma(const Conv2dShape& s) {
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
-  return group_in >= kLeastMmaChannels && group_out >= kLeastMmaChannels && suits_implicit_gemm(s, group_out) &&
+  return suits_implicit_gemm(s, group_out) &&
          all_below(kMaxExtent, {product({s.out_channels, group_in + kMostPadding, s.kernel_h, s.kernel_w}),
                                 product({group_out + kMostPadding, s.kernel_h, s.kernel_w})});
+}
+
+// The general ones take groups of at least 16 channels on both sides.
+constexpr int64_t kLeastMmaChannels = 16;
+
+inline bool has_mma_channels(const Conv2dShape& s) {
+  return s.in_channels / s.groups >= kLeastMmaChannels && s.out_channels / s.groups >= kLeastMmaChannels && fits_mma(s);
 }
 
 inline bool suits_mma(const Conv2dShape& s) { return has_mma_type(s) && has_mma_channels(s); }
 inline bool suits_split_mma(const Conv2dShape& s) { return s.dtype == DType::float32 && s.allow_tf32 == 0 && has_mma_channels(s); }
 inline bool suits_double_mma(const Conv2dShape& s) { return s.dtype == DType::float64 && has_mma_channels(s); }
+
+// Several groups of `least` to 16 channels on both sides: they are numbered together.
+constexpr int64_t kMostGroupChannels = 16, kMostTileGroups = 4;
+
+inline bool suits_groups_mma(const Conv2dShape& s, int64_t least) {
+  const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
+  return s.groups > 1 && has_mma_type(s) && group_in >= least && group_out >= least && group_in <= kMostGroupChannels &&
+         group_out <= kMostGroupChannels && fits_mma(s) &&
+         all_below(kMaxExtent / kMostTileGroups,
+                   {product({s.batch, s.out_h, s.out_w}), product({s.batch, s.in_h + s.stride_h, s.in_w + s.stride_w}),
+                    product({group_in + kMostPadding, s.kernel_h, s.kernel_w})});
+}
 
 }  // namespace cnn_ext::cuda

@@ -31,16 +31,26 @@
 namespace cnn_ext::cuda {
 
 // kTerms: the products on tensor cores that make up one (mma_fragments.cuh).
-template <int kRows_, int kCols_, int kWarpRows_, int kTerms_ = 1>
+// kGroups: groups of a convolution side by side, each with its part of the rows, all of its columns, and sums in these alone.
+template <int kRows_, int kCols_, int kWarpRows_, int kTerms_ = 1, int kGroups_ = 1>
 struct MmaTile {
-  static constexpr int kRows = kRows_, kCols = kCols_, kWarpRows = kWarpRows_, kWarpCols = 32, kTerms = kTerms_, kStages = 4;
-  static_assert(kRows / kWarpRows * (kCols / kWarpCols) * 32 == kBlockThreads);
+  static constexpr int kRows = kRows_, kCols = kCols_, kWarpRows = kWarpRows_, kTerms = kTerms_, kGroups = kGroups_;
+  static constexpr int kGroupRows = kRows / kGroups, kGroupCols = kCols / kGroups;
+  static constexpr int kWarpCols = smaller(kGroupCols, 32), kRowWarps = kGroupCols / kWarpCols;  // side by side
+  static constexpr int kStages = kGroups == 1 ? 4 : 3;
+  static_assert(kRows / kWarpRows * kRowWarps * 32 == kBlockThreads);
 
-  // The sums on their way out lie in shared memory, [rows][kCols + 8] or [cols][kRows + 4]: no bank twice.
-  static constexpr int kRowPitch = kCols + 8, kColPitch = kRows + 4;
+  // What a row or column of the product is: a member of a group, counted from the block's first one.
+  CNN_EXT_HOST_DEVICE static int row_group(int row) { return kGroups == 1 ? 0 : row / kGroupRows % kGroups; }
+  CNN_EXT_HOST_DEVICE static int row_member(int row) { return kGroups == 1 ? row : row / kRows * kGroupRows + row % kGroupRows; }
+  CNN_EXT_HOST_DEVICE static int col_group(int col) { return kGroups == 1 ? 0 : col / kGroupCols; }
+  CNN_EXT_HOST_DEVICE static int col_member(int col) { return kGroups == 1 ? col : col % kGroupCols; }
+
+  // The sums on their way out lie in shared memory, [rows][columns of a group + 8] or [columns of a group][rows + 4]: no bank twice.
+  static constexpr int kRowPitch = kGroupCols + 8, kColPitch = kRows + 4;
   static constexpr size_t kRowTileBytes = kRows * kStepBytes + kTilePadding, kColTileBytes = kCols * kStepBytes + kTilePadding;
   static constexpr size_t kStageBytes = kRowTileBytes + kColTileBytes;
-  static constexpr size_t kSums = larger(kRows * kRowPitch, kCols * kColPitch);
+  static constexpr size_t kSums = larger(kRows * kRowPitch, kGroupCols* kColPitch);
   template <class T>
   static constexpr size_t kSumBytes = sizeof(Accumulate<T>) * kSums;
   template <class T>
@@ -49,10 +59,11 @@ struct MmaTile {
 using WideMmaTile = MmaTile<128, 128, 64>;
 using NarrowMmaTile = MmaTile<128, 64, 32>;
 using SplitMmaTile = MmaTile<128, 64, 32, 3>;
+using GroupsMmaTile = MmaTile<256, 64, 32, 1, 4>;  // four groups of 64 rows and 16 columns
 
 // Blocks that share a multiprocessor, as registers allow: for the kernels' launch bounds.
 template <class Tile, class T>
-constexpr int kMmaBlocks = Tile::kTerms > 1 || sizeof(T) == 8 ? 1 : 2;
+constexpr int kMmaBlocks = Tile::kTerms > 1 || Tile::kGroups > 1 || sizeof(T) == 8 ? 1 : 2;
 
 inline bool has_few_cols(int64_t cols) { return cols <= NarrowMmaTile::kCols; }
 
@@ -101,8 +112,9 @@ class MmaGemm {
  private:
   static constexpr int kDepth = kStepDepth<T>, kStages = Tile::kStages;
   static constexpr int kWarpRows = Tile::kWarpRows, kWarpCols = Tile::kWarpCols;
-  __device__ static int warp_row() { return threadIdx.x / 32 / (Tile::kCols / kWarpCols) * kWarpRows; }
-  __device__ static int warp_col() { return threadIdx.x / 32 % (Tile::kCols / kWarpCols) * kWarpCols; }
+  __device__ static int warp_row() { return threadIdx.x / 32 / Tile::kRowWarps * kWarpRows; }
+  __device__ static int warp_group_col() { return threadIdx.x / 32 % Tile::kRowWarps * kWarpCols; }
+  __device__ static int warp_col() { return Tile::row_group(warp_row()) * Tile::kGroupCols + warp_group_col(); }
 
   __device__ static unsigned char* row_tile(unsigned char* shared, int step) { return shared + step % kStages * Tile::kStageBytes; }
   __device__ static unsigned char* col_tile(unsigned char* shared, int step) { return row_tile(shared, step) + Tile::kRowTileBytes; }
@@ -161,7 +173,7 @@ class MmaGemm {
   // Registers -> shared memory. Whether there is a NaN among this thread's sums.
   __device__ bool write_sums(Sum* sums, int row_pitch, int col_pitch) const {
     const int lane = threadIdx.x % 32;
-    Sum* corner = sums + (warp_row() + lane / 4) * row_pitch + (warp_col() + lane % 4 * 2) * col_pitch;
+    Sum* corner = sums + (warp_row() + lane / 4) * row_pitch + (warp_group_col() + lane % 4 * 2) * col_pitch;
     bool meets_nan = false;
 #pragma unroll
     for (int i = 0; i < kWarpRows / 16; ++i) {
@@ -188,18 +200,21 @@ class MmaGemm {
     return true;
   }
 
+  // The product's column of a sum: row and col as the sums lie in shared memory.
+  __device__ int col_of(int row, int col) const { return first_col_ + Tile::row_group(row) * Tile::kGroupCols + col; }
+
   // Replaces every sum that is NaN by that of the products that exist.
   __device__ void add_up_again(Sum* sums, int row_pitch, int col_pitch, int depth_begin, int depth_end) const {
 #pragma unroll 1
-    for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
-      const int row = index / Tile::kCols, col = index % Tile::kCols;
+    for (int index = threadIdx.x; index < Tile::kRows * Tile::kGroupCols; index += kBlockThreads) {
+      const int row = index / Tile::kGroupCols, col = index % Tile::kGroupCols;
       Sum* sum = sums + row * row_pitch + col * col_pitch;
       if (!isnan(*sum)) continue;
       Sum exact = 0;
 #pragma unroll 1
       for (int depth = depth_begin; depth < depth_end; ++depth) {
         Sum a, b;
-        if (read(rows_, first_row_ + row, depth, a) && read(cols_, first_col_ + col, depth, b)) exact = fma(a, b, exact);
+        if (read(rows_, first_row_ + row, depth, a) && read(cols_, col_of(row, col), depth, b)) exact = fma(a, b, exact);
       }
       *sum = exact;
     }
@@ -208,19 +223,19 @@ class MmaGemm {
   template <class Store>
   __device__ void store_sums(const Sum* sums, bool along_rows, const Store& store) const {
     if constexpr (Store::kChunks) {
-      constexpr int kChunkCols = Tile::kCols / kChunk<T>;
+      constexpr int kChunkCols = Tile::kGroupCols / kChunk<T>;
 #pragma unroll 1
       for (int index = threadIdx.x; index < Tile::kRows * kChunkCols; index += kBlockThreads) {
         const int row = index / kChunkCols, col = index % kChunkCols * kChunk<T>;
-        store.store(first_row_ + row, first_col_ + col, sums + row * Tile::kRowPitch + col);
+        store.store(first_row_ + row, col_of(row, col), sums + row * Tile::kRowPitch + col);
       }
     } else {
-      const int inner = along_rows ? Tile::kRows : Tile::kCols, pitch = along_rows ? Tile::kColPitch : Tile::kRowPitch;
+      const int inner = along_rows ? Tile::kRows : Tile::kGroupCols, pitch = along_rows ? Tile::kColPitch : Tile::kRowPitch;
 #pragma unroll 1
-      for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
+      for (int index = threadIdx.x; index < Tile::kRows * Tile::kGroupCols; index += kBlockThreads) {
         const int across = index / inner, along = index % inner;
         const int row = along_rows ? along : across, col = along_rows ? across : along;
-        store.store(first_row_ + row, first_col_ + col, sums + across * pitch + along);
+        store.store(first_row_ + row, col_of(row, col), sums + across * pitch + along);
       }
     }
   }
