@@ -159,6 +159,8 @@ def intended(kernel: str) -> set[str]:
         return {PLAIN_INSTRUCTIONS[element_type(kernel)], "LDS.128"}
     if re.search(r"\bdepthwise\w*<", kernel):
         return {"LDG.E.128.CONSTANT", "STG.E.128"}
+    if "correlate_planes<" in kernel:
+        return {"LDG.E.128.CONSTANT", "LDS.128"}
     if "_mma<" not in kernel:
         return set()
     wanted = {MATRIX_INSTRUCTIONS[element_type(kernel)], "LDGDEPBAR"}
