@@ -114,7 +114,7 @@ class BackwardWeight {
             s.kernel_h * s.kernel_w,
             out_block,
             divide_up(group_out, out_block),
-            larger(1, divide_up(group_in, Tiles::channels())),
+            larger(1, divide_up(group_in, Tiles::template channels<T>(static_cast<int>(out_block / kLanes<T>)))),
             s.in_h * s.in_w,
             element()};
   }

@@ -13,7 +13,10 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 struct ChannelTiles {
-  static int64_t channels() { return kTileEntries; }
+  template <class T>
+  static int64_t channels(int vectors) {
+    return tile_entries<T>(vectors);
+  }
   static bool multiplies_padding(const Conv2dShape&) { return false; }
   static int64_t window_columns(const Conv2dShape& s) { return s.in_w; }
 

@@ -7,7 +7,10 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 struct PaddedTiles {
-  static int64_t channels() { return kTileEntries; }
+  template <class T>
+  static int64_t channels(int vectors) {
+    return tile_entries<T>(vectors);
+  }
   static bool multiplies_padding(const Conv2dShape& s) {
     const Window all = window(s, {0, s.out_h});
     const bool pads = all.row < 0 || all.column < 0 || all.row + all.rows > s.in_h || all.column + all.columns > s.in_w;

@@ -14,7 +14,10 @@ namespace {
 constexpr int64_t kMostChannels = kTileEntries / 2;  // above this, one tap alone fills half a tile
 
 struct TapTiles {
-  static int64_t channels() { return kMostChannels; }
+  template <class T>
+  static int64_t channels(int) {
+    return kMostChannels;
+  }
   static int64_t window_columns(const Conv2dShape& s) { return (s.out_w - 1) * s.stride_w + s.kernel_w; }
 
   // All input rows that these output rows read, padding included.

@@ -1,8 +1,10 @@
 // The register tile of backward_weight: 2 vectors of output channels (1 for the last few) times up to kTileEntries entries of grad_weight,
 // each the sum of grad_output times one input element per pixel. Of the 32 (16) registers 28 (12) are sums, 2 hold grad_output and 1 an
 // input element in all lanes, which serves two multiplications: 14 + 2 loads for 28 of them, so the multipliers and not the loads are the
-// limit.
+// limit. Groups of 16 channels (a vector) have one vector of 16 entries.
 #include "cpu/kernels/conv2d_backward_weight_tile.inl"
+
+#include "cpu/simd/product.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -20,9 +22,14 @@ void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums
       for (int64_t column = 0; column < patch.columns; ++column) {
         Vec<T> channels[kVectors];
         for (int v = 0; v < kVectors; ++v) channels[v] = load(g + v * lanes);
-#pragma GCC unroll 14
+#pragma GCC unroll 16
         for (int e = 0; e < entries; ++e) {
-          const Vec<T> element = broadcast_from(x + e / kColumns * patch.input_tap_row + e % kColumns);
+          const T* const entry = x + e / kColumns * patch.input_tap_row + e % kColumns;
+          if constexpr (kVectors == 1) {
+            sum[e][0] = add_product(entry, channels[0], sum[e][0]);
+            continue;
+          }
+          const Vec<T> element = broadcast_from(entry);
           for (int v = 0; v < kVectors; ++v) sum[e][v] = fma(element, channels[v], sum[e][v]);
         }
         g += kVectors * lanes;
@@ -30,14 +37,14 @@ void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums
       }
     }
   }
-#pragma GCC unroll 14
+#pragma GCC unroll 16
   for (int e = 0; e < entries; ++e) {
     T* to = sums + e / kColumns * sums_row + e % kColumns * kVectors * lanes;
     for (int v = 0; v < kVectors; ++v) store(to + v * lanes, load(to + v * lanes) + sum[e][v]);
   }
 }
 
-template <class T, int kVectors, int kRows, int kColumns = kTileEntries / kRows>
+template <class T, int kVectors, int kRows, int kColumns = kRows == 1 ? tile_entries<T>(kVectors) : kTileEntries / kRows>
 inline AddPatch<T> tile_of_rows(int rows, int columns) {
   if constexpr (kColumns == 0) {
     return nullptr;

@@ -10,6 +10,13 @@ constexpr int kTileVectors = 2;
 constexpr int kTileEntries = (kVectorRegisters - 4) / kTileVectors;
 constexpr int kTileRows = 3;  // tap rows that one tile may span
 
+// Entries of a tile of one tap row. Of a single vector they are as many as a group of so many output channels has input channels, too:
+// shared out among two tiles these would be few to hide the latency of the additions.
+template <class T>
+constexpr int tile_entries(int vectors) {
+  return vectors == 1 && kLanes<T> > kTileEntries ? kLanes<T> : kTileEntries;
+}
+
 }  // namespace
 
 // The pixels that one tile sums over; distances in elements. A pixel of grad_output is followed by the next one of its row.
@@ -23,7 +30,8 @@ struct Patch {
 template <class T>
 using AddPatch = void (*)(const Patch&, const T* grad_output, const T* input, T* sums, int64_t sums_row);
 
-// The tile of these vectors of output channels, tap rows, and entries per row; rows * columns <= kTileEntries. It does
+// The tile of these vectors of output channels, tap rows, and entries per row; rows * columns <= kTileEntries, or
+// tile_entries() of one row. It does
 //   sums[entry][vector] += sum over the patch; entries = `rows` tap rows of `columns` neighbouring elements each. The first argument says
 //   the type alone.
 AddPatch<float> tile_of(float type, int vectors, int rows, int columns);

@@ -9,6 +9,7 @@ namespace {
 
 using cnn_ext::DType;
 using cnn_ext::cpu::CNN_EXT_ISA::GroupedStep;
+using cnn_ext::cpu::CNN_EXT_ISA::kMostCols;
 using cnn_ext::cpu::CNN_EXT_ISA::kMostVectors;
 using cnn_ext::cpu::CNN_EXT_ISA::most_cols;
 using cnn_ext::cpu::CNN_EXT_ISA::most_rows;
@@ -16,7 +17,8 @@ using cnn_ext::cpu::CNN_EXT_ISA::most_rows;
 constexpr int64_t kMostChannels = 64;         // of a group
 constexpr int64_t kTaskBytes = 192 << 10;     // staged and summed by one: they stay in the second cache, beside the weights
 constexpr int64_t kMostRowBytes = 512 << 10;  // of the smallest task, a row
-constexpr int64_t kTaskPoints = 256;          // of several images, where these are small
+// Of several images, where these are small. Pixels of channels_last that lie a page apart share few sets of the second cache.
+constexpr int64_t kTaskPixels = 512;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMostPhases = 16;
 
@@ -28,7 +30,7 @@ inline int64_t align_64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 // The rows of a tile, of maps of `cols` grid points a row.
 inline int rows_at_once(int vectors, int64_t cols) {
   int rows = most_rows(vectors);
-  while (rows > 1 && cols > most_cols(vectors, rows)) rows /= 2;
+  while (rows > 1 && smaller(cols, kMostCols) > most_cols(vectors, rows)) rows /= 2;
   return rows;
 }
 
@@ -130,9 +132,11 @@ class Grouping {
     images = 1, rows = larger(1, grid_h);
     while (rows > 1 && !fits()) rows = ceil_div(rows, 2);
     if (rows == grid_h) {
-      images = smaller(larger(1, gathers_[0].batch), larger(rows_at_once(static_cast<int>(ceil_div(vectors, units)), grid_w),
-                                                            ceil_div(kTaskPoints, larger(1, grid_h * grid_w))));
+      const int64_t pixels = larger(gathers_[0].h.source_size * gathers_[0].w.source_size, dest_h * dest_w);
+      const int64_t at_once = rows_at_once(static_cast<int>(ceil_div(vectors, units)), grid_w);
+      images = smaller(larger(1, gathers_[0].batch), larger(1, kTaskPixels / larger(1, pixels)));
       while (images > 1 && !fits()) --images;
+      if (images > at_once) images -= images % at_once;
     }
     const int64_t wanted = threads > 1 ? threads * kTasksPerThread : 1;
     while (tasks() > 0 && tasks() < wanted && images > 1) images = ceil_div(images, 2);

@@ -139,6 +139,7 @@ __attribute__((noinline)) void stage_part(const Grouping& g, const StagedPart& p
 
 // The lines that some rows of the planes of a unit or group lie on.
 inline Lines lines_of_planes(const float* first, const Strides& strides, int64_t images, int64_t channels, int64_t length) {
+  if (length == strides.c) length *= channels, channels = 1;
   return {first, {images, strides.n}, {channels, strides.c}, {ceil_div(length, Grouping::kLine), Grouping::kLine}};
 }
 

@@ -3,18 +3,10 @@
 // load ports bring while two multipliers work, where a tile of 14 points would lose a tenth.
 #include "cpu/kernels/conv2d_grouped_tile.inl"
 
+#include "cpu/simd/product.h"
+
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
-
-// sum + *x * weight. An instruction that broadcasts what it multiplies saves one where the element serves it alone.
-inline Vec<float> add_product(const float* x, Vec<float> weight, Vec<float> sum) {
-#if defined(__AVX512F__)
-  asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*x), "v"(weight));
-  return sum;
-#else
-  return fma(broadcast_from(x), weight, sum);
-#endif
-}
 
 template <int kVectors, int kRows, int kCols>
 __attribute__((noinline)) void grouped_tile(const GroupedTile& tile) {
