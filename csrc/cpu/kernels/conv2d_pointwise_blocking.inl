@@ -17,10 +17,17 @@ constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
 constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
 constexpr int64_t kWholePlane = 256;         // points of a planar map that is not cut, so that it lies in one piece
-constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying the source
+// Points share weights that are not near, so many that ...
+constexpr int64_t kSliceBytes = 400 << 10;   // ... a block of their channels and ...
+constexpr int64_t kSharingBytes = 1 << 20;   // ... all their channels stay in the second cache, bytes
+constexpr int64_t kPanelSums = 1 << 20;      // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kNearWeights = 1 << 20;    // bytes that stay near from one block of points to the next
+constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying rows, ...
+constexpr int64_t kFewestPanelUnits = 4;     // ... and panels
 constexpr int64_t kAliasedPlane = 4096;      // bytes: the distance of rows that compete, ...
 constexpr int64_t kAliasedPixel = 2048;      // ... half of it where a tile reads 14 of them side by side
-constexpr int64_t kTasksPerThread = 8;       // with fewer, the last one to finish is waited for too long
+constexpr int64_t kTasksPerThread = 8;       // with fewer, the last one to finish is waited for too long; ...
+constexpr int64_t kPanelTasksPerThread = 4;  // ... with more, panels are copied more often
 constexpr int64_t kAlignment = 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,23 +35,48 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlignment) * kAlignment; }
 
+// How tiles read the source of a block.
+enum class Reading {
+  in_place,
+  rows,   // copied to [channel][points] or [point][channels], which lie closer together
+  panels  // copied to [tile][channel][points of the tile]
+};
+
 // A block is `lines` x `points`: whole lines where they are short, else a part of one.
 struct PointwiseBlocking {
   int64_t channels, channel_blocks;
   int64_t lines, points, point_blocks, blocks;
   int64_t task_blocks, units, unit_blocks;  // of a task
   int64_t tasks;
-  int64_t copy_pitch;  // of the rows of a block's source, copied; 0: it is read where it lies
+  Reading reading;
+  int64_t copy_pitch;  // of rows
 };
 
-// Whether a block's source is copied first, to [channel][points] or [point][channels]: where its rows lie so far apart that they compete
-// for the same few places in the caches, and are read often enough.
+// A source is copied first where it is read often enough and its rows lie so far apart that they compete for the same few places in the
+// caches, or where the points of a tile are a short piece of each of many planes: there every tile touches twice as many lines as it needs.
 template <class T, class Tile>
-bool copies_source(const Product& p) {
+Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
-  if (Tile::units(p.outputs) < kFewestCopiedUnits) return false;
-  if (Tile::kPointsInLanes) return p.source_channel * kSize % kAliasedPlane == 0;
-  return p.source_channel == 1 && p.source_point * kSize % kAliasedPixel == 0;
+  const int64_t units = Tile::units(p.outputs);
+  if (!Tile::kPointsInLanes && p.source_point == 1 && p.source_channel != 1) {
+    return units < kFewestPanelUnits ? Reading::in_place : Reading::panels;
+  }
+  const bool is_aliased = Tile::kPointsInLanes ? p.source_channel * kSize % kAliasedPlane == 0
+                                               : p.source_channel == 1 && p.source_point * kSize % kAliasedPixel == 0;
+  return is_aliased && units >= kFewestCopiedUnits ? Reading::rows : Reading::in_place;
+}
+
+// The points of a block that are worth the scratch and the cache that they need.
+template <class T, class Tile>
+int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
+  constexpr int64_t kSize = sizeof(T);
+  if (b.reading == Reading::rows && Tile::kPointsInLanes) return Tile::kMaxPoints;
+  const int64_t point_bytes = larger(1, p.channels * kSize);
+  const int64_t few =
+      b.reading == Reading::panels ? kWholePlane : larger(4 * Tile::kMaxPoints, smaller(kBlockLine / kSize, kSourceBytes / point_bytes));
+  const bool weights_are_near = p.outputs * p.channels * kSize <= kNearWeights;
+  return weights_are_near || Tile::kPointsInLanes ? few
+                                                  : larger(few, smaller(kSliceBytes / (b.channels * kSize), kSharingBytes / point_bytes));
 }
 
 template <class T, class Tile>
@@ -52,15 +84,15 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   PointwiseBlocking b{};
   b.channel_blocks = larger(1, divide_up(p.channels, kReductionChannels));
   b.channels = divide_up(p.channels, b.channel_blocks);
-  const bool copies = copies_source<T, Tile>(p);
-  const int64_t point_bytes = larger(1, p.channels * static_cast<int64_t>(sizeof(T)));
-  int64_t fitting = larger(4 * Tile::kMaxPoints, smaller(kBlockLine / static_cast<int64_t>(sizeof(T)), kSourceBytes / point_bytes));
-  if (copies && Tile::kPointsInLanes) fitting = Tile::kMaxPoints;
-  const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * kTasksPerThread : 1;
+  b.reading = choose_reading<T, Tile>(p);
+  const bool panels = b.reading == Reading::panels;
+  int64_t fitting = fitting_points<T, Tile>(p, b);
+  const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * (panels ? kPanelTasksPerThread : kTasksPerThread) : 1;
   const int64_t all_points = p.lines() * p.points;
   // Few outputs and many points: smaller blocks rather than too few tasks.
-  if (p.groups * units * divide_up(all_points, fitting) < wanted) {
-    fitting = larger(Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted)));
+  const int64_t fewest_units = panels ? kFewestPanelUnits : 1;
+  if (p.groups * divide_up(units, fewest_units) * divide_up(all_points, fitting) < wanted) {
+    fitting = larger(Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted * fewest_units)));
   }
   if (!Tile::kPointsInLanes && p.source_channel != 1 && p.points <= kWholePlane) fitting = larger(fitting, p.points);
   b.point_blocks = divide_up(p.points, fitting);
@@ -71,11 +103,15 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   b.blocks = divide_up(p.lines(), b.lines) * b.point_blocks;
   b.task_blocks = larger(1, p.groups * b.blocks / wanted);
   const int64_t point_tasks = p.groups * divide_up(b.blocks, b.task_blocks);
-  b.units = larger(1, units / larger(1, divide_up(wanted, point_tasks)));
+  b.units = larger(smaller(units, fewest_units), units / larger(1, divide_up(wanted, point_tasks)));
+  if (panels && b.channel_blocks > 1) {
+    const int64_t unit_bytes = b.lines * b.points * Tile::kMaxWidth * static_cast<int64_t>(sizeof(T));
+    b.units = divide_up(b.units, divide_up(b.units * unit_bytes, kPanelSums));
+  }
   b.unit_blocks = divide_up(units, b.units);
   b.tasks = point_tasks * b.unit_blocks;
-  if (copies)
-    b.copy_pitch = Tile::kPointsInLanes ? divide_up(b.points, Tile::kV) * Tile::kV : divide_up(p.channels, Tile::kV) * Tile::kV + Tile::kV;
+  if (b.reading == Reading::rows)
+    b.copy_pitch = Tile::kPointsInLanes ? divide_up(b.points, Tile::kV) * Tile::kV : divide_up(b.channels, Tile::kV) * Tile::kV + Tile::kV;
   return b;
 }
 
@@ -85,6 +121,7 @@ struct PointwiseScratch {
   int64_t group_outputs;  // of a group, padded to whole units
   int64_t bias, workers;  // offsets into the workspace, behind the weights packed beforehand
   int64_t sums, copy, worker_bytes;
+  int64_t unit_sums;  // elements
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
@@ -110,8 +147,13 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   s.workers = s.bias + aligned(p.groups * s.group_outputs * kSize);
   s.sums = s.packs_in_tasks ? aligned(b.channels * Tile::kMaxWidth * kSize) : 0;
   const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;
-  s.copy = s.sums + (writes_in_place ? 0 : aligned(b.lines * b.points * Tile::kMaxWidth * kSize));
-  s.worker_bytes = s.copy + aligned(b.lines * (Tile::kPointsInLanes ? p.channels : b.points) * b.copy_pitch * kSize);
+  const int64_t summed_units = b.channel_blocks > 1 ? b.units : 1;
+  s.unit_sums = writes_in_place ? 0 : b.lines * b.points * Tile::kMaxWidth;
+  s.copy = s.sums + aligned(summed_units * s.unit_sums * kSize);
+  // Behind the last panel there is room for the rest of a vector.
+  const int64_t copied =
+      b.reading == Reading::panels ? b.points * b.channels : (Tile::kPointsInLanes ? b.channels : b.points) * b.copy_pitch;
+  s.worker_bytes = s.copy + aligned((b.lines * copied + (b.reading == Reading::panels ? Tile::kV : 0)) * kSize);
   return s;
 }
 

@@ -46,6 +46,16 @@ void copy_rows(const T* src, int64_t src_pitch, int64_t rows, int64_t length, T*
   }
 }
 
+// `points` neighbouring elements of each of `channels` planes, side by side. What the last vector writes too much, the next channel
+// overwrites.
+template <class T>
+void copy_panel(const T* src, int64_t src_channel, int64_t channels, int64_t points, T* dst) {
+  constexpr int kV = kLanes<T>;
+  for (int64_t c = 0; c < channels; ++c, src += src_channel, dst += points) {
+    for (int64_t i = 0; i < points; i += kV) store(dst + i, load_first(src + i, static_cast<int>(points - i < kV ? points - i : kV)));
+  }
+}
+
 // sums[point][pitch of outputs] to dst[output * channel_step + point * point_step].
 template <class T>
 void write_planes(const T* sums, int64_t pitch, int64_t points, int64_t outputs, T* dst, int64_t point_step, int64_t channel_step) {

@@ -109,40 +109,49 @@ class PointwiseRun {
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
       Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1)) : Ahead{};
-      const Source source = source_of(worker, task.group, block);
-      for (int64_t unit = task.unit; unit < task.unit_end; ++unit) {
-        for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
-          run_unit(worker, task.group, block, source, unit, channel_block, ahead);
-        }
+      for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
+        const Source source = source_of(worker, task.group, block, channel_block);
+        for (int64_t unit = task.unit; unit < task.unit_end; ++unit) run_unit(worker, task, block, source, unit, channel_block, ahead);
       }
     }
   }
 
-  // Where the source of a block lies: `first` is its first point of its first line.
+  // Where a block of channels of a block of points lies: `first` is its first channel at its first point of its first line.
   struct Source {
     const T* first;
-    int64_t line, point, channel;  // distances; `line` only of copies, 0: as the product says
+    int64_t line, point, channel;  // distances; `line` only of copies, `channel` not of panels, whose rows are as long as their tile
   };
 
-  Source source_of(int worker, int64_t group, const Block& block) const {
-    const T* source = source_ + group * p_.channels * p_.source_channel + block.point * p_.source_point;
-    if (b_.copy_pitch == 0) return {source, 0, p_.source_point, p_.source_channel};
-    const int64_t rows = Tile::kPointsInLanes ? p_.channels : block.points, copied_line = rows * b_.copy_pitch;
+  Source source_of(int worker, int64_t group, const Block& block, int64_t channel_block) const {
+    const T* source = source_ + (group * p_.channels + channel_block * b_.channels) * p_.source_channel + block.point * p_.source_point;
+    if (b_.reading == Reading::in_place) return {source, 0, p_.source_point, p_.source_channel};
+    const int64_t channels = channels_of(channel_block), rows = Tile::kPointsInLanes ? channels : block.points;
+    const int64_t copied_line = b_.reading == Reading::panels ? block.points * channels : rows * b_.copy_pitch;
     T* const copy = own_copy(worker);
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
-      if constexpr (Tile::kPointsInLanes) {
+      if (b_.reading == Reading::panels) {
+        copy_panels(line, block.points, channels, copy + i * copied_line);
+      } else if constexpr (Tile::kPointsInLanes) {
         copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
       } else {
-        copy_rows(line, p_.source_point, rows, p_.channels, copy + i * copied_line, b_.copy_pitch);
+        copy_rows(line, p_.source_point, rows, channels, copy + i * copied_line, b_.copy_pitch);
       }
     }
+    if (b_.reading == Reading::panels) return {copy, copied_line, 1, 0};
     if constexpr (Tile::kPointsInLanes) return {copy, copied_line, 1, b_.copy_pitch};
     return {copy, copied_line, b_.copy_pitch, 1};
   }
 
+  void copy_panels(const T* line, int64_t points, int64_t channels, T* copy) const {
+    for (int64_t t = 0; t < Tile::tiles(points); ++t) {
+      const int64_t begin = Tile::tile_begin(points, t);
+      copy_panel(line + begin, p_.source_channel, channels, Tile::tile_begin(points, t + 1) - begin, copy + begin * channels);
+    }
+  }
+
   const T* line_of(const Source& source, const Block& block, int64_t i) const {
-    return source.first + (b_.copy_pitch == 0 ? p_.source_line(block.line + i) : i * source.line);
+    return source.first + (b_.reading == Reading::in_place ? p_.source_line(block.line + i) : i * source.line);
   }
 
   // What is fetched while a block is summed: the source of the next one, a part of it with every tile. A source that lies in one piece is
@@ -176,42 +185,51 @@ class PointwiseRun {
     --ahead.tiles;
   }
 
+  // Of the places where a tile's sums go, before they are first touched: in planes the last line of each output, else the points.
+  void fetch_out(PointwiseTile<T>& tile, const T* place, int64_t points, int64_t outputs, int64_t channel_block) const {
+    tile.out_ahead = tile.weights, tile.out_step = 0, tile.out_steps = 0;
+    const bool planes = p_.dest_channel != 1, in_place = Tile::kPointsInLanes || !planes;
+    if (channel_block != (in_place ? 0 : b_.channel_blocks - 1)) return;
+    tile.out_ahead = planes ? place + (points - 1) * p_.dest_point : place;
+    tile.out_step = planes ? p_.dest_channel : p_.dest_point;
+    tile.out_steps = planes ? outputs : points;
+  }
+
   // One block of channels for one unit of outputs.
-  void run_unit(int worker, int64_t group, const Block& block, const Source& source, int64_t unit, int64_t channel_block,
+  void run_unit(int worker, const Task& task, const Block& block, const Source& source, int64_t unit, int64_t channel_block,
                 Ahead& ahead) const {
-    const int64_t first = group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
-    const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1;
+    const int64_t first = task.group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
+    const int64_t width = Tile::width(p_.outputs, unit), tiles = Tile::tiles(block.points);
+    const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1, panels = b_.reading == Reading::panels;
     PointwiseTile<T> tile{};
-    tile.weights = packed_weights(group, unit, channel_block);
+    tile.weights = packed_weights(task.group, unit, channel_block);
     if (packs_in_tasks_) {
-      pack(group, unit, channel_block, own_weights(worker));
+      pack(task.group, unit, channel_block, own_weights(worker));
       tile.weights = own_weights(worker);
     }
     tile.channels = channels_of(channel_block);
     tile.source_point = source.point, tile.source_channel = source.channel;
-    tile.bias = channel_block == 0 ? bias_of(group, unit) : nullptr;
+    tile.bias = channel_block == 0 ? bias_of(task.group, unit) : nullptr;
     tile.pitch = !in_place ? Tile::kMaxWidth : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
     tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
-    T* sums = own_sums(worker);
-    for (int64_t i = 0; i < block.lines; ++i) {
-      const T* const line = line_of(source, block, i) + channel_block * b_.channels * source.channel;
-      T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel;
-      for (int64_t t = 0; t < Tile::tiles(block.points); ++t) {
-        const int64_t begin = Tile::tile_begin(block.points, t), points = Tile::tile_begin(block.points, t + 1) - begin;
-        T* const place = dest + (block.point + begin) * p_.dest_point;
-        tile.source = line + begin * source.point;
+    T* sums = own_sums(worker) + (b_.channel_blocks > 1 ? (unit - task.unit) * scratch_.unit_sums : 0);
+    for (int64_t i = 0; i < block.lines; ++i, sums += block.points * Tile::kMaxWidth) {
+      const T* const line = line_of(source, block, i);
+      T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel + block.point * p_.dest_point;
+      int64_t begin = 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t end = Tile::tile_begin(block.points, t + 1), points = end - begin;
+        tile.source = line + begin * (panels ? tile.channels : source.point);
+        if (panels) tile.source_channel = points;
         fetch_ahead(ahead, tile);
-        tile.out = in_place ? place : sums;
-        if constexpr (Tile::kPointsInLanes) {
-          tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
-          tile.out_ahead = channel_block == 0 ? place + points - 1 : nullptr;
-        }
-        Tile::run(tile, Tile::width(p_.outputs, unit), points);
-        if (in_place) continue;
-        if (channel_block == b_.channel_blocks - 1)
-          write_planes(sums, Tile::kMaxWidth, points, outputs, place, p_.dest_point, p_.dest_channel);
-        sums += points * Tile::kMaxWidth;
+        tile.out = in_place ? dest + begin * p_.dest_point : sums + begin * Tile::kMaxWidth;
+        if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
+        fetch_out(tile, dest + begin * p_.dest_point, points, outputs, channel_block);
+        Tile::run(tile, width, points);
+        begin = end;
       }
+      if (!in_place && channel_block == b_.channel_blocks - 1)
+        write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_point, p_.dest_channel);
     }
   }
 

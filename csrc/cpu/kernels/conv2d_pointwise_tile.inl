@@ -31,8 +31,9 @@ struct PointwiseTile {
   // with points in the lanes, after kAheadRun steps `ahead_jump` more, to the next plane.
   const T* ahead;
   int64_t ahead_step, ahead_jump;
-  // With points in the lanes, also where this tile's own sums will go: the last line of each output, `pitch` apart; null: they are there.
+  // Where sums will go, fetched at the first `out_steps` steps: a line at each, `out_step` elements further. 0: it is there.
   const T* out_ahead;
+  int64_t out_step, out_steps;
 };
 
 // A function that takes sums by reference must vanish into its caller, or the sums live in memory.
@@ -134,16 +135,21 @@ void output_lanes(const PointwiseTile<T>& tile, Lanes<kPoint...>) {
   Vec<T> sum[sizeof...(kPoint)][kVectors] = {};
   Points<T> points(tile);
   const T* weights = tile.weights;
-  const T* ahead = tile.ahead;
-  for (int64_t c = tile.channels; c > 0; --c) {
-    Vec<T> weight[kVectors];
+  const T* ahead = tile.out_ahead;
+  int64_t ahead_step = tile.out_step, steps = tile.out_steps < tile.channels ? tile.out_steps : tile.channels;
+  for (int64_t left = tile.channels - steps;; steps = left, left = 0) {
+    for (; steps > 0; --steps) {
+      Vec<T> weight[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
-    (add_products<T>(sum[kPoint], points.template get<kPoint>(), weight), ...);
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += tile.ahead_step;
-    weights += kVectors * kV;
-    points.next();
+      for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
+      (add_products<T>(sum[kPoint], points.template get<kPoint>(), weight), ...);
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+      weights += kVectors * kV;
+      points.next();
+    }
+    if (left == 0) break;
+    ahead = tile.ahead, ahead_step = tile.ahead_step;
   }
   (finish_point<T>(tile, kPoint, sum[kPoint]), ...);
 }
@@ -187,9 +193,8 @@ void point_lanes(const PointwiseTile<T>& tile) {
   const T* source = tile.source;
   const T* ahead = tile.ahead;
   const int last = tile.last;
-  const bool fetches_out = tile.out_ahead != nullptr;
-  const T* out_ahead = fetches_out ? tile.out_ahead : tile.weights;
-  int64_t out_step = fetches_out ? tile.pitch : 0, out_runs = fetches_out ? (kWidth + kAheadRun - 1) / kAheadRun : 0;
+  const T* out_ahead = tile.out_ahead;
+  int64_t out_step = tile.out_step, out_runs = (tile.out_steps + kAheadRun - 1) / kAheadRun;
   for (int64_t left = tile.channels; left > 0; left -= kAheadRun) {
     if (out_runs-- <= 0) out_step = 0;
     for (int64_t c = left < kAheadRun ? left : kAheadRun; c > 0; --c) {
