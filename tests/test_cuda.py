@@ -24,10 +24,15 @@ pytestmark = [
 CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
+RELU = {"activation": "relu"}
 
 
-def torch_fused(input, weight, bias, **geometry):
-    return F.max_pool2d(F.conv2d(input, weight, bias, **geometry).relu(), 2)
+def torch_fused(input, weight, bias, pool_size=2, pool_stride=None, **geometry):
+    return F.max_pool2d(F.conv2d(input, weight, bias, **geometry).relu(), pool_size, pool_stride)
+
+
+def torch_relu(input, weight, bias, activation, **geometry):
+    return F.conv2d(input, weight, bias, **geometry).relu()
 
 
 # name: (ours, torch's, sizes of the operands, the other arguments)
@@ -54,6 +59,20 @@ FUNCTIONS = {
         [(2, 5, 9, 11), (6, 5, 3, 3), (6,)],
         {"padding": 1},
     ),
+    "conv2d_relu_max_pool2d many channels": (
+        C.conv2d_relu_max_pool2d,
+        torch_fused,
+        [(2, 32, 9, 11), (72, 32, 3, 3), (72,)],
+        {"padding": 1},
+    ),
+    "conv2d_relu_max_pool2d overlapping windows": (
+        C.conv2d_relu_max_pool2d,
+        torch_fused,
+        [(2, 16, 11, 13), (24, 16, 3, 3), (24,)],
+        {"stride": 2, "padding": 1, "pool_size": 3, "pool_stride": 2},
+    ),
+    "conv2d relu": (C.conv2d, torch_relu, [(2, 16, 9, 11), (24, 16, 3, 3), (24,)], {"padding": 1, **RELU}),
+    "conv2d relu stem": (C.conv2d, torch_relu, [(2, 3, 19, 23), (16, 3, 7, 7), (16,)], {"stride": 2, **RELU}),
     "max_pool2d": (
         C.max_pool2d,
         F.max_pool2d,
@@ -110,6 +129,13 @@ def test_values_and_gradients_are_torchs(name, dtype, memory_format):
     grads = torch.autograd.grad(output, tensors, grad_output.to(CUDA, dtype))
     for grad, of_torch in zip(grads, torch.autograd.grad(wanted, exact, grad_output), strict=True):
         assert_rounded(grad, of_torch)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "relu" in name])
+def test_fused_in_strict_float32(name, memory_format, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    test_values_and_gradients_are_torchs(name, torch.float32, memory_format)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

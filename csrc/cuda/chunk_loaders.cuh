@@ -40,6 +40,34 @@ __device__ int chunk_channels(const Place& extent, const Place& depth) {
   return Operand::kAlongDepth ? depth.channels : extent.channels;
 }
 
+// The chunk at a place, of which `channels` elements exist; the others are zeros. Overloaded for operands that do not lie in memory as they
+// are.
+template <class Operand>
+__device__ void fetch_chunk(const Operand& operand, const Place& extent, const Place& depth, int channels, ChunkWords& chunk) {
+  using T = typename Operand::Element;
+  // An element makes up two words, one or a half.
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  const T* first = operand.data + (channels > 0 ? extent.offset + depth.offset : 0);
+  chunk = {};
+#pragma unroll
+  for (int channel = 0; channel < kChunk<T>; ++channel) {
+    if (channel >= channels) continue;
+    Bits bits;
+    __builtin_memcpy(&bits, first + static_cast<int64_t>(channel) * operand.channel_stride, sizeof bits);
+    constexpr int kBytes = static_cast<int>(sizeof(T));
+    const int byte = channel * kBytes;
+    chunk.word[byte / 4] |= static_cast<uint32_t>(bits) << (byte % 4 * 8);
+    if constexpr (kBytes == 8) chunk.word[byte / 4 + 1] = static_cast<uint32_t>(bits >> 32);
+  }
+}
+
+// One of its elements, which exists.
+template <class Operand>
+__device__ Accumulate<typename Operand::Element> fetch_element(const Operand& operand, const Place& extent, const Place& depth,
+                                                               int channel) {
+  return widen(operand.data[extent.offset + depth.offset + static_cast<int64_t>(channel) * operand.channel_stride]);
+}
+
 // The tile of an operand in shared memory, by chunks: [extent][4 of the depth] or [depth][extents / kChunk]. Chunks are swizzled or, where
 // words lie across the depth that no ldmatrix transposes, rows are padded: neither staging nor reading fragments meets a bank twice.
 constexpr int kTilePadding = 512;  // bytes
@@ -118,7 +146,6 @@ class ElementLoader {
  public:
   using Operand = Operand_;
   static constexpr int kExtent = kExtent_;
-  using T = typename Operand::Element;
   using Slots = ChunkSlots<Operand, kExtent>;
 
   __device__ ElementLoader(const Operand& operand, int first, bool channels_first) : operand_(operand), slots_(channels_first) {
@@ -130,7 +157,7 @@ class ElementLoader {
     for (int i = 0; i < Slots::kLoads; ++i) {
       const Place at = operand_.at_depth(depth + slots_.depth[i]);
       const int channels = is_inside(operand_, extents_[i], at) ? chunk_channels<Operand>(extents_[i], at) : 0;
-      gather(operand_.data + (channels > 0 ? extents_[i].offset + at.offset : 0), channels, fetched_[i]);
+      fetch_chunk(operand_, extents_[i], at, channels, fetched_[i]);
     }
   }
   __device__ void finish(unsigned char* tile) {
@@ -139,23 +166,6 @@ class ElementLoader {
   }
 
  private:
-  // An element makes up two words, one or a half.
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-
-  __device__ void gather(const T* first, int channels, ChunkWords& chunk) const {
-    chunk = {};
-#pragma unroll
-    for (int channel = 0; channel < kChunk<T>; ++channel) {
-      if (channel >= channels) continue;
-      Bits bits;
-      __builtin_memcpy(&bits, first + static_cast<int64_t>(channel) * operand_.channel_stride, sizeof bits);
-      constexpr int kBytes = static_cast<int>(sizeof(T));
-      const int byte = channel * kBytes;
-      chunk.word[byte / 4] |= static_cast<uint32_t>(bits) << (byte % 4 * 8);
-      if constexpr (kBytes == 8) chunk.word[byte / 4 + 1] = static_cast<uint32_t>(bits >> 32);
-    }
-  }
-
   const Operand& operand_;
   Slots slots_;
   Place extents_[Slots::kLoads];

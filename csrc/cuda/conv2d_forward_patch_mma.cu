@@ -22,13 +22,14 @@
 // Not handled: groups, a dilation along the row, float64, strict float32, and strides whose patches do not fit shared memory.
 #include "cuda/mma_gemm.cuh"
 #include "cuda/patch.cuh"
+#include "cuda/relu_pool.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
 template <class T>
 struct ForwardProblem {
-  ForwardProblem(const Conv2dShape& s, const Conv2dBuffers& b, int cols)
+  ForwardProblem(const Conv2dShape& s, const Conv2dBuffers& b, int cols, bool relu_)
       : g(s),
         tiles(g),
         patch(g, tiles, s.dtype, cols),
@@ -37,6 +38,7 @@ struct ForwardProblem {
         weight(static_cast<const T*>(b.weight)),
         bias(static_cast<const T*>(b.bias)),
         output(static_cast<T*>(b.output)),
+        relu(relu_),
         has_vectors(is_aligned(b.output) && (g.layout == Layout::nhwc ? g.group_out % kChunk<T> == 0 : g.out_w % 4 == 0)) {}
 
   Conv2dGeometry g;
@@ -47,6 +49,7 @@ struct ForwardProblem {
   const T* weight;
   const T* bias;  // null: none
   T* output;
+  bool relu;         // of what is stored
   bool has_vectors;  // whether neighbouring sums may be stored together
 };
 
@@ -205,7 +208,7 @@ class PatchForward {
           const int col = first + pair() * kColVector;
           float values[kColVector];
 #pragma unroll
-          for (int i = 0; i < kColVector; ++i) values[i] = sums_[q / 2][first / 8 + i / 2][q % 2 * 2 + i % 2];
+          for (int i = 0; i < kColVector; ++i) values[i] = activated(sums_[q / 2][first / 8 + i / 2][q % 2 * 2 + i % 2], p.relu);
           if (pixel.exists && first_col_ + col < g.group_out) store_vector(target + col, values);
         }
       }
@@ -218,7 +221,9 @@ class PatchForward {
         for (int slot = 0; slot < kCols; slot += 8, target += 8 * g.out.c) {
           float values[kPixelVector];
 #pragma unroll
-          for (int i = 0; i < kPixelVector; ++i) values[i] = sums_[slot / kSlots][first / 8 + i / 2][slot % kSlots / 8 * 2 + i % 2];
+          for (int i = 0; i < kPixelVector; ++i) {
+            values[i] = activated(sums_[slot / kSlots][first / 8 + i / 2][slot % kSlots / 8 * 2 + i % 2], p.relu);
+          }
           if (pixel.exists && first_col_ + slot + group() < g.group_out) store_vector(target, values);
         }
       }
@@ -275,7 +280,7 @@ class PatchForward {
       for (int major = 0; major < kMajor; ++major) {
         const Target to = target_of(part, major, first + lane(), oh, ow);
         const int64_t offset = to.pixel.h * g.out.h + to.pixel.w * g.out.w + to.k * g.out.c;
-        if (to.exists) image[offset] = narrow<T>(slice[major * t.slice_pitch + first + lane()]);
+        if (to.exists) image[offset] = narrow<T>(activated(slice[major * t.slice_pitch + first + lane()], p.relu));
       }
     }
   }
@@ -346,28 +351,40 @@ Plan plan(const Conv2dShape& s) {
 }
 
 template <class T, bool kPixelRows, int kCols>
-void launch_forward(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
-  const ForwardProblem<T> problem(s, b, kCols);
+void launch_forward(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, cudaStream_t stream) {
+  const ForwardProblem<T> problem(s, b, kCols, relu);
   const int64_t blocks = plan(s).blocks, col_tiles = col_tiles_of(s);
   launch(forward_patch<T, kPixelRows, kCols>, Grid(blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem,
          static_cast<int>(col_tiles), static_cast<int>(blocks / col_tiles));
 }
 
 template <class T, bool kPixelRows>
-void launch_layout(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
-  (cols_of(s) == 32 ? launch_forward<T, kPixelRows, 32> : launch_forward<T, kPixelRows, 64>)(s, b, stream);
+void launch_layout(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, cudaStream_t stream) {
+  (cols_of(s) == 32 ? launch_forward<T, kPixelRows, 32> : launch_forward<T, kPixelRows, 64>)(s, b, relu, stream);
 }
 
-void run(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
+void launch_typed(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, cudaStream_t stream) {
   with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    (s.layout == Layout::nhwc ? launch_layout<T, true> : launch_layout<T, false>)(s, b, stream);
+    (s.layout == Layout::nhwc ? launch_layout<T, true> : launch_layout<T, false>)(s, b, relu, stream);
   });
+}
+
+void run(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) { launch_typed(s, b, false, stream); }
+
+bool accepts_relu(const Conv2dReluPoolShape& s) { return !has_pooling(s) && accepts(s.conv); }
+
+Plan plan_relu(const Conv2dReluPoolShape& s) { return plan(s.conv); }
+
+void run_relu(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void*, cudaStream_t stream) {
+  launch_typed(s.conv, unpooled_buffers(b), true, stream);
 }
 
 }  // namespace
 
 extern const Conv2dKernel conv2d_forward_patch_mma_sm80 = {
     "conv2d_forward_patch_mma_sm80", 80, Conv2dDirection::forward, accepts, plan, run, /*needs_proof=*/true};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_patch_mma_sm80 = {
+    "conv2d_relu_max_pool2d_forward_patch_mma_sm80", 80, Conv2dDirection::forward, accepts_relu, plan_relu, run_relu, /*needs_proof=*/true};
 
 }  // namespace cnn_ext::cuda

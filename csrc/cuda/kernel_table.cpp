@@ -8,8 +8,10 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_wgmma_sm90a)        \
   ROW(conv2d_backward_input_wgmma_sm90a) \
   ROW(conv2d_backward_weight_wgmma_sm90a)
+#define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW) ROW(conv2d_relu_max_pool2d_forward_wgmma_sm90a)
 #else
 #define CNN_EXT_CONV2D_SM90A_ROWS(ROW)
+#define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)
 #endif
 
 // The most special first.
@@ -49,10 +51,15 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_bias_reduction_sm80)
 
 #define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)                       \
+  CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)                       \
+  ROW(conv2d_relu_max_pool2d_forward_patch_mma_sm80)             \
+  ROW(conv2d_relu_max_pool2d_forward_mma_sm80)                   \
   ROW(conv2d_relu_max_pool2d_forward_implicit_gemm_sm80)         \
   ROW(conv2d_relu_max_pool2d_forward_composed_sm80)              \
+  ROW(conv2d_relu_max_pool2d_backward_input_mma_sm80)            \
   ROW(conv2d_relu_max_pool2d_backward_input_implicit_gemm_sm80)  \
   ROW(conv2d_relu_max_pool2d_backward_input_composed_sm80)       \
+  ROW(conv2d_relu_max_pool2d_backward_weight_mma_sm80)           \
   ROW(conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80) \
   ROW(conv2d_relu_max_pool2d_backward_weight_composed_sm80)      \
   ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)

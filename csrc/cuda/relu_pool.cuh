@@ -15,6 +15,19 @@
 
 namespace cnn_ext::cuda {
 
+// The ReLU alone, where the sums of a plain row pass by.
+template <class Acc>
+__device__ Acc activated(Acc x, bool relu) {
+  return relu && x <= 0 ? Acc{0} : x;
+}
+
+// What a plain row reads and writes of a forward without pooling.
+inline Conv2dBuffers unpooled_buffers(const Conv2dReluPoolBuffers& b) {
+  Conv2dBuffers conv{};
+  conv.input = b.input, conv.weight = b.weight, conv.bias = b.bias, conv.output = b.output;
+  return conv;
+}
+
 // Whether forward can number them so.
 inline bool has_stored_windows(const Conv2dReluPoolShape& s) {
   const int64_t taps = s.pool_h * s.pool_w;
@@ -93,7 +106,7 @@ struct WindowStore {
     output[place] = narrow<T>(maximum.value);
     if (offsets != nullptr) offsets[place] = static_cast<uint8_t>(maximum.tap);
   }
-  // Of kCount neighbouring indices, whole windows; `index` is the first.
+  // Of one channel and kCount neighbouring indices, whole windows; `index` is the first.
   template <int kCount>
   __device__ void store(int index, int channel, const Acc (&sums)[kCount]) const {
     const int last_tap = decoder.taps() - 1;
@@ -107,12 +120,13 @@ struct WindowStore {
       maximum = {};
     }
   }
-  // Of one window, whose taps lie `pitch` apart, and kChunk channels: 16 aligned bytes of the output.
-  __device__ void store_chunk_of_window(int index, int channel, const float* sums, int pitch) const {
-    Vector<T, kChunk<T>> values;
-    Vector<uint8_t, kChunk<T>> taps;
+  // Of one window, whose taps lie `pitch` apart, and kCount neighbouring channels, aligned together.
+  template <int kCount>
+  __device__ void store_window(int index, int channel, const Acc* sums, int pitch) const {
+    Vector<T, kCount> values;
+    Vector<uint8_t, kCount> taps;
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       WindowMaximum<Acc> maximum;
       for (int tap = 0; tap < decoder.taps(); ++tap) maximum.take(finished(sums[tap * pitch + i], channel + i), tap);
       values.element[i] = narrow<T>(maximum.value);
@@ -158,6 +172,9 @@ struct MaskedGradient {
         pooled_h(static_cast<int>(s.pooled_h)),
         pooled_w(static_cast<int>(s.pooled_w)) {}
 
+  // The strides that tell planes apart, for what adds places of the convolution's output up.
+  CNN_EXT_HOST_DEVICE Strides planes() const { return {strides.n, strides.c, 0, 0}; }
+
   // Of an output of the convolution: where its window lies in a plane, and which of its taps it is. place -1: it has no window.
   struct Window {
     int64_t place;
@@ -181,7 +198,7 @@ struct MaskedGradient {
     const Window window = window_of(h, w);
     if (window.place < 0) return chunk;
     const int64_t first = plane + window.place;
-    if (is_whole && count > 0) {
+    if (is_whole) {
       chunk = load_vector<kChunk<T>>(gradient + first);
       if (offsets != nullptr) {
         const Vector<uint8_t, kChunk<T>> taps = load_vector<kChunk<T>>(offsets + first);

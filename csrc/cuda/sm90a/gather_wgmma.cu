@@ -134,10 +134,11 @@ Transposition filter_order(const Conv2dShape& s, const Side<kForward>& side) {
 }
 
 template <class T, bool kForward>
-WgmmaGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, const Side<kForward>& side, void* workspace) {
+WgmmaGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, const Side<kForward>& side, void* workspace) {
   const Conv2dGeometry g(s);
   WgmmaGather<T> p{};
   p.bias = static_cast<const T*>(b.bias);
+  p.relu = relu;
   p.result = static_cast<T*>(kForward ? b.output : b.grad_input);
   p.source_strides = strides_of(Layout::nhwc, side.padded_source * s.groups, side.source_h, side.source_w);
   p.result_strides = kForward ? g.out : g.in;
@@ -211,7 +212,7 @@ void launch_boxes(WgmmaGather<T>& problem, int64_t box_channels, int64_t blocks,
 }
 
 template <class T, bool kForward>
-void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
+void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, void* workspace, cudaStream_t stream) {
   const Side<kForward> side(s);
   if (side.stages_source) {
     const Transposition order =
@@ -221,7 +222,7 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cu
   if (side.stages_filters) {
     launch_transposition<T>(filter_order(s, side), b.weight, static_cast<unsigned char*>(workspace) + side.source_bytes, stream);
   }
-  WgmmaGather<T> problem = problem_of<T>(s, b, side, workspace);
+  WgmmaGather<T> problem = problem_of<T>(s, b, relu, side, workspace);
   const int64_t blocks = plan<kForward>(s).blocks;
   constexpr bool kAcross = !kForward && sizeof(T) == 2;
   const int cols = side.tile_cols(s);
@@ -232,9 +233,22 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cu
 }
 
 template <bool kForward>
-void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
+void run_activated(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, void* workspace, cudaStream_t stream) {
   if (plan<kForward>(s).blocks == 0) return;
-  with_single_type(s.dtype, [&](auto element) { run_typed<decltype(element), kForward>(s, b, workspace, stream); });
+  with_single_type(s.dtype, [&](auto element) { run_typed<decltype(element), kForward>(s, b, relu, workspace, stream); });
+}
+
+template <bool kForward>
+void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
+  run_activated<kForward>(s, b, false, workspace, stream);
+}
+
+bool accepts_relu(const Conv2dReluPoolShape& s) { return !has_pooling(s) && accepts<true>(s.conv); }
+
+Plan plan_relu(const Conv2dReluPoolShape& s) { return plan<true>(s.conv); }
+
+void run_relu(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, cudaStream_t stream) {
+  run_activated<true>(s.conv, unpooled_buffers(b), true, workspace, stream);
 }
 
 }  // namespace
@@ -244,6 +258,14 @@ extern const Conv2dKernel conv2d_forward_wgmma_sm90a = {
     /*needs_proof=*/true,
     /*adds_bias=*/true,
     /*arch_specific=*/true};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_wgmma_sm90a = {"conv2d_relu_max_pool2d_forward_wgmma_sm90a",
+                                                                                90,
+                                                                                Conv2dDirection::forward,
+                                                                                accepts_relu,
+                                                                                plan_relu,
+                                                                                run_relu,
+                                                                                /*needs_proof=*/true,
+                                                                                /*arch_specific=*/true};
 extern const Conv2dKernel conv2d_backward_input_wgmma_sm90a = {"conv2d_backward_input_wgmma_sm90a",
                                                                90,
                                                                Conv2dDirection::backward_input,

@@ -27,6 +27,7 @@
 
 #include "cuda/chunk.cuh"
 #include "cuda/gather_axis.h"
+#include "cuda/relu_pool.cuh"
 #include "cuda/sm90a/overlap.cuh"
 #include "cuda/sm90a/pipeline.cuh"
 #include "cuda/sm90a/tensor_map.cuh"
@@ -82,6 +83,7 @@ struct WgmmaGather {
   const T* filters;
   const T* bias;
   T* result;
+  bool relu;                                               // of what is stored
   Strides source_strides, filter_strides, result_strides;  // filters: n of a column, c of a channel of the depth
   int64_t source_group, filter_group, result_group;        // from one group to the next
   PhaseDepth phase[kMostGatherMaps];
@@ -285,12 +287,12 @@ class WgmmaGatherGemm {
       pixel += col * p_.result_strides.c;
       const float* sums = own.sums + line * own.pitch + at;
       if (width == 1) {
-        *pixel = narrow<T>(*sums + bias(col));
+        *pixel = narrow<T>(activated(*sums + bias(col), p_.relu));
         continue;
       }
       float values[kChunk<T>];
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) values[i] = sums[i] + bias(by_rows ? col + i : col);
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = activated(sums[i] + bias(by_rows ? col + i : col), p_.relu);
       store_chunk(pixel, kChunk<T>, true, values);
     }
   }
