@@ -12,13 +12,13 @@ namespace {
 // Element: of grad_weight, where it is not T.
 template <class T, class Element = T>
 struct SumsBlock {
-  const T* sums;        // those of a tap and a channel of the block at sums + tap * tap_pitch + channel * entry
+  const T* sums;  // those of a tap and a channel of the block at sums + tap * tap_pitch + channel * entry
   int64_t tap_pitch, entry;
   int64_t parts, part;  // partial sums and the distance between them
   int64_t taps, channels;
   Element* grad_weight;  // of the first output channel, first input channel, first tap
-  int64_t out_channel;  // from one output channel to the next
-  int out_channels;     // <= lanes
+  int64_t out_channel;   // from one output channel to the next
+  int out_channels;      // <= lanes
 };
 
 template <class T, class Element>

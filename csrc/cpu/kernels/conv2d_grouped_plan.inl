@@ -147,6 +147,7 @@ class Grouping {
 inline bool accepts_grouped(Conv2dDirection direction, const Conv2dShape& s) {
   if (s.dtype != DType::float32 || s.groups == 1) return false;
   if (s.in_channels > kMostChannels * s.groups || s.out_channels > kMostChannels * s.groups) return false;
+  // Half a vector and less leave more lanes empty than other rows do.
   if (2 * s.in_channels <= kLanes<float> * s.groups || 2 * s.out_channels <= kLanes<float> * s.groups) return false;
   if (gather_count(direction, s) > kMostPhases) return false;
   Conv2dShape one = s;

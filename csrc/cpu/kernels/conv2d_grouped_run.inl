@@ -52,7 +52,8 @@ class GroupedRun {
 
  private:
   static constexpr int64_t kV = Grouping::kV;
-  static constexpr int64_t kMostLines = 256;  // fetched by a tile
+  static constexpr int64_t kMostLines = 256;       // fetched by a tile
+  static constexpr int64_t kSerialPack = 1 << 14;  // weights
 
   const float* unit_weights(int64_t group, int64_t unit) const {
     return packed_ + group * g_.packed_group() + g_.unit_begin(unit) * kV * g_.taps() * g_.gather().channels;
@@ -61,7 +62,8 @@ class GroupedRun {
   bool pack(const float* weight) const {
     const Gather g = g_.packed_gather();
     int finite = 1;
-    parallel_for(g.groups * g_.packed_group() < (1 << 14) ? 1 : threads_, g.groups * g_.units, [&](int, int64_t i) {
+    const int team = g.groups * g_.packed_group() < kSerialPack ? 1 : threads_;
+    parallel_for(team, g.groups * g_.units, [&](int, int64_t i) {
       const int64_t group = i / g_.units, unit = i % g_.units, first = g_.unit_begin(unit) * kV, width = g_.unit_vectors(unit) * kV;
       const float* src = weight + group * g.weight_group + first * g.weight_output;
       float* dst = const_cast<float*>(unit_weights(group, unit));
@@ -78,7 +80,7 @@ class GroupedRun {
     }
   }
 
-  // The steps of a phase follow those of the phases before; a kernel position belongs to one phase. Weights of the unit's first vector.
+  // The steps of a phase follow those of the phases before; a kernel position belongs to one phase.
   void fill_steps() const {
     GroupedStep* step = steps_;
     for (int64_t i = 0; i < g_.phases; ++i) {
