@@ -25,16 +25,20 @@ inline int64_t column_divisor(const Pool2dShape& s, int64_t ow) {
   return axis_divisor(s, ow * s.stride_w - s.pad_left, s.kernel_w, s.dilation_w, s.in_w, s.pad_right, s.divisor_override);
 }
 
-// One per output column, and ones up to whole vectors.
+// One per output column, `copies` times each, and ones up to whole vectors.
 template <class T>
-T* carve_column_divisors(const Pool2dShape& s, Carver& carver) {
-  return carver.take<T>(s.out_w + kLanes<T>);
+T* carve_column_divisors(const Pool2dShape& s, int64_t copies, Carver& carver) {
+  return carver.take<T>(s.out_w * copies + kLanes<T>);
 }
 
 template <class T>
-void fill_column_divisors(const Pool2dShape& s, T* divisors) {
-  for (int64_t ow = 0; ow < s.out_w; ++ow) divisors[ow] = static_cast<T>(column_divisor(s, ow));
-  for (int64_t ow = s.out_w; ow < s.out_w + kLanes<T>; ++ow) divisors[ow] = T{1};
+void fill_column_divisors(const Pool2dShape& s, int64_t copies, T* divisors) {
+  const T* last = divisors + s.out_w * copies + kLanes<T>;
+  for (int64_t ow = 0; ow < s.out_w; ++ow) {
+    const T divisor = static_cast<T>(column_divisor(s, ow));
+    for (int64_t i = 0; i < copies; ++i) *divisors++ = divisor;
+  }
+  while (divisors < last) *divisors++ = T{1};
 }
 
 }  // namespace

@@ -6,7 +6,8 @@
 // columns of one phase (column modulo stride), interleaved at the store, for strides 1 and 2; larger ones spread their few outputs one by
 // one.
 //
-// nhwc: the shares alone; a vector holds neighbouring channels of one pixel.
+// nhwc: the shares alone; a vector holds neighbouring channels of one pixel. Fewer channels than a vector has lanes would leave most of
+// it idle in every row of the input: their rows are spread, too, so that whole vectors are added and written.
 //
 // So a share is divided once, and what a single window covers is copied from L1.
 #include "cpu/kernels/avg_pool2d.inl"
@@ -20,12 +21,25 @@ struct Scratch {
   AxisCovers columns;  // nhwc
   T* column_divisors;
   int64_t shares_size, ring_rows, ring_row_size;
-  T* shares;  // nchw, per worker: one row of shares amid zeros
-  T* ring;    // per worker: [ring_rows, ring_row_size]
+  int64_t spread_before;  // elements of a spread row before the first of the input
+  T* shares;              // where rows are spread, per worker: one row of shares amid zeros
+  T* ring;                // per worker: [ring_rows, ring_row_size]
 };
 
 // Zeros before the shares of a row, so that no tap needs a border.
 int64_t shares_before(const Pool2dShape& s) { return (s.kernel_w - 1) * s.dilation_w / s.stride_w; }
+
+// Whether a row of outputs is spread over the columns of the input before it is added to others.
+template <class T>
+bool spreads_rows(const Pool2dShape& s) {
+  return s.layout == Layout::nchw || s.channels < kLanes<T>;
+}
+
+// Of a column's divisor: where rows are spread, one for each channel of a pixel.
+template <class T>
+int64_t divisor_copies(const Pool2dShape& s) {
+  return spreads_rows<T>(s) ? pixel_of(s) : 1;
+}
 
 template <class T>
 Scratch<T> carve_scratch(const Pool2dShape& s, Carver& carver, int threads) {
@@ -33,11 +47,18 @@ Scratch<T> carve_scratch(const Pool2dShape& s, Carver& carver, int threads) {
   Scratch<T> scratch{};
   scratch.rows = carve_covers(carver, s.in_h, s.out_h, s.kernel_h);
   if (!nchw) scratch.columns = carve_covers(carver, s.in_w, s.out_w, s.kernel_w);
-  scratch.column_divisors = carve_column_divisors<T>(s, carver);
+  scratch.column_divisors = carve_column_divisors<T>(s, divisor_copies<T>(s), carver);
   const int64_t span = larger(s.pad_left + s.in_w, (s.out_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1);
-  scratch.shares_size = nchw ? shares_before(s) + larger(s.out_w, ceil_div(span, s.stride_w)) + 2 * kLanes<T> : 0;
   scratch.ring_rows = (s.kernel_h - 1) * s.dilation_h / s.stride_h + 1;
-  scratch.ring_row_size = nchw ? span + 2 * kLanes<T> : s.out_w * s.channels;
+  if (nchw) {
+    scratch.shares_size = shares_before(s) + larger(s.out_w, ceil_div(span, s.stride_w)) + 2 * kLanes<T>;
+    scratch.ring_row_size = span + 2 * kLanes<T>;
+    scratch.spread_before = s.pad_left;
+  } else {
+    const int64_t beyond = spreads_rows<T>(s) ? kLanes<T> : 0;
+    scratch.shares_size = spreads_rows<T>(s) ? s.out_w * s.channels + beyond : 0;
+    scratch.ring_row_size = (spreads_rows<T>(s) ? s.in_w : s.out_w) * s.channels + beyond;
+  }
   scratch.shares = carver.take<T>(scratch.shares_size * threads);
   scratch.ring = carver.take<T>(scratch.ring_rows * scratch.ring_row_size * threads);
   return scratch;
@@ -76,16 +97,31 @@ void spread_by_outputs(const Pool2dShape& s, const T* shares, T* spread, int64_t
   }
 }
 
+// A row of shares: [column, channel].
 template <class T>
-void prepare_row_nchw(const Pool2dShape& s, const Scratch<T>& scratch, const T* grad_output, T row_divisor, T* shares, T* spread) {
+void divide_row(const T* grad_output, const T* column_divisors, T row_divisor, int64_t count, T* shares) {
   const Vec<T> divisor = broadcast(row_divisor);
-  for (int64_t ow = 0; ow < s.out_w; ow += kLanes<T>) {
-    const Vec<T> grad = load_lanes(grad_output + ow, first_lanes<T>(s.out_w - ow), Vec<T>{});
-    store(shares + ow, grad / (divisor * load(scratch.column_divisors + ow)));
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> grad = load_lanes(grad_output + i, first_lanes<T>(count - i), Vec<T>{});
+    store(shares + i, grad / (divisor * load(column_divisors + i)));
   }
+}
+
+template <class T>
+void spread_row_nchw(const Pool2dShape& s, const T* shares, T* spread, int64_t size) {
   if (s.stride_w == 1) return spread_by_phases<T, 1>(s, shares, spread);
   if (s.stride_w == 2) return spread_by_phases<T, 2>(s, shares, spread);
-  spread_by_outputs(s, shares, spread, scratch.ring_row_size);
+  spread_by_outputs(s, shares, spread, size);
+}
+
+// Stores whole vectors from left to right: what lies behind a pixel's channels is overwritten by the next pixel's.
+template <class T>
+void spread_row_nhwc(const Pool2dShape& s, const AxisCovers& columns, const T* shares, T* spread) {
+  for (int64_t iw = 0; iw < s.in_w; ++iw) {
+    Vec<T> sum{};
+    for (int64_t j = columns.begin[iw]; j < columns.begin[iw + 1]; ++j) sum += load(shares + columns.covers[j].out * s.channels);
+    store(spread + iw * s.channels, sum);
+  }
 }
 
 template <class T>
@@ -107,7 +143,7 @@ class Ring {
   Ring(const Pool2dShape& s, const Scratch<T>& scratch, int worker, int64_t channel, int64_t last_channel)
       : s_(s),
         scratch_(scratch),
-        shares_(scratch.shares + worker * scratch.shares_size + shares_before(s)),
+        shares_(scratch.shares + worker * scratch.shares_size + (s.layout == Layout::nchw ? shares_before(s) : 0)),
         rows_(scratch.ring + worker * scratch.ring_rows * scratch.ring_row_size),
         channel_(channel),
         last_channel_(last_channel) {
@@ -133,10 +169,12 @@ class Ring {
     const T* grad_output = grad_output_ + oh * s_.out_w * pixel_of(s_);
     const T divisor = static_cast<T>(row_divisor(s_, oh));
     T* row = rows_ + oh % scratch_.ring_rows * scratch_.ring_row_size;
+    if (!spreads_rows<T>(s_)) return prepare_row_nhwc(s_, scratch_, grad_output, divisor, row, channel_, last_channel_);
+    divide_row(grad_output, scratch_.column_divisors, divisor, s_.out_w * pixel_of(s_), shares_);
     if (s_.layout == Layout::nchw) {
-      prepare_row_nchw(s_, scratch_, grad_output, divisor, shares_, row);
+      spread_row_nchw(s_, shares_, row, scratch_.ring_row_size);
     } else {
-      prepare_row_nhwc(s_, scratch_, grad_output, divisor, row, channel_, last_channel_);
+      spread_row_nhwc(s_, scratch_.columns, shares_, row);
     }
   }
 
@@ -159,14 +197,14 @@ void copy_sums(const T* from, T* to, int64_t count) {
 }
 
 template <class T>
-void backward_row_nchw(const Pool2dShape& s, const Scratch<T>& scratch, const Ring<T>& ring, int64_t ih, T* grad_input) {
+void add_spread_rows(const Scratch<T>& scratch, const Ring<T>& ring, int64_t ih, int64_t count, T* grad_input) {
   const Cover* first = scratch.rows.covers + scratch.rows.begin[ih];
   const Cover* last = scratch.rows.covers + scratch.rows.begin[ih + 1];
-  if (last - first == 1) return copy_sums(ring.row(first->out) + s.pad_left, grad_input, s.in_w);
-  for (int64_t iw = 0; iw < s.in_w; iw += kLanes<T>) {
+  if (last - first == 1) return copy_sums(ring.row(first->out) + scratch.spread_before, grad_input, count);
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
     Vec<T> sum{};
-    for (const Cover* cover = first; cover < last; ++cover) sum += load(ring.row(cover->out) + s.pad_left + iw);
-    store_in_stream(grad_input + iw, sum, first_lanes<T>(s.in_w - iw));
+    for (const Cover* cover = first; cover < last; ++cover) sum += load(ring.row(cover->out) + scratch.spread_before + i);
+    store_in_stream(grad_input + i, sum, first_lanes<T>(count - i));
   }
 }
 
@@ -206,7 +244,7 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
   const Scratch<T> scratch = carve_scratch<T>(s, carver, threads);
   fill_row_covers(scratch.rows, s);
   if (s.layout == Layout::nhwc) fill_column_covers(scratch.columns, s);
-  fill_column_divisors(s, scratch.column_divisors);
+  fill_column_divisors(s, divisor_copies<T>(s), scratch.column_divisors);
   const int64_t plane_outputs = s.out_h * s.out_w * pixel_of(s), row_elements = s.in_w * pixel_of(s);
   for_each_task(s, split_of<T>(s, threads), threads, [&](int worker, int64_t row, int64_t last_row, int64_t channel, int64_t last_channel) {
     Ring<T> ring(s, scratch, worker, channel, last_channel);
@@ -215,8 +253,8 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
     for (; row < last_row; ++row) {
       ring.prepare_for(ih);
       T* grad_input = static_cast<T*>(b.grad_input) + row * row_elements;
-      if (s.layout == Layout::nchw) {
-        backward_row_nchw(s, scratch, ring, ih, grad_input);
+      if (spreads_rows<T>(s)) {
+        add_spread_rows(scratch, ring, ih, row_elements, grad_input);
       } else {
         backward_row_nhwc(s, scratch, ring, ih, grad_input, channel, last_channel);
       }

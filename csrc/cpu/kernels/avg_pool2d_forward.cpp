@@ -26,7 +26,7 @@ int64_t span_of(const Pool2dShape& s) { return (s.out_w - 1) * s.stride_w + (s.k
 template <class T>
 Scratch<T> carve_scratch(const Pool2dShape& s, Carver& carver, int threads) {
   Scratch<T> scratch;
-  scratch.column_divisors = carve_column_divisors<T>(s, carver);
+  scratch.column_divisors = carve_column_divisors<T>(s, 1, carver);
   const int64_t whole_vectors = ceil_div(s.out_w, kLanes<T>) * kLanes<T> * s.stride_w + (s.kernel_w - 1) * s.dilation_w;
   scratch.column_sums_size = s.layout == Layout::nchw ? larger(whole_vectors, s.pad_left + s.in_w) + 2 * kLanes<T> : 0;
   scratch.column_sums = carver.take<T>(scratch.column_sums_size * threads);
@@ -190,7 +190,7 @@ template <class T>
 void forward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
   Carver carver(workspace);
   const Scratch<T> scratch = carve_scratch<T>(s, carver, threads);
-  fill_column_divisors(s, scratch.column_divisors);
+  fill_column_divisors(s, 1, scratch.column_divisors);
   const int64_t plane_elements = s.in_h * s.in_w * pixel_of(s), row_elements = s.out_w * pixel_of(s);
   for_each_task(s, split_of<T>(s, threads), threads, [&](int worker, int64_t row, int64_t last_row, int64_t channel, int64_t last_channel) {
     T* sums = scratch.column_sums + worker * scratch.column_sums_size;
