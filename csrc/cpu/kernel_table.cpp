@@ -16,6 +16,7 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_backward_weight_grouped_channels)   \
   SPECIAL(conv2d_forward_depthwise_planes)           \
   SPECIAL(conv2d_backward_input_depthwise_planes)    \
+  SPECIAL(conv2d_backward_input_depthwise_strided)   \
   ROW(conv2d_forward_depthwise)                      \
   ROW(conv2d_backward_input_depthwise)               \
   SPECIAL(conv2d_backward_weight_depthwise_planes)   \

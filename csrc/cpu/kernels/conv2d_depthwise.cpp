@@ -4,23 +4,28 @@
 // The backward_input of stride s falls into s * s phases (target position plus padding, modulo s), in each of which the source pixels of a
 // tap are neighbours. A list per phase says where its taps lie in the stage and which weights they take.
 //
-// Tile: up to 14 pixels of a row, or 7 of each of two rows, times one vector of channels. The weights of a tap stay in a register while 14
-// multiplications read the stage from L1, one operand each: 14 sums and the weights leave one of avx2's 16 registers for addresses of
-// memory operands; two FMA ports of latency 4 want 8 sums or more. A target is one chain: bias, then its taps in row-major order
-// (backward_input: from the last to the first).
+// Tile: up to 11 pixels of each of two rows (avx2: 6) or 14 of one, times one vector of channels. Two rows meet in the same source rows: a
+// source pixel is loaded once for both, and two weights stay in registers with the sums, so that 9 loads serve 14 multiplications of 7
+// pixels. A single row takes one operand of each multiplication from L1; two FMA ports of latency 4 want 8 sums or more. A target is one
+// chain: bias, then its taps in row-major order (backward_input: from the last to the first).
 //
 // The zeros staged for padding meet weights, which must be finite. Channels come in blocks of a vector: a rest leaves lanes idle.
-#include "cpu/kernels/conv2d_depthwise.inl"
+#include "cpu/kernels/conv2d_depthwise_tile.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int kTilePixels = 14;
+// The taps of a phase. Row 0 of a tile has a tap `between_rows` later than row 1 that meets the same source.
+struct TapList {
+  TapRange taps;
+  int64_t between_rows;
+};
 
-struct Tap {
-  int64_t offset;  // elements of the stage, from the pixel at the target's place
-  int64_t weight;  // elements of the channel block's packed weights
-  int64_t row;     // source rows from the target's place
+// The target columns of one phase, and the tiles that share them out evenly: 28 = 14 + 14, 20 = 10 + 10.
+struct PhaseColumns {
+  int64_t first, count;
+  int64_t place;           // of the first
+  int64_t tile_pixels[2];  // of a tile of one row, of two rows
 };
 
 // The sizes and scratch of one call.
@@ -34,7 +39,8 @@ struct Job {
   int64_t row_tasks;
   int64_t stage_columns, stage_rows;  // of the source
   Tap* taps;                          // [phase of h, phase of w] lists, one behind the other
-  int64_t* list_begin;                // [phases + 1]
+  TapList* lists;                     // [phase of h, phase of w]
+  PhaseColumns* columns;              // [phase of w]
   T* weights;                         // [blocks, multiplier, taps, lanes]
   T* scratch;                         // per worker: source stage, target stage, bias
   int64_t scratch_size;               // elements
@@ -71,39 +77,60 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.stage_rows = (job.rows_per_task / job.h.phases() + 1) * job.h.source_step() + job.h.last_source(1) - job.h.first_source(0);
   job.scratch_size = job.source_elements() + job.target_elements() + kLanes<T>;
   const int64_t scalar = sizeof(T);
-  const int64_t sizes[] = {align_64(taps_of(s) * static_cast<int64_t>(sizeof(Tap))), align_64((job.h.phases() * job.w.phases() + 1) * 8),
+  const int64_t sizes[] = {align_64(taps_of(s) * static_cast<int64_t>(sizeof(Tap))),
+                           align_64(job.h.phases() * job.w.phases() * static_cast<int64_t>(sizeof(TapList))),
+                           align_64(job.w.phases() * static_cast<int64_t>(sizeof(PhaseColumns))),
                            align_64(job.blocks * multiplier_of(s) * taps_of(s) * kLanes<T> * scalar), job.scratch_size * threads * scalar};
   char* at = static_cast<char*>(workspace);
   if (at != nullptr) {
     job.taps = reinterpret_cast<Tap*>(at);
-    job.list_begin = reinterpret_cast<int64_t*>(at + sizes[0]);
-    job.weights = reinterpret_cast<T*>(at + sizes[0] + sizes[1]);
-    job.scratch = reinterpret_cast<T*>(at + sizes[0] + sizes[1] + sizes[2]);
+    job.lists = reinterpret_cast<TapList*>(at + sizes[0]);
+    job.columns = reinterpret_cast<PhaseColumns*>(at + sizes[0] + sizes[1]);
+    job.weights = reinterpret_cast<T*>(at + sizes[0] + sizes[1] + sizes[2]);
+    job.scratch = reinterpret_cast<T*>(at + sizes[0] + sizes[1] + sizes[2] + sizes[3]);
   }
-  *bytes = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+  *bytes = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
   return job;
 }
 
 template <class T>
 void fill_taps(const Job<T>& job) {
   const Conv2dShape& s = job.s;
-  int64_t used = 0, list = 0;
+  Tap* used = job.taps;
+  TapList* list = job.lists;
   for (int64_t ph = 0; ph < job.h.phases(); ++ph) {
     for (int64_t pw = 0; pw < job.w.phases(); ++pw) {
-      job.list_begin[list++] = used;
+      list->taps.first = used;
       for (int64_t i = 0; i < taps_of(s); ++i) {
         const int64_t tap = job.forward ? i : taps_of(s) - 1 - i;
         const int64_t r = tap / s.kernel_w, c = tap % s.kernel_w;
         if (!job.h.has_tap(r, ph) || !job.w.has_tap(c, pw)) continue;
         const int64_t row = job.h.offset(r, ph);
-        job.taps[used++] = {(row * job.stage_columns + job.w.offset(c, pw)) * kLanes<T>, tap * kLanes<T>, row};
+        *used++ = {(row * job.stage_columns + job.w.offset(c, pw)) * kLanes<T>, tap * kLanes<T>, row};
       }
+      list->taps.last = used;
+      list->between_rows = taps_between_rows(list->taps, job.h.source_step());
+      ++list;
     }
   }
-  job.list_begin[list] = used;
 }
 
-// Packs the weights of each channel block and multiple j as [tap][lane], zeros in idle lanes. Whether all are finite.
+template <class T>
+void fill_columns(const Job<T>& job) {
+  const Axis& w = job.w;
+  for (int64_t phase = 0; phase < w.phases(); ++phase) {
+    PhaseColumns& c = job.columns[phase];
+    c.first = (phase - w.target_pad() % w.phases() + w.phases()) % w.phases();
+    c.count = c.first < w.target ? ceil_div(w.target - c.first, w.phases()) : 0;
+    c.place = w.place(c.first);
+    for (int64_t rows = 1; rows <= 2; ++rows) {
+      const int64_t tiles = ceil_div(c.count, rows == 2 ? kTwoRowPixels : kTilePixels);
+      c.tile_pixels[rows - 1] = tiles > 0 ? ceil_div(c.count, tiles) : 0;
+    }
+  }
+}
+
+// Packs the weights of each channel block and multiple j as [tap][lane]. Whether all are finite.
 template <class T>
 bool pack_weights(const Job<T>& job, const T* weight, int threads) {
   const int64_t multiplier = multiplier_of(job.s), taps = taps_of(job.s);
@@ -112,117 +139,59 @@ bool pack_weights(const Job<T>& job, const T* weight, int threads) {
     const int64_t first = i / multiplier * kLanes<T>;
     const ChannelBlock<const T> channels = {
         weight + i % multiplier * taps, first * multiplier, multiplier, smaller(kLanes<T>, job.s.groups - first), 0, 1, taps, Layout::nchw};
-    for (int64_t tap = 0; tap < taps; tap += kLanes<T>) {
-      Vec<T> vectors[kLanes<T>];
-      load_pixels<T>(channels, tap, taps - tap, vectors);
-      for (int64_t t = 0; t < smaller(kLanes<T>, taps - tap); ++t) {
-        store(job.weights + (i * taps + tap + t) * kLanes<T>, vectors[t]);
-        if (!is_finite<T>(vectors[t])) __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);
-      }
-    }
+    const Stage<T> packed{job.weights + i * taps * kLanes<T>, 0, 0, 1, taps};
+    fill_stage(channels, packed);
+    if (!holds_finite_values(packed)) __atomic_store_n(&infinite, 1, __ATOMIC_RELAXED);
   });
   return infinite == 0;
 }
 
-// Where a tile reads and writes. Distances in elements of the stages.
-template <class T>
-struct TileArguments {
-  const T* source;  // at the place of pixel 0
-  int64_t source_step, source_row;
-  const Tap *tap, *last_tap;
-  const T* weights;
-  const T* initial;
-  int64_t initial_step, initial_row;
-  T* target;
-  int64_t target_step, target_row;
-};
-
-// kPixels pixels of kRows rows of one phase, added to `initial`. kStep: distance of their sources in the stage, in vectors, 0 for any.
-template <class T, int kRows, int kPixels, int kStep>
-void compute_tile(const TileArguments<T>& a) {
-  const int64_t step = kStep != 0 ? kStep * kLanes<T> : a.source_step;
-  Vec<T> sum[kRows][kPixels];
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kPixels; ++i) sum[r][i] = load(a.initial + r * a.initial_row + i * a.initial_step);
-  }
-  const T *source = a.source, *weights = a.weights;
-  const int64_t source_row = a.source_row;
-  for (const Tap *tap = a.tap, *last = a.last_tap; tap < last; ++tap) {
-    const Vec<T> w = load(weights + tap->weight);
-    const T* p = source + tap->offset;
-#pragma GCC unroll 2
-    for (int r = 0; r < kRows; ++r, p += source_row) {
-#pragma GCC unroll 14
-      for (int i = 0; i < kPixels; ++i) sum[r][i] = fma(load(p + i * step), w, sum[r][i]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kPixels; ++i) store(a.target + r * a.target_row + i * a.target_step, sum[r][i]);
-  }
+// The taps of a list whose source rows, `first_row` away from them, are inside the map: the rows of a list ascend.
+inline TapRange clip_taps(TapRange taps, int64_t first_row, int64_t rows) {
+  while (taps.first < taps.last && first_row + taps.first->row < 0) ++taps.first;
+  while (taps.first < taps.last && first_row + (taps.last - 1)->row >= rows) --taps.last;
+  return taps;
 }
 
+// The columns of phase `phase_w` in `rows` target rows of phase `phase_h`, the first of them at `place`; `initial` as for the tile, but
+// null for the target itself.
 template <class T>
-using Tile = void (*)(const TileArguments<T>&);
-
-template <class T, int kStep>
-Tile<T> tile_of(int64_t rows, int64_t pixels) {
-  static constexpr Tile<T> one_row[kTilePixels] = {
-      compute_tile<T, 1, 1, kStep>,  compute_tile<T, 1, 2, kStep>,  compute_tile<T, 1, 3, kStep>,  compute_tile<T, 1, 4, kStep>,
-      compute_tile<T, 1, 5, kStep>,  compute_tile<T, 1, 6, kStep>,  compute_tile<T, 1, 7, kStep>,  compute_tile<T, 1, 8, kStep>,
-      compute_tile<T, 1, 9, kStep>,  compute_tile<T, 1, 10, kStep>, compute_tile<T, 1, 11, kStep>, compute_tile<T, 1, 12, kStep>,
-      compute_tile<T, 1, 13, kStep>, compute_tile<T, 1, 14, kStep>};
-  static constexpr Tile<T> two_rows[kTilePixels / 2] = {
-      compute_tile<T, 2, 1, kStep>, compute_tile<T, 2, 2, kStep>, compute_tile<T, 2, 3, kStep>, compute_tile<T, 2, 4, kStep>,
-      compute_tile<T, 2, 5, kStep>, compute_tile<T, 2, 6, kStep>, compute_tile<T, 2, 7, kStep>};
-  return (rows == 2 ? two_rows : one_row)[pixels - 1];
-}
-
-template <class T>
-Tile<T> tile_of(int64_t rows, int64_t pixels, int64_t source_step) {
-  return source_step == 1 ? tile_of<T, 1>(rows, pixels) : source_step == 2 ? tile_of<T, 2>(rows, pixels) : tile_of<T, 0>(rows, pixels);
-}
-
-// The columns of one phase in `rows` target rows of one phase; `initial` as for the tile, but null for the target itself.
-template <class T>
-void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t rows, int64_t phase_w,
-                   const T* initial, const Stage<T>& target) {
+void compute_phase(const Job<T>& job, const Stage<T>& source, const T* weights, int64_t row, int64_t rows, int64_t phase_h, int64_t place,
+                   int64_t phase_w, const T* initial, const Stage<T>& target) {
   const Axis &h = job.h, &w = job.w;
-  const int64_t list = h.phase(row) * w.phases() + phase_w;
-  int64_t column = (phase_w - w.target_pad() % w.phases() + w.phases()) % w.phases();
+  const PhaseColumns& columns = job.columns[phase_w];
+  const TapList& list = job.lists[phase_h * w.phases() + phase_w];
+  const int64_t source_row = place * h.source_step();
   TileArguments<T> a;
   a.source_step = w.source_step() * kLanes<T>;
   a.source_row = h.source_step() * source.columns * kLanes<T>;
-  a.tap = job.taps + job.list_begin[list];
-  a.last_tap = job.taps + job.list_begin[list + 1];
-  const int64_t first_place = h.place(row) * h.source_step(), last_place = first_place + (rows - 1) * h.source_step();
-  while (a.tap < a.last_tap && last_place + a.tap->row < 0) ++a.tap;  // the rows of a list ascend; none of these meets the map
-  while (a.tap < a.last_tap && first_place + (a.last_tap - 1)->row >= h.source) --a.last_tap;
+  for (int64_t r = 0; r < rows; ++r) a.taps[r] = clip_taps(list.taps, source_row + r * h.source_step(), h.source);
+  a.taps_between = list.between_rows;
   a.weights = weights;
   a.target_step = w.phases() * kLanes<T>;
   a.target_row = h.phases() * target.columns * kLanes<T>;
   a.initial_step = initial != nullptr ? 0 : a.target_step;
   a.initial_row = initial != nullptr ? 0 : a.target_row;
-  int64_t left = column < w.target ? ceil_div(w.target - column, w.phases()) : 0;
-  while (left > 0) {
-    const int64_t pixels = ceil_div(left, ceil_div(left, kTilePixels / rows));  // even shares: 28 = 14 + 14, 20 = 10 + 10
-    a.target = target.at(row, column);
+  for (int64_t i = 0, pixels; i < columns.count; i += pixels) {
+    pixels = smaller(columns.count - i, columns.tile_pixels[rows - 1]);
+    a.target = target.at(row, columns.first + i * w.phases());
     a.initial = initial != nullptr ? initial : a.target;
-    a.source = source.at(first_place, w.place(column) * w.source_step());
-    tile_of<T>(rows, pixels, w.source_step())(a);
-    column += pixels * w.phases();
-    left -= pixels;
+    a.source = source.at(source_row, (columns.place + i) * w.source_step());
+    compute_tile<T>(a, rows, pixels);
   }
 }
 
-// Narrow maps take two rows at a time: fewer than 8 sums would wait for their own additions.
 template <class T>
 void compute_rows(const Job<T>& job, const Stage<T>& source, const T* weights, const T* initial, const Stage<T>& target) {
   const int64_t phases = job.h.phases(), end = target.row + target.rows;
-  const bool narrow = ceil_div(job.w.target, job.w.phases()) <= kTilePixels / 2;
   for (int64_t start = target.row; start < smaller(end, target.row + phases); ++start) {
-    for (int64_t row = start, rows; row < end; row += rows * phases) {
-      rows = narrow && row + phases < end ? 2 : 1;
-      for (int64_t phase = 0; phase < job.w.phases(); ++phase) compute_phase(job, source, weights, row, rows, phase, initial, target);
+    const int64_t phase = job.h.phase(start);
+    int64_t place = job.h.place(start);
+    for (int64_t row = start, rows; row < end; row += rows * phases, place += rows) {
+      rows = row + phases < end ? 2 : 1;
+      for (int64_t phase_w = 0; phase_w < job.w.phases(); ++phase_w) {
+        compute_phase(job, source, weights, row, rows, phase, place, phase_w, initial, target);
+      }
     }
   }
 }
@@ -291,6 +260,7 @@ Outcome run_job(const Conv2dShape& s, const Conv2dBuffers& b, bool forward, void
   int64_t bytes;
   const Job<T> job = make_job<T>(s, forward, threads, workspace, &bytes);
   fill_taps(job);
+  fill_columns(job);
   if (!pack_weights(job, static_cast<const T*>(b.weight), threads)) return Outcome::not_finite;
   // Of nhwc a channel block is one cache line of each pixel; the lines beside it, which the processor fetches along, belong to the same
   // thread.

@@ -6,7 +6,7 @@
 #include "cpu/kernel.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/lanes.h"
-#include "cpu/simd/transpose.h"
+#include "cpu/simd/pieces.h"
 
 namespace {
 
@@ -74,6 +74,12 @@ inline void hide_origin(T& pointer) {
   asm("" : "+r"(pointer));
 }
 
+// Keeps a loaded vector in a register: GCC otherwise loads it again for each of its uses, which at an odd address costs two loads each.
+template <class V>
+inline void keep_loaded(V& v) {
+  asm("" : "+" CNN_EXT_VECTOR_REGISTER(v));
+}
+
 // The channels first + i * step, i < count <= lanes, of one image of a tensor of height x width maps.
 template <class T>
 struct ChannelBlock {
@@ -92,9 +98,13 @@ struct Stage {
   T* at(int64_t r, int64_t c) const { return data + ((r - row) * columns + (c - column)) * kLanes<T>; }
 };
 
+// Few pixels most often, for which GCC's call of memset would take longer.
 template <class T>
 void clear_pixels(T* first, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) store(first + i * kLanes<T>, Vec<T>{});
+  for (T* last = first + count * kLanes<T>; first < last; first += kLanes<T>) {
+    hide_origin(first);
+    store(first, Vec<T>{});
+  }
 }
 
 // Zeros for the pixels of the stage outside the tensor.
@@ -125,30 +135,79 @@ void store_pixel(const ChannelBlock<T>& b, int64_t pixel, Vec<T> v) {
   for (int64_t i = 0; i < b.count; ++i) p[i * b.step] = v[i];
 }
 
-// kLanes neighbouring pixels (in memory, also across rows; `pixels` of them exist) of nchw maps, transposed to one vector per pixel.
+// The nchw maps of a block's channels. A lane without a channel repeats the last one.
 template <class T>
-void load_pixels(const ChannelBlock<const T>& b, int64_t pixel, int64_t pixels, Vec<T> (&vectors)[kLanes<T>]) {
-  const LaneSet lanes = first_lanes<T>(pixels);
-  for (int i = 0; i < kLanes<T>; ++i) {
-    const T* map = b.image + (b.first + i * b.step) * b.height * b.width;
-    vectors[i] = i < b.count ? load_lanes(map + pixel, lanes, Vec<T>{}) : Vec<T>{};
+struct BlockMaps {
+  T* map[kLanes<T>];
+  explicit BlockMaps(const ChannelBlock<T>& b) {
+    const int64_t plane = b.height * b.width, step = b.step * plane;
+    T* next = b.image + b.first * plane;
+    for (int i = 0; i < kLanes<T>; ++i) {
+      map[i] = next;
+      if (i + 1 < b.count) next += step;
+    }
   }
-  transpose<T>(vectors);
+};
+
+// Calls piece(i) with the starts of pieces that cover [0, count): the last one is moved back to end with it. Too few for a piece are left
+// to single(i).
+template <class T, class Piece, class Single>
+void for_each_piece(int64_t count, const Piece& piece, const Single& single) {
+  for (int64_t i = 0; count < kPieceLanes<T> && i < count; ++i) single(i);
+  for (int64_t i = 0; count >= kPieceLanes<T> && i < count; i += kPieceLanes<T>) piece(smaller(i, count - kPieceLanes<T>));
 }
 
-// Copies the pixels [column, last_column) of a row, in pieces of vectors that may continue in the next rows (nchw).
+// Copies `count` neighbouring pixels, from `pixel` on, and transposes them to one vector per pixel.
+template <class T>
+void stage_pixels(const BlockMaps<const T>& maps, int64_t pixel, int64_t count, T* stage) {
+  const auto piece = [&](int64_t i) {
+    Vec<T> vectors[kPieceLanes<T>];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPieceLanes<T>; ++j) vectors[j] = load_pieces<T>(maps.map + j, pixel + i);
+    transpose_pieces<T>(vectors);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPieceLanes<T>; ++j) store(stage + (i + j) * kLanes<T>, vectors[j]);
+  };
+  const auto single = [&](int64_t i) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) stage[i * kLanes<T> + lane] = maps.map[lane][pixel + i];
+  };
+  for_each_piece<T>(count, piece, single);
+}
+
+// The way back. Lanes are stored in descending order, so that those without a channel come before the last channel, which they repeat.
+template <class T>
+void write_pixels(const T* stage, int64_t count, const BlockMaps<T>& maps, int64_t pixel) {
+  const auto piece = [&](int64_t i) {
+    Vec<T> vectors[kPieceLanes<T>];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPieceLanes<T>; ++j) vectors[j] = load(stage + (i + j) * kLanes<T>);
+    transpose_pieces<T>(vectors);
+    store_pieces<T>(vectors, maps.map, pixel + i);
+  };
+  const auto single = [&](int64_t i) {
+    for (int lane = kLanes<T> - 1; lane >= 0; --lane) maps.map[lane][pixel + i] = stage[i * kLanes<T> + lane];
+  };
+  for_each_piece<T>(count, piece, single);
+}
+
+// Fetches, of the block behind this one, as many pixels as belong to the row at hand: whole maps of neighbouring channels lie one behind
+// the other, and the next task is most often the next block.
+template <class T>
+void fetch_next_block(const ChannelBlock<T>& b, int64_t row, bool to_write) {
+  if (b.step != 1) return;
+  const auto* next = b.image + (b.first + kLanes<T>)*b.height * b.width + row * b.width * kLanes<T>;
+  for (int64_t i = 0; i < b.width; ++i) {
+    to_write ? __builtin_prefetch(next + i * kLanes<T>, 1) : __builtin_prefetch(next + i * kLanes<T>);
+  }
+}
+
 template <class T>
 void stage_rows_nchw(const ChannelBlock<const T>& b, const Stage<T>& stage, int64_t first_row, int64_t last_row) {
-  const int64_t last_pixel = last_row * b.width;
-  int64_t r = first_row, c = 0;
-  for (int64_t pixel = first_row * b.width; pixel < last_pixel; pixel += kLanes<T>) {
-    const int64_t count = smaller(kLanes<T>, last_pixel - pixel);
-    Vec<T> vectors[kLanes<T>];
-    load_pixels<T>(b, pixel, count, vectors);
-    for (int64_t i = 0; i < count; ++i) {
-      if (c >= stage.column && c < stage.column + stage.columns) store(stage.at(r, c), vectors[i]);
-      if (++c == b.width) c = 0, ++r;
-    }
+  const BlockMaps<const T> maps(b);
+  const int64_t first = larger(0, stage.column), last = smaller(b.width, stage.column + stage.columns);
+  for (int64_t r = first_row; r < last_row; ++r) {
+    stage_pixels(maps, r * b.width + first, last - first, stage.at(r, first));
+    if (last_row - first_row == b.height) fetch_next_block(b, r, false);
   }
 }
 
@@ -176,15 +235,10 @@ void write_stage(const Stage<T>& stage, const ChannelBlock<T>& b) {
     for (int64_t p = 0; p < pixels; ++p) store_pixel(b, first_pixel + p, load(stage.data + p * kLanes<T>));
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kLanes<T>) {
-    const LaneSet lanes = first_lanes<T>(pixels - p);
-    Vec<T> vectors[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) vectors[i] = p + i < pixels ? load(stage.data + (p + i) * kLanes<T>) : Vec<T>{};
-    transpose<T>(vectors);
-    for (int i = 0; i < b.count; ++i) {
-      store_lanes(b.image + (b.first + i * b.step) * b.height * b.width + first_pixel + p, vectors[i], lanes);
-    }
+  if (stage.rows == b.height) {
+    for (int64_t r = 0; r < b.height; ++r) fetch_next_block(b, r, true);
   }
+  write_pixels(stage.data, pixels, BlockMaps<T>(b), first_pixel);
 }
 
 // A product with 0 is NaN for an infinity or a NaN, else 0.
@@ -198,6 +252,13 @@ bool is_finite(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) finite = finite && nan[i] == 0;
   return finite;
 #endif
+}
+
+template <class T>
+bool holds_finite_values(const Stage<T>& stage) {
+  Vec<T> sum{};
+  for (int64_t i = 0; i < stage.rows * stage.columns; ++i) sum = fma(load(stage.data + i * kLanes<T>), broadcast(T{0}), sum);
+  return is_finite<T>(sum);
 }
 
 }  // namespace

@@ -70,12 +70,6 @@ void write_mask(uint32_t lanes, int64_t step, uint32_t* mask) {
   }
 }
 
-// Keeps a loaded vector in a register: GCC otherwise loads it again for each of its uses, which at an odd address costs two loads each.
-template <class V>
-inline void keep_loaded(V& v) {
-  asm("" : "+" CNN_EXT_VECTOR_REGISTER(v));
-}
-
 // Whether the `count` elements at p are finite.
 template <class T>
 bool all_finite(const T* p, int64_t count) {

@@ -136,13 +136,6 @@ void compute_taps(const Job<T>& job, const Stage<T>& input, const Stage<T>& grad
   }
 }
 
-template <class T>
-bool holds_finite_values(const Stage<T>& stage) {
-  Vec<T> sum{};
-  for (int64_t i = 0; i < stage.rows * stage.columns; ++i) sum = fma(load(stage.data + i * kLanes<T>), broadcast(T{0}), sum);
-  return is_finite<T>(sum);
-}
-
 // A chunk of images of one channel block. Whether grad_output was finite.
 template <class T>
 bool run_task(const Job<T>& job, const Conv2dBuffers& b, int worker, int64_t task) {
