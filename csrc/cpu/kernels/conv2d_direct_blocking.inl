@@ -109,7 +109,8 @@ Blocking make_blocking(const Gather& g, int threads) {
   fit_points<T, Tile>(g, b);
   b.units = Tile::units(g.outputs);
   split_tasks<T, Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
-  if (b.row_pieces < g.rows.count && 2 * b.cols <= Tile::kMaxPoints && g.rows.step == 1) set_rows(g, b.row_pieces + b.row_pieces % 2, b);
+  const bool pairs_rows = Tile::rows(Tile::width(g.outputs, 0), b.cols, 2) == 2;
+  if (b.row_pieces < g.rows.count && pairs_rows && g.rows.step == 1) set_rows(g, b.row_pieces + b.row_pieces % 2, b);
   count_blocks(g, Tile::units(g.outputs), b);
   return b;
 }

@@ -15,14 +15,14 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
     Vec<T> weight[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
-#pragma GCC unroll 14
+#pragma GCC unroll 28
     for (int i = 0; i < kPoints; ++i) {
       const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
     }
   });
-#pragma GCC unroll 14
+#pragma GCC unroll 28
   for (int i = 0; i < kPoints; ++i) {
     const T* from = task.before + i / kCols * task.before_row_pitch + i % kCols * task.before_pitch;
     T* to = task.out + i / kCols * task.row_pitch + i % kCols * task.pitch;
@@ -40,7 +40,7 @@ void run_cols(const TileTask<T>& task, int cols) {
 template <int kVectors, class T>
 void run_rows(const TileTask<T>& task, int rows, int cols) {
   constexpr int kPoints = kAccumulators / 2;
-  rows == 1 ? run_cols<kVectors, 1, kPoints>(task, cols) : run_cols<kVectors, 2, kPoints / 2>(task, cols);
+  rows == 1 ? run_cols<kVectors, 1, kPoints>(task, cols) : run_cols<kVectors, 2, kPoints / kVectors>(task, cols);
 }
 
 template <class T>

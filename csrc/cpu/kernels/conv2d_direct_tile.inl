@@ -70,7 +70,8 @@ void rectify_tile(const TileTask<T>& task, int64_t rows, int64_t count, int64_t 
 
 // ChannelTile has output channels in the lanes: 2 vectors of them x up to 14 grid points (6 with 16 registers). A step loads 2 vectors of
 // weights and broadcasts one input value for every 2 FMAs, so that the two load ports feed the two FMA ports with a third of their slots to
-// spare. Rows of at most half a tile are taken two at a time.
+// spare. Rows of at most half a tile are taken two at a time. One vector of channels leaves room for twice as many points: two rows,
+// always.
 template <class T>
 struct ChannelTile {
   static constexpr int kV = kLanes<T>;
@@ -84,7 +85,9 @@ struct ChannelTile {
   static int64_t first(int64_t, int64_t unit) { return unit * kMaxWidth; }
   static int64_t width(int64_t outputs, int64_t unit) { return outputs - unit * kMaxWidth > kV ? kMaxWidth : kV; }
 
-  static int64_t rows(int64_t, int64_t cols, int64_t available) { return 2 * cols <= kMaxPoints && available > 1 ? 2 : 1; }
+  static int64_t rows(int64_t width, int64_t cols, int64_t available) {
+    return (width == kV || 2 * cols <= kMaxPoints) && available > 1 ? 2 : 1;
+  }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
   // The sums of a row of grid points, [column][width].
