@@ -17,6 +17,7 @@ using cnn_ext::cpu::Plan;
 
 constexpr int64_t kReductionTerms = 256;
 constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
+constexpr int64_t kSharedBytes = 512 << 10;  // one that is staged once for several problems
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice
@@ -30,7 +31,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How one gather convolution is cut. A task is `images` x `rows` x `cols` grid points x `units` units of output channels of one group.
 struct Blocking {
-  int64_t channels, channel_blocks;  // of a block of the reduction
+  int64_t channels, stagings;  // that are staged at once: a block of the reduction, or all where problems share them
   int64_t images, image_blocks;
   int64_t row_pieces, rows, row_blocks;  // pieces of a task, and the grid points that they are
   int64_t col_pieces, cols, col_blocks;
@@ -56,8 +57,8 @@ inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
 
 // The largest block of grid points whose source fits, of several images where one is small.
 template <class T, class Tile>
-void fit_points(const Gather& g, Blocking& b) {
-  const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && staged_bytes<T>(g, b) <= kStagedBytes; };
+void fit_points(const Gather& g, int64_t most_bytes, Blocking& b) {
+  const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && staged_bytes<T>(g, b) <= most_bytes; };
   const auto whole_tiles = [&](int64_t pieces) {
     return at_least_1(ceil_div(pieces * g.cols.step, Tile::kMaxPoints) * Tile::kMaxPoints / g.cols.step);
   };
@@ -100,13 +101,24 @@ void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
   }
 }
 
+// The blocks of the reduction.
+struct Reduction {
+  int64_t channels, blocks;
+};
+
+inline Reduction reduction_of(const Gather& g) {
+  const int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), kReductionTerms))));
+  return {channels, at_least_1(ceil_div(g.channels, channels))};
+}
+
 template <class T, class Tile>
-Blocking make_blocking(const Gather& g, int threads) {
+Blocking make_blocking(const Bundle& bundle, int threads) {
+  const Gather& g = bundle.cover;
+  const bool shares = bundle.count > 1;
   Blocking b{};
-  b.channel_blocks = at_least_1(ceil_div(g.terms(), kReductionTerms));
-  b.channels = at_least_1(ceil_div(g.channels, b.channel_blocks));
-  b.channel_blocks = at_least_1(ceil_div(g.channels, b.channels));
-  fit_points<T, Tile>(g, b);
+  b.channels = shares ? at_least_1(g.channels) : reduction_of(g).channels;
+  b.stagings = shares ? 1 : reduction_of(g).blocks;
+  fit_points<T, Tile>(g, shares ? kSharedBytes : kStagedBytes, b);
   b.units = Tile::units(g.outputs);
   split_tasks<T, Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
   const bool pairs_rows = Tile::rows(Tile::width(g.outputs, 0), b.cols, 2) == 2;
@@ -117,9 +129,8 @@ Blocking make_blocking(const Gather& g, int threads) {
 
 // Where things lie in the workspace, in bytes.
 struct Scratch {
-  bool packs_in_tasks;    // every weight is read by one task alone, which packs it
-  int64_t group_weights;  // packed weights of one group, in elements
-  int64_t group_bias;
+  bool packs_in_tasks;                                            // every weight is read by one task alone, which packs it
+  int64_t group_bias;                                             // elements
   int64_t bias, offsets, workers;                                 // offsets into the workspace, behind the weights packed beforehand
   int64_t weights_bytes, staged_bytes, sums_bytes, worker_bytes;  // a worker's are followed by what its source and its sink need
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
@@ -145,34 +156,78 @@ int64_t packed_bytes(const Gather& g) {
   return aligned(g.groups * packed_outputs<Tile>(g) * g.terms() * static_cast<int64_t>(sizeof(T)));
 }
 
+// Whether part i and the next, the even and the odd columns of the same rows, are written together, so that the destination's lines are.
+inline bool interleaves(const Bundle& bundle, int i) {
+  if (i + 1 >= bundle.count) return false;
+  const Gather &even = bundle.parts[i], &odd = bundle.parts[i + 1];
+  return even.dest.w == 1 && even.w.dest_step == 2 && even.w.dest_first == 0 && even.h.dest_first == odd.h.dest_first;
+}
+
+// Offsets of the steps of a whole block of the reduction and of the last one, which may be smaller.
+inline int64_t step_offsets(const Gather& g) { return 2 * reduction_of(g).channels * g.taps(); }
+
 template <class T, class Tile, class Source, class Sink>
-Scratch make_scratch(const Gather& g, const Blocking& b) {
+Scratch make_scratch(const Bundle& bundle, const Blocking& b) {
   constexpr int64_t kSize = sizeof(T);
+  const Gather& g = bundle.cover;
   Scratch s{};
   s.group_bias = packed_outputs<Tile>(g);
-  s.group_weights = s.group_bias * g.terms();
   s.packs_in_tasks = is_whole_grid(b);
-  s.bias = s.packs_in_tasks ? 0 : packed_bytes<T, Tile>(g);
+  int64_t offsets = 0, block_weights = 0;
+  bool complete_at_once = true;
+  for (int i = 0; i < bundle.count; ++i) {
+    const Gather& part = bundle.parts[i];
+    const int64_t weights = reduction_of(part).channels * part.taps() * Tile::kMaxWidth;
+    if (weights > block_weights) block_weights = weights;
+    if (!s.packs_in_tasks) s.bias += packed_bytes<T, Tile>(part);
+    offsets += step_offsets(part);
+    complete_at_once = complete_at_once && reduction_of(part).blocks == 1 && !interleaves(bundle, i);
+  }
   s.offsets = s.bias + aligned(g.groups * s.group_bias * kSize);
-  s.workers = s.offsets + aligned(2 * b.channels * g.taps() * static_cast<int64_t>(sizeof(int32_t)));
-  s.weights_bytes = s.packs_in_tasks ? aligned(b.channels * g.taps() * Tile::kMaxWidth * kSize) : 0;
+  s.workers = s.offsets + aligned(offsets * static_cast<int64_t>(sizeof(int32_t)));
+  s.weights_bytes = s.packs_in_tasks ? aligned(block_weights * kSize) : 0;
   s.staged_bytes = aligned(staged_bytes<T>(g, b) + kVectorBytes);
-  // One tile's sums; one unit's, where the sink takes them together; or, while blocks of channels add to them, those of the whole task.
-  const int64_t complete_sums = Sink::kTakesUnits ? unit_sums<Tile>(b) : Tile::kSums;
-  const int64_t sums = b.channel_blocks == 1 ? complete_sums : b.units * unit_sums<Tile>(b);
+  // One tile's sums; those of a unit, where they are taken together; or, while what is staged later adds to them, of the whole task.
+  const int64_t complete_sums = !complete_at_once || Sink::kTakesUnits ? unit_sums<Tile>(b) : Tile::kSums;
+  const int64_t sums = b.stagings > 1 ? b.units * unit_sums<Tile>(b) : (interleaves(bundle, 0) ? 2 : 1) * complete_sums;
   s.sums_bytes = aligned(sums * kSize);
   const int64_t pooled = Sink::kTakesUnits ? 2 * b.row_pieces * b.col_pieces * Tile::kMaxWidth : 0;
   s.worker_bytes = s.weights_bytes + s.staged_bytes + s.sums_bytes + aligned((Source::line_elements(g) + pooled) * kSize);
   return s;
 }
 
+// Calls body(bundle) for the problems that `ends` has: one bundle of all, where they are a few and the source of some rows of the grid
+// fits with all its channels; else one for each. Problems without a point are left out.
+template <class T, class Tile, class Ends, class Body>
+void for_bundles(const Ends& ends, const Body& body) {
+  Bundle bundle{};
+  const int64_t count = ends.count();
+  const auto add = [&](int64_t i) {
+    bundle.parts[bundle.count] = ends.gather(i);
+    if (!bundle.parts[bundle.count].is_empty()) ++bundle.count;
+  };
+  if (count > 1 && count <= kMaxParts) {
+    for (int64_t i = 0; i < count; ++i) add(i);
+    if (bundle.count == 0) return;
+    cover_parts(bundle);
+    if (staged_bytes<T>(bundle.cover, make_blocking<T, Tile>(bundle, 1)) <= kSharedBytes) return body(bundle);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    bundle.count = 0;
+    add(i);
+    if (bundle.count == 0) continue;
+    cover_parts(bundle);
+    body(bundle);
+  }
+}
+
 template <class T, class Tile, class Source, class Sink>
-Plan plan_gather(const Gather& g, int threads) {
+Plan plan_bundle(const Bundle& bundle, int threads) {
   Plan plan{Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
-  if (g.is_empty()) return plan;
-  const Blocking b = make_blocking<T, Tile>(g, threads);
+  if (bundle.cover.is_empty()) return plan;
+  const Blocking b = make_blocking<T, Tile>(bundle, threads);
   plan.tasks = b.tasks;
-  plan.workspace_bytes = static_cast<size_t>(make_scratch<T, Tile, Source, Sink>(g, b).total(threads));
+  plan.workspace_bytes = static_cast<size_t>(make_scratch<T, Tile, Source, Sink>(bundle, b).total(threads));
   return plan;
 }
 

@@ -26,6 +26,11 @@ struct Axis {
   int64_t taps, tap_step;
   int64_t kernel_first, kernel_step;
   PaddingMode padding_mode;  // what is read at positions outside the source
+  // Source positions staged beyond those that the taps read, where several problems share them.
+  int64_t staged_before, staged_behind;
+
+  int64_t reach() const { return taps == 0 ? 0 : (taps - 1) * (tap_step < 0 ? -tap_step : tap_step); }  // of the taps
+  int64_t lowest() const { return source_first - (tap_step < 0 ? reach() : 0); }  // source position that grid point 0 reads
 };
 
 // What may not be cut apart along an axis: `count` pieces in a row are count * step + extra grid points. A piece is a grid point, or, where
@@ -92,7 +97,7 @@ inline StepOrder step_order(const Gather& g, int64_t channels) {
 }
 
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1, PaddingMode::zeros};
+  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1, PaddingMode::zeros, 0, 0};
 }
 
 // Input position i is reached from output position o by kernel position r if o * stride = i + pad - r * dilation.
@@ -162,6 +167,44 @@ inline Gather make_gather(Conv2dDirection direction, const Conv2dShape& s, int64
   Gather g = make_gather_of_rows(direction, s, index);
   flatten_if_pointwise(g);
   return g;
+}
+
+// Gather convolutions that are run together, because they read the same source: the phases of a backward_input, or a single one.
+constexpr int kMaxParts = 16;
+struct Bundle {
+  Gather parts[kMaxParts];
+  int count;
+  Gather cover;  // what is staged for all of them: the part with the most taps, on the largest grid
+};
+
+// Gives an axis of all parts the same window of staged positions.
+inline void share_window(Bundle& bundle, Axis Gather::* axis) {
+  int64_t lowest = INT64_MAX, highest = INT64_MIN;
+  for (int i = 0; i < bundle.count; ++i) {
+    const Axis& a = bundle.parts[i].*axis;
+    if (a.taps == 0) continue;
+    lowest = a.lowest() < lowest ? a.lowest() : lowest;
+    highest = a.lowest() + a.reach() > highest ? a.lowest() + a.reach() : highest;
+  }
+  if (lowest > highest) return;  // nothing is read
+  for (int i = 0; i < bundle.count; ++i) {
+    Axis& a = bundle.parts[i].*axis;
+    if (a.taps == 0) a.source_first = lowest;
+    a.staged_before = a.lowest() - lowest;
+    a.staged_behind = highest - (a.lowest() + a.reach());
+  }
+}
+
+// Makes the cover of a bundle that has its parts.
+inline void cover_parts(Bundle& bundle) {
+  if (bundle.count > 1) share_window(bundle, &Gather::h), share_window(bundle, &Gather::w);
+  bundle.cover = bundle.parts[0];
+  for (int i = 1; i < bundle.count; ++i) {
+    if (bundle.parts[i].taps() > bundle.cover.taps()) bundle.cover = bundle.parts[i];
+  }
+  if (bundle.count == 1) return;
+  bundle.cover.h.count = bundle.parts[0].h.count, bundle.cover.w.count = bundle.parts[0].w.count;
+  cut_anywhere(bundle.cover);
 }
 
 }  // namespace

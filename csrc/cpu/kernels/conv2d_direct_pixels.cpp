@@ -10,7 +10,7 @@ namespace {
 
 template <Conv2dDirection kDirection>
 bool accepts(const Conv2dShape& s) {
-  return pixels_are_cheaper(make_gather(kDirection, s, 0), s.dtype, s.layout);
+  return pixels_are_cheaper(kDirection, s, make_gather(kDirection, s, 0));
 }
 
 using Forward = FloatingRow<PixelTile, Conv2dDirection::forward>;

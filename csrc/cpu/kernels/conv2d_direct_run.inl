@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/conv2d_direct_blocking.inl"
 #include "cpu/kernels/conv2d_direct_pack.inl"
+#include "cpu/kernels/conv2d_direct_sums.inl"
 #include "cpu/packed.h"
 #include "cpu/parallel.h"
 
@@ -17,32 +18,46 @@ using cnn_ext::cpu::PackedForm;
 constexpr int64_t kSerialPack = 1 << 14;     // weights
 constexpr int64_t kNearWeights = 512 << 10;  // bytes
 
-template <class T, class Tile, class Source, class Sink>
+template <class T, class Tile, class Ends>
 class GatherRun {
+  using Source = typename Ends::Source;
+  using Sink = typename Ends::Sink;
+
  public:
-  GatherRun(const Gather& g, const Source& source, const T* weight, const T* bias, const Sink& sink, Packed packed, void* workspace,
-            int threads)
-      : g_(g),
-        b_(make_blocking<T, Tile>(g, threads)),
-        scratch_(make_scratch<T, Tile, Source, Sink>(g, b_)),
-        leaves_out_columns_(leaves_out_columns(g)),
-        layout_(staged_layout<T>(g, b_.channels, b_.rows, b_.cols)),
-        source_(source),
+  GatherRun(const Bundle& bundle, const Ends& ends, const T* weight, const T* bias, Packed packed, void* workspace, int threads)
+      : bundle_(bundle),
+        cover_(bundle.cover),
+        b_(make_blocking<T, Tile>(bundle, threads)),
+        scratch_(make_scratch<T, Tile, Source, Sink>(bundle, b_)),
+        layout_(staged_layout<T>(cover_, b_.channels, b_.rows, b_.cols)),
+        source_(ends.source(cover_)),
+        ends_(ends),
         weight_(weight),
         bias_(bias),
-        sink_(sink),
         memory_(static_cast<char*>(workspace)),
         packed_(static_cast<T*>(packed.data != nullptr ? packed.data : workspace)),
         packs_in_tasks_(packed.data == nullptr && scratch_.packs_in_tasks),
         is_packed_(packed.is_ready),
-        threads_(threads) {}
+        threads_(threads) {
+    int64_t offsets = 0;
+    for (int i = 0; i < bundle_.count; ++i) {
+      const Gather& g = bundle_.parts[i];
+      parts_[i] = {&g, reduction_of(g), leaves_out_columns(g), weights_, offsets};
+      weights_ += packed_bytes<T, Tile>(g) / kSize, offsets += step_offsets(g);
+      blocks_ += parts_[i].reduction.blocks;
+    }
+  }
 
   Outcome run() const {
     if (!is_packed_ && !packs_in_tasks_) pack_all();
     if (!is_finite_) return Outcome::not_finite;
     pack_bias();
-    fill_offsets(g_, layout_, b_.channels, offsets(0));
-    fill_offsets(g_, layout_, channels_of(b_.channel_blocks - 1), offsets(b_.channel_blocks - 1));
+    for (int i = 0; i < bundle_.count; ++i) {
+      const Part& part = parts_[i];
+      const int64_t last = part.reduction.blocks - 1;
+      fill_offsets(*part.g, layout_, part.reduction.channels, offsets(part, 0));
+      fill_offsets(*part.g, layout_, channels_of(part, last), offsets(part, last));
+    }
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
     return is_finite_ ? Outcome::done : Outcome::not_finite;
   }
@@ -50,59 +65,79 @@ class GatherRun {
  private:
   static constexpr int64_t kSize = sizeof(T);
 
+  // One of the bundle's problems.
+  struct Part {
+    const Gather* g;
+    Reduction reduction;
+    bool leaves_out_columns;
+    int64_t weights, offsets;  // where its packed weights and its offsets begin
+  };
+
   T* packed_bias() const { return reinterpret_cast<T*>(memory_ + scratch_.bias); }
   T* own_weights(int worker) const { return reinterpret_cast<T*>(memory_ + scratch_.workers + worker * scratch_.worker_bytes); }
   T* staged(int worker) const { return own_weights(worker) + scratch_.weights_bytes / kSize; }
   T* sums(int worker) const { return staged(worker) + scratch_.staged_bytes / kSize; }
   T* line(int worker) const { return sums(worker) + scratch_.sums_bytes / kSize; }
-  T* pooled(int worker) const { return line(worker) + Source::line_elements(g_); }
+  T* pooled(int worker) const { return line(worker) + Source::line_elements(cover_); }
 
   // Those of the last block of channels, which may be smaller, are kept apart.
-  int32_t* offsets(int64_t channel_block) const {
-    const bool last = channel_block == b_.channel_blocks - 1;
-    return reinterpret_cast<int32_t*>(memory_ + scratch_.offsets) + (last ? b_.channels * g_.taps() : 0);
+  int32_t* offsets(const Part& part, int64_t channel_block) const {
+    const bool last = channel_block == part.reduction.blocks - 1;
+    return reinterpret_cast<int32_t*>(memory_ + scratch_.offsets) + part.offsets + (last ? part.reduction.channels * part.g->taps() : 0);
   }
 
   // Of the steps of a block of channels, those of the taps that a tile needs.
-  void choose_steps(TileTask<T>& tile, const T* weights, const TapRange& rows, const TapRange& cols, int64_t block, int64_t width) const {
-    const int64_t channels = channels_of(block), row_steps = g_.w.taps * channels;
+  void choose_steps(TileTask<T>& tile, const Part& part, const T* weights, const TapRange& rows, const TapRange& cols, int64_t block,
+                    int64_t width) const {
+    const int64_t channels = channels_of(part, block), row_steps = part.g->w.taps * channels;
     const int64_t chosen = rows.count() == 0 ? 0 : cols.count() * channels;  // of a tap row
     const bool all = chosen == row_steps;
     tile.runs = all ? 1 : rows.count(), tile.run_steps = all ? rows.count() * row_steps : chosen, tile.gap = row_steps - chosen;
     const int64_t first = rows.begin * row_steps + cols.begin * channels;
-    tile.weights = weights + first * width, tile.offsets = offsets(block) + first;
+    tile.weights = weights + first * width, tile.offsets = offsets(part, block) + first;
   }
 
-  int64_t channels_of(int64_t channel_block) const { return clamp(g_.channels - channel_block * b_.channels, 0, b_.channels); }
+  int64_t channels_of(const Part& part, int64_t channel_block) const {
+    return clamp(cover_.channels - channel_block * part.reduction.channels, 0, part.reduction.channels);
+  }
 
   // The output channels of a unit that exist.
-  int64_t outputs_of(int64_t unit) const { return clamp(g_.outputs - Tile::first(g_.outputs, unit), 0, Tile::width(g_.outputs, unit)); }
-
-  T* packed_weights(int64_t group, int64_t unit, int64_t channel_block) const {
-    return packed_ + group * scratch_.group_weights + Tile::first(g_.outputs, unit) * g_.terms() +
-           channel_block * b_.channels * g_.taps() * Tile::width(g_.outputs, unit);
+  int64_t outputs_of(int64_t unit) const {
+    return clamp(cover_.outputs - Tile::first(cover_.outputs, unit), 0, Tile::width(cover_.outputs, unit));
   }
 
-  void pack(int64_t group, int64_t unit, int64_t channel_block, T* packed) const {
-    const T* src = weight_ + group * g_.weight_group + Tile::first(g_.outputs, unit) * g_.weight_output +
-                   channel_block * b_.channels * g_.weight_channel;
-    if (!pack_unit(g_, src, outputs_of(unit), Tile::width(g_.outputs, unit), channels_of(channel_block), packed))
+  T* packed_weights(const Part& part, int64_t group, int64_t unit, int64_t channel_block) const {
+    const int64_t taps = part.g->taps(), first = Tile::first(cover_.outputs, unit);
+    return packed_ + part.weights + (group * scratch_.group_bias + first) * part.g->terms() +
+           channel_block * part.reduction.channels * taps * Tile::width(cover_.outputs, unit);
+  }
+
+  void pack(const Part& part, int64_t group, int64_t unit, int64_t channel_block, T* packed) const {
+    const Gather& g = *part.g;
+    const T* src = weight_ + group * g.weight_group + Tile::first(g.outputs, unit) * g.weight_output +
+                   channel_block * part.reduction.channels * g.weight_channel;
+    if (!pack_unit(g, src, outputs_of(unit), Tile::width(g.outputs, unit), channels_of(part, channel_block), packed))
       __atomic_store_n(&is_finite_, false, __ATOMIC_RELAXED);
   }
 
+  // The parts of one unit follow each other: they read the same lines of the weight.
   void pack_all() const {
-    const int64_t units = Tile::units(g_.outputs);
-    const int team = g_.groups * scratch_.group_weights < kSerialPack ? 1 : threads_;
-    parallel_for(team, g_.groups * units * b_.channel_blocks, [&](int, int64_t i) {
-      const int64_t channel_block = i % b_.channel_blocks, unit = i / b_.channel_blocks % units, group = i / b_.channel_blocks / units;
-      pack(group, unit, channel_block, packed_weights(group, unit, channel_block));
+    const int64_t units = Tile::units(cover_.outputs);
+    const int team = weights_ < kSerialPack ? 1 : threads_;
+    parallel_for(team, cover_.groups * units * blocks_, [&](int, int64_t i) {
+      const int64_t unit = i / blocks_ % units, group = i / blocks_ / units;
+      const Part* part = parts_;
+      int64_t block = i % blocks_;
+      for (; block >= part->reduction.blocks; ++part) block -= part->reduction.blocks;
+      pack(*part, group, unit, block, packed_weights(*part, group, unit, block));
     });
   }
 
   void pack_bias() const {
-    for (int64_t group = 0; group < g_.groups; ++group) {
+    for (int64_t group = 0; group < cover_.groups; ++group) {
       T* dst = packed_bias() + group * scratch_.group_bias;
-      for (int64_t k = 0; k < scratch_.group_bias; ++k) dst[k] = bias_ != nullptr && k < g_.outputs ? bias_[group * g_.outputs + k] : T(0);
+      for (int64_t k = 0; k < scratch_.group_bias; ++k)
+        dst[k] = bias_ != nullptr && k < cover_.outputs ? bias_[group * cover_.outputs + k] : T(0);
     }
   }
 
@@ -122,63 +157,100 @@ class GatherRun {
       task /= blocks;
       return block;
     };
-    p.unit = next(b_.unit_blocks) * b_.units, p.unit_end = smaller(p.unit + b_.units, Tile::units(g_.outputs));
-    place_pieces(g_.cols, b_.col_pieces, next(b_.col_blocks), p.x, p.cols);
-    place_pieces(g_.rows, b_.row_pieces, next(b_.row_blocks), p.y, p.rows);
-    p.group = next(g_.groups);
-    p.n = task * b_.images, p.images = smaller(g_.batch - p.n, b_.images);
+    p.unit = next(b_.unit_blocks) * b_.units, p.unit_end = smaller(p.unit + b_.units, Tile::units(cover_.outputs));
+    place_pieces(cover_.cols, b_.col_pieces, next(b_.col_blocks), p.x, p.cols);
+    place_pieces(cover_.rows, b_.row_pieces, next(b_.row_blocks), p.y, p.rows);
+    p.group = next(cover_.groups);
+    p.n = task * b_.images, p.images = smaller(cover_.batch - p.n, b_.images);
     return p;
+  }
+
+  // What of a task's place a part has: the grids of a bundle differ by a row and a column.
+  Place place_in(const Part& part, Place p) const {
+    p.rows = clamp(part.g->h.count - p.y, 0, p.rows), p.cols = clamp(part.g->w.count - p.x, 0, p.cols);
+    return p;
+  }
+
+  // The blocks of channels that are staged at once.
+  TapRange staged_blocks(const Part& part, int64_t staging) const {
+    return b_.stagings == 1 ? TapRange{0, part.reduction.blocks} : TapRange{staging, staging + 1};
   }
 
   void run_task(int worker, int64_t task) const {
     const Place p = place_of(task);
-    for (int64_t block = 0; block < b_.channel_blocks; ++block) {
-      stage_images(worker, p, block);
-      Ahead<T> ahead = source_ahead(task, p, block);
-      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_unit(worker, p, block, unit, ahead, weights_ahead(task, p, block, unit));
+    for (int64_t staging = 0; staging < b_.stagings; ++staging) {
+      stage_images(worker, p, staging);
+      Ahead<T> ahead = source_ahead(task, p, staging);
+      for (int64_t unit = p.unit; unit < p.unit_end; ++unit) {
+        for (int i = 0; i < bundle_.count; ++i) {
+          T* const first = sums(worker) + (b_.stagings > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
+          const int together = interleaves(bundle_, i) ? 2 : 1;
+          for (int k = 0; k < together; ++k) {
+            run_part(worker, task, p, staging, i + k, unit, together > 1, first + k * unit_sums<Tile>(b_), ahead);
+          }
+          if (together > 1) write_interleaved(p, i, unit, first), ++i;
+        }
+      }
     }
   }
 
-  StageTask stage_task(const Place& p, int64_t channel_block) const {
+  void run_part(int worker, int64_t task, const Place& p, int64_t staging, int i, int64_t unit, bool interleaved, T* sums_of_unit,
+                Ahead<T>& ahead) const {
+    const Place place = place_in(parts_[i], p);
+    if (place.rows == 0 || place.cols == 0) return;
+    for (int64_t block = staged_blocks(parts_[i], staging).begin; block < staged_blocks(parts_[i], staging).end; ++block)
+      run_unit(worker, place, parts_[i], block, unit, interleaved, sums_of_unit, ahead, weights_ahead(task, p, staging, i, block, unit));
+  }
+
+  StageTask stage_task(const Place& p, int64_t staging) const {
     StageTask block{};
     block.n = p.n;
-    block.channel = p.group * g_.channels + channel_block * b_.channels;
-    block.channels = channels_of(channel_block);
+    block.channel = p.group * cover_.channels + staging * b_.channels;
+    block.channels = clamp(cover_.channels - staging * b_.channels, 0, b_.channels);
     block.rows = p.rows;
-    block.first_row = p.y * g_.h.source_step + g_.h.source_first - window_of(g_.h, 1).tap_origin;
-    block.first_col = p.x * g_.w.source_step + g_.w.source_first - window_of(g_.w, 1).tap_origin;
+    block.first_row = p.y * cover_.h.source_step + cover_.h.source_first - window_of(cover_.h, 1).tap_origin;
+    block.first_col = p.x * cover_.w.source_step + cover_.w.source_first - window_of(cover_.w, 1).tap_origin;
     return block;
   }
 
-  void stage_images(int worker, const Place& p, int64_t channel_block) const {
-    StageTask block = stage_task(p, channel_block);
+  void stage_images(int worker, const Place& p, int64_t staging) const {
+    StageTask block = stage_task(p, staging);
     for (int64_t i = 0; i < p.images; ++i, ++block.n) {
-      stage(g_, layout_, block, source_, line(worker), staged(worker) + i * layout_.image_pitch);
+      stage(cover_, layout_, block, source_, line(worker), staged(worker) + i * layout_.image_pitch);
     }
   }
 
-  // What will be staged next: this task's next block of channels or, as a thread most often runs neighbouring tasks, the task behind it.
-  Ahead<T> source_ahead(int64_t task, const Place& p, int64_t channel_block) const {
-    const bool stays = channel_block + 1 < b_.channel_blocks;
+  // What will be staged next: this task's next channels or, as a thread most often runs neighbouring tasks, the task behind it.
+  Ahead<T> source_ahead(int64_t task, const Place& p, int64_t staging) const {
+    const bool stays = staging + 1 < b_.stagings;
     if (!stays && task + 1 == b_.tasks) return {};
     const Place next = stays ? p : place_of(task + 1);
-    Ahead<T> ahead = source_.ahead(g_, layout_, stage_task(next, stays ? channel_block + 1 : 0), next.images);
-    ahead.share_out((p.unit_end - p.unit) * tiles_of(p));
+    Ahead<T> ahead = source_.ahead(cover_, layout_, stage_task(next, stays ? staging + 1 : 0), next.images);
+    ahead.share_out((p.unit_end - p.unit) * (b_.stagings == 1 ? blocks_ : 1) * tiles_of(p));
     return ahead;
   }
 
   // The packed weights that will be read next; few of them stay in the second cache in any case.
-  Ahead<T> weights_ahead(int64_t task, const Place& p, int64_t channel_block, int64_t unit) const {
-    if (packs_in_tasks_ || g_.groups * scratch_.group_weights * kSize <= kNearWeights) return {};
+  Ahead<T> weights_ahead(int64_t task, const Place& p, int64_t staging, int i, int64_t block, int64_t unit) const {
+    if (packs_in_tasks_ || weights_ * kSize <= kNearWeights) return {};
     Place next = p;
-    if (unit + 1 < p.unit_end) {
-      next.unit = unit + 1;
-    } else if (++channel_block == b_.channel_blocks) {
-      if (task + 1 == b_.tasks) return {};
-      next = place_of(task + 1), channel_block = 0;
+    next.unit = unit;
+    if (++block == staged_blocks(parts_[i], staging).end) {
+      if (++i == bundle_.count) {
+        i = 0;
+        if (++next.unit == p.unit_end) {
+          next.unit = p.unit;
+          if (++staging == b_.stagings) {
+            if (task + 1 == b_.tasks) return {};
+            staging = 0, next = place_of(task + 1);
+          }
+        }
+      }
+      block = staged_blocks(parts_[i], staging).begin;
     }
-    const int64_t terms = channels_of(channel_block) * g_.taps();
-    Ahead<T> ahead(packed_weights(next.group, next.unit, channel_block), terms * Tile::width(g_.outputs, next.unit));
+    const Part& part = parts_[i];
+    const int64_t terms = channels_of(part, block) * part.g->taps();
+    Ahead<T> ahead(packed_weights(part, next.group, next.unit, block), terms * Tile::width(cover_.outputs, next.unit));
     ahead.share_out(tiles_of(p));
     return ahead;
   }
@@ -188,56 +260,54 @@ class GatherRun {
     return p.images * ceil_div(p.rows, Tile::rows(Tile::kMaxWidth, p.cols, p.rows)) * Tile::tiles(p.cols);
   }
 
-  // The sums of more than a tile are kept while blocks of channels are added to them, and for a sink that takes units.
-  bool keeps_sums() const { return b_.channel_blocks > 1 || Sink::kTakesUnits; }
-
-  // How a unit's sums get to their destination.
-  enum class Writing {
-    in_scratch,  // not yet, or by a sink that takes units
-    in_place,    // tiles store them there: the lanes are innermost there too
-    by_tiles,    // from scratch, tile by tile
-    by_units     // from scratch, when all of a unit's are complete
-  };
-
-  Writing writing_of(int64_t channel_block, int64_t unit) const {
+  Writing writing_of(const Part& part, int64_t channel_block, int64_t unit, const Sink& sink) const {
     if constexpr (Sink::kTakesUnits) {
       return Writing::in_scratch;
     } else {
-      if (channel_block + 1 < b_.channel_blocks) return Writing::in_scratch;
-      const Strides& grid = sink_.grid;
-      const bool lanes_are_inner = Tile::kChannelsInner ? grid.c == 1 && Tile::width(g_.outputs, unit) == outputs_of(unit) : grid.w == 1;
+      if (channel_block + 1 < part.reduction.blocks) return Writing::in_scratch;
+      const Strides& grid = sink.grid;
+      const bool lanes_are_inner =
+          Tile::kChannelsInner ? grid.c == 1 && Tile::width(cover_.outputs, unit) == outputs_of(unit) : grid.w == 1;
       if (lanes_are_inner) return Writing::in_place;
-      return Tile::kChannelsInner && keeps_sums() ? Writing::by_units : Writing::by_tiles;
+      return Tile::kChannelsInner && part.reduction.blocks > 1 ? Writing::by_units : Writing::by_tiles;
     }
   }
 
   // Sums up one block of channels for one unit of output channels.
-  void run_unit(int worker, const Place& p, int64_t channel_block, int64_t unit, Ahead<T>& source, Ahead<T> next_weights) const {
-    const int64_t width = Tile::width(g_.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
-    const int64_t channel = p.group * g_.outputs + Tile::first(g_.outputs, unit);
+  void run_unit(int worker, const Place& p, const Part& part, int64_t channel_block, int64_t unit, bool interleaved, T* sums_of_unit,
+                Ahead<T>& source, Ahead<T> next_weights) const {
+    const Gather& g = *part.g;
+    const int64_t width = Tile::width(g.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
+    const int64_t channel = p.group * g.outputs + Tile::first(g.outputs, unit);
     const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
-    if (packs_in_tasks_) pack(p.group, unit, channel_block, own_weights(worker));
-    const T* weights = packs_in_tasks_ ? own_weights(worker) : packed_weights(p.group, unit, channel_block);
-    T* sums_of_unit = sums(worker) + (b_.channel_blocks > 1 ? (unit - p.unit) * unit_sums<Tile>(b_) : 0);
-    const Writing writing = writing_of(channel_block, unit);
+    if (packs_in_tasks_) pack(part, p.group, unit, channel_block, own_weights(worker));
+    const T* weights = packs_in_tasks_ ? own_weights(worker) : packed_weights(part, p.group, unit, channel_block);
+    const Sink sink = ends_.sink(g);
+    const SumsWriter<T, Tile, Sink> writer{sink};
+    Writing writing = writing_of(part, channel_block, unit, sink);
+    if (interleaved && writing != Writing::in_scratch) writing = Writing::interleaved;
+    // The sums of more than a tile are kept while blocks of channels are added to them, and for who takes them together.
+    const bool keeps_sums = part.reduction.blocks > 1 || interleaved || Sink::kTakesUnits;
     TileTask<T> tile{};
-    tile.row_step = g_.h.source_step * layout_.row_pitch;
-    tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g_.outputs, unit) : nullptr;
-    const bool rectifies = sink_.relu && channel_block + 1 == b_.channel_blocks;
+    tile.row_step = g.h.source_step * layout_.row_pitch;
+    tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g.outputs, unit) : nullptr;
+    const bool rectifies = sink.relu && channel_block + 1 == part.reduction.blocks;
+    const T* const staged_channels =
+        staged(worker) + (b_.stagings == 1 ? channel_block * part.reduction.channels : 0) * layout_.channel_pitch;
     for (int64_t image = 0; image < p.images; ++image) {
-      const T* staged_image = staged(worker) + image * layout_.image_pitch;
+      const T* staged_image = staged_channels + image * layout_.image_pitch;
       int64_t rows = 0;
       for (int64_t y = 0; y < p.rows; y += rows) {
         rows = Tile::rows(width, p.cols, p.rows - y);
-        const TapRange tap_rows = taps_inside(g_.h, p.y + y, rows);
-        choose_steps(tile, weights, tap_rows, {0, g_.w.taps}, channel_block, width);
+        const TapRange tap_rows = taps_inside(g.h, p.y + y, rows);
+        choose_steps(tile, part, weights, tap_rows, {0, g.w.taps}, channel_block, width);
         int64_t x = 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
-          if (leaves_out_columns_) choose_steps(tile, weights, tap_rows, taps_inside(g_.w, p.x + x, cols), channel_block, width);
+          if (part.leaves_out_columns) choose_steps(tile, part, weights, tap_rows, taps_inside(g.w, p.x + x, cols), channel_block, width);
           tile.staged = staged_image + y * tile.row_step + x;
           tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
-          if (keeps_sums()) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
+          if (keeps_sums) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
           if (Tile::kChannelsInner && tile.bias != nullptr) {
             tile.before = tile.bias;
           } else {
@@ -246,12 +316,12 @@ class GatherRun {
           tile.weights_ahead = next_weights.next(tile.run_steps, tile.weights);
           tile.source_ahead = source.next(tile.runs * tile.run_steps, tile.weights);
           if constexpr (!Sink::kTakesUnits) {
-            T* const dst = sink_.point(p.n + image, channel, p.y + y, p.x + x);
-            if (writing == Writing::in_place) write_in_place(tile, dst, cols);
-            tile.dest_ahead = dest_ahead(tile, writing, dst, rows, cols, outputs);
+            T* const dst = sink.point(p.n + image, channel, p.y + y, p.x + x);
+            if (writing == Writing::in_place) writer.write_in_place(tile, dst, cols);
+            tile.dest_ahead = writer.ahead(tile, writing, dst, rows, cols, outputs);
             Tile::run(tile, width, rows, cols);
             if (rectifies) Tile::rectify(tile, width, rows, cols);
-            if (writing == Writing::by_tiles) write_tile(tile, rows, cols, outputs, dst);
+            if (writing == Writing::by_tiles) writer.write_tile(tile, rows, cols, outputs, dst);
           } else {
             tile.dest_ahead = fetch_nothing(tile.weights);
             Tile::run(tile, width, rows, cols);
@@ -260,133 +330,70 @@ class GatherRun {
         }
       }
     }
+    const UnitSums<T> complete{sums_of_unit, width, p.images, p.rows, p.cols, outputs, p.n, channel, p.y, p.x};
     if constexpr (Sink::kTakesUnits) {
-      if (channel_block + 1 == b_.channel_blocks) {
-        sink_.write({sums_of_unit, width, p.images, p.rows, p.cols, outputs, p.n, channel, p.y, p.x}, pooled(worker));
-      }
+      if (channel_block + 1 == part.reduction.blocks) sink.write(complete, pooled(worker));
     } else if (writing == Writing::by_units) {
-      write_unit(p, sums_of_unit, width, outputs, channel);
+      writer.write_unit(complete);
     }
   }
 
-  void write_in_place(TileTask<T>& tile, T* dst, int64_t cols) const {
-    const Strides& grid = sink_.grid;
-    tile.out = dst, tile.pitch = Tile::kChannelsInner ? grid.w : grid.c, tile.row_pitch = grid.h;
-    tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
-  }
-
-  // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon. Where channels are
-  // innermost, the place behind the tile's, which is most often the next one's.
-  Fetch dest_ahead(const TileTask<T>& tile, Writing writing, const T* dst, int64_t rows, int64_t cols, int64_t outputs) const {
-    const Strides& grid = sink_.grid;
-    if (writing == Writing::in_scratch) return fetch_nothing(tile.weights);
-    if (grid.c == 1) return {reinterpret_cast<const char*>(dst + cols * grid.w), grid.w * kSize, cols};
-    return {reinterpret_cast<const char*>(dst + (rows - 1) * grid.h + (cols - 1) * grid.w), grid.c * kSize, outputs};
-  }
-
-  void write_tile(const TileTask<T>& tile, int64_t rows, int64_t cols, int64_t outputs, T* dst) const {
-    const Strides& grid = sink_.grid;
-    for (int64_t r = 0; r < rows; ++r) {
-      write_sums(tile.out + r * tile.row_pitch, tile.pitch, cols, outputs, dst + r * grid.h);
+  // A unit's sums of parts i and i + 1, the even and the odd columns of the same rows.
+  void write_interleaved(const Place& p, int i, int64_t unit, const T* sums) const {
+    if constexpr (!Sink::kTakesUnits) {
+      const Place even = place_in(parts_[i], p), odd = place_in(parts_[i + 1], p);
+      const int64_t channel = p.group * cover_.outputs + Tile::first(cover_.outputs, unit), width = Tile::width(cover_.outputs, unit);
+      const SumsWriter<T, Tile, Sink> writer{ends_.sink(*parts_[i].g)};
+      writer.write_interleaved({sums, width, p.images, even.rows, even.cols, outputs_of(unit), p.n, channel, p.y, p.x},
+                               sums + unit_sums<Tile>(b_), odd.cols);
     }
   }
 
-  // Rows that follow each other without a gap are written as one.
-  void write_unit(const Place& p, const T* sums, int64_t width, int64_t outputs, int64_t channel) const {
-    const bool dense = sink_.grid.h == p.cols * sink_.grid.w;
-    const int64_t runs = dense ? 1 : p.rows, cols = dense ? p.rows * p.cols : p.cols;
-    for (int64_t image = 0; image < p.images; ++image) {
-      for (int64_t r = 0; r < runs; ++r, sums += cols * width) {
-        write_sums(sums, width, cols, outputs, sink_.point(p.n + image, channel, p.y + r, p.x));
-      }
-    }
-  }
-
-  // Sums of a row of grid points as they lie in scratch.
-  void write_sums(const T* sums, int64_t pitch, int64_t cols, int64_t outputs, T* dst) const {
-    const Strides& grid = sink_.grid;
-    if constexpr (Tile::kChannelsInner) {
-      write_matrix(sums, pitch, cols, outputs, dst, grid.w, grid.c);
-    } else {
-      write_matrix(sums, pitch, outputs, cols, dst, grid.c, grid.w);
-    }
-  }
-
-  const Gather g_;
+  const Bundle& bundle_;
+  const Gather& cover_;
   const Blocking b_;
   const Scratch scratch_;
-  const bool leaves_out_columns_;
   const StagedLayout layout_;
   const Source source_;
+  const Ends& ends_;
   const T* const weight_;
   const T* const bias_;
-  const Sink sink_;
   char* const memory_;
   T* const packed_;
   const bool packs_in_tasks_, is_packed_;
   mutable bool is_finite_ = true;  // whether all weights packed so far are; tasks may set it at the same time
   const int threads_;
+  Part parts_[kMaxParts];
+  int64_t blocks_ = 0;   // of the reduction, of all parts
+  int64_t weights_ = 0;  // packed, of all parts
 };
 
 // Plan and run of the problems that a direction is made of. `Ends` makes a problem's gather, source and sink.
 template <class T, class Tile, class Ends>
 Plan plan_gathers(const Ends& ends, int threads) {
   Plan plan{Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
-  for (int64_t i = 0; i < ends.count(); ++i) {
-    const Plan one = plan_gather<T, Tile, typename Ends::Source, typename Ends::Sink>(ends.gather(i), threads);
+  for_bundles<T, Tile>(ends, [&](const Bundle& bundle) {
+    const Plan one = plan_bundle<T, Tile, typename Ends::Source, typename Ends::Sink>(bundle, threads);
     plan.tasks += one.tasks;
     if (one.workspace_bytes > plan.workspace_bytes) plan.workspace_bytes = one.workspace_bytes;
-  }
+  });
   return plan;
 }
 
 // packed: of a direction that is one problem.
 template <class T, class Tile, class Ends>
 Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, Packed packed, void* workspace, int threads) {
-  for (int64_t i = 0; i < ends.count(); ++i) {
-    const Gather g = ends.gather(i);
-    if (g.is_empty()) continue;
-    using Run = GatherRun<T, Tile, typename Ends::Source, typename Ends::Sink>;
-    const Run run(g, ends.source(g), weight, bias, ends.sink(g), packed, workspace, threads);
-    if (run.run() == Outcome::not_finite) return Outcome::not_finite;
-  }
-  return Outcome::done;
+  Outcome outcome = Outcome::done;
+  for_bundles<T, Tile>(ends, [&](const Bundle& bundle) {
+    if (outcome != Outcome::done) return;
+    outcome = GatherRun<T, Tile, Ends>(bundle, ends, weight, bias, packed, workspace, threads).run();
+  });
+  return outcome;
 }
 
 template <class T, class Tile>
 PackedForm packed_form(const Gather& g) {
   return {static_cast<size_t>(packed_bytes<T, Tile>(g)), 0};
 }
-
-// From tensor to tensor.
-template <class T, Conv2dDirection kDirection>
-struct TensorEnds {
-  using Source = TensorSource<T>;
-  using Sink = TensorSink<T>;
-  static constexpr bool kForward = kDirection == Conv2dDirection::forward;
-
-  int64_t count() const { return gather_count(kDirection, shape); }
-  Gather gather(int64_t i) const { return make_gather(kDirection, shape, i); }
-  Source source(const Gather& g) const { return {static_cast<const T*>(kForward ? buffers.input : buffers.grad_output), g.source}; }
-  Sink sink(const Gather& g) const { return {g, static_cast<T*>(kForward ? buffers.output : buffers.grad_input), false}; }
-
-  const Conv2dShape& shape;
-  const Conv2dBuffers& buffers;
-};
-
-// The functions of a table row of one type.
-template <class T, class Tile, Conv2dDirection kDirection>
-struct GatherRow {
-  static Plan plan(const Conv2dShape& s, int threads) { return plan_gathers<T, Tile>(TensorEnds<T, kDirection>{s, {}}, threads); }
-  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
-    const TensorEnds<T, kDirection> ends{s, buffers};
-    const T* bias = static_cast<const T*>(buffers.bias);
-    return run_gathers<T, Tile>(ends, static_cast<const T*>(buffers.weight), bias, packed, workspace, threads);
-  }
-  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    return run_packed(s, buffers, {}, workspace, threads);
-  }
-  static PackedForm form(const Conv2dShape& s) { return packed_form<T, Tile>(make_gather(kDirection, s, 0)); }
-};
 
 }  // namespace

@@ -19,13 +19,13 @@ struct Window {
 };
 
 inline Window window_of(const Axis& a, int64_t count) {
-  const int64_t reach = (a.taps - 1) * (a.tap_step < 0 ? -a.tap_step : a.tap_step);
-  return {(count - 1) * a.source_step + reach + 1, a.tap_step < 0 ? reach : 0};
+  const int64_t before = a.staged_before + (a.source_first - a.lowest());
+  return {(count - 1) * a.source_step + a.staged_before + a.reach() + a.staged_behind + 1, before};
 }
 
 // Whether any of `count` grid points reads position `at` of their window.
 inline bool is_read(const Axis& a, int64_t count, int64_t at) {
-  if (a.source_step == 1 && a.tap_step * a.tap_step == 1) return true;
+  if (a.source_step == 1 && (a.tap_step * a.tap_step == 1 || a.staged_before + a.staged_behind > 0)) return true;
   const int64_t origin = window_of(a, count).tap_origin;
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t scaled = at - origin - t * a.tap_step;

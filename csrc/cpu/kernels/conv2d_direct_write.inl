@@ -80,6 +80,47 @@ __attribute__((noinline)) void write_matrix(const T* src, int64_t pitch, int64_t
   }
 }
 
+// Writes `count` elements, of `even` and `odd` in turn.
+template <class T>
+inline void interleave_rows(const T* even, const T* odd, int64_t count, T* dst) {
+  constexpr int kV = kLanes<T>;
+  for (int64_t i = 0; i < count; i += 2 * kV) {
+    const Vec<T> a = load(even + i / 2), b = load(odd + i / 2);
+    const int64_t left = count - i;
+    store_first(dst + i, interleave_lower<T>(a, b), static_cast<int>(left < kV ? left : kV));
+    if (left > kV) store_first(dst + i + kV, interleave_upper<T>(a, b), static_cast<int>(left < 2 * kV ? left - kV : kV));
+  }
+}
+
+template <class T>
+inline void transpose_square(const T* src, int64_t pitch, int64_t rows, T* square) {
+  constexpr int kV = kLanes<T>;
+  Vec<T> lanes[kV];
+#pragma GCC unroll 16
+  for (int k = 0; k < kV; ++k) lanes[k] = k < rows ? load(src + k * pitch) : Vec<T>{};
+  transpose<T>(lanes);
+#pragma GCC unroll 16
+  for (int k = 0; k < kV; ++k) store(square + k * kV, lanes[k]);
+}
+
+// Writes two matrices [point][channel] as rows of `points` elements for each channel: points of `even` and `odd` in turn.
+template <class T>
+__attribute__((noinline)) void interleave_matrices(const T* even, const T* odd, int64_t pitch, int64_t points, int64_t channels, T* dst,
+                                                   int64_t channel_stride) {
+  constexpr int kV = kLanes<T>;
+  alignas(kVectorBytes) T even_square[kV * kV], odd_square[kV * kV];
+  for (int64_t j = 0; j < channels; j += kV) {
+    for (int64_t i = 0; i < points; i += 2 * kV) {
+      const int64_t left = points - i, at = i / 2 * pitch + j;
+      transpose_square(even + at, pitch, (left + 1) / 2, even_square);
+      transpose_square(odd + at, pitch, left / 2, odd_square);
+      for (int64_t k = 0; k < kV && j + k < channels; ++k) {
+        interleave_rows(even_square + k * kV, odd_square + k * kV, left < 2 * kV ? left : 2 * kV, dst + (j + k) * channel_stride + i);
+      }
+    }
+  }
+}
+
 // The sums of one unit of output channels for the grid points of a task, [image][row][column][width] (width = `pitch`).
 template <class T>
 struct UnitSums {

@@ -106,7 +106,7 @@ bool accepts(const Conv2dReluPoolShape& s) {
 template <Conv2dDirection kDirection>
 bool accepts_pixels(const Conv2dReluPoolShape& s) {
   const bool fits = kDirection == Conv2dDirection::backward_input || !has_pooling(s);
-  return fits && accepts<kDirection>(s) && pixels_are_cheaper(make_gather_of_rows(kDirection, s.conv, 0), s.conv.dtype, s.conv.layout);
+  return fits && accepts<kDirection>(s) && pixels_are_cheaper(kDirection, s.conv, make_gather_of_rows(kDirection, s.conv, 0));
 }
 
 }  // namespace
