@@ -103,6 +103,23 @@ def test_the_error_is_within_the_bound(row, m, r, data):
     assert problem is None, problem
 
 
+@pytest.mark.parametrize("row", [row for row in WINOGRAD_ROWS if row.direction != "backward_weight"], ids=str)
+def test_whole_tiles_in_the_padding(row):
+    """The direct rows leave out tap columns there, and pack weights in another order."""
+    case = Conv2dCase("wide", 1, 48, 20, 20, 48, 3, 3, 1, 1, *[9] * 4, 1, 1, 1)
+    weight = torch.randn(case.weight_size)
+    if row.direction == "forward":
+        operands = {"input": torch.randn(case.input_size), "weight": weight}
+        truth = conv2d_forward(case, operands["input"], weight, None)
+    else:
+        operands = {"grad_output": torch.randn(case.output_size), "weight": weight}
+        truth = conv2d_backward_input(case, operands["grad_output"], weight)
+    assert accepts(row, shape_of(case, torch.float32, CONV2D_LAYOUTS[0], allow_winograd=True))
+    bound = winograd.bounded(row, case, torch.float32, CONV2D_LAYOUTS[0], truth, operands)
+    problem = violation(run_conv2d(row, case, **operands), bound)
+    assert problem is None, problem
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("layouts", CONV2D_LAYOUTS[:2], ids=["nchw", "nhwc"])
 def test_an_image_with_infinities_changes_no_other(layouts, value):

@@ -5,8 +5,8 @@
 //            the second cache, through all three steps.
 //   units    They are large, as in the deep layers of a network, where the maps are small. The inputs of a large block of tiles are
 //            transformed by all threads, then every task transforms the weights of its unit of output channels into its own scratch and
-//            multiplies all tiles of the block with them: transformed weights are never written to memory.
-// The reduction is cut into blocks of at most kReductionChannels, by the number of channels alone, so both schedules give the same bits.
+//            multiplies all tiles of the block with them, a strip after the other, so that the sums stay in the second cache.
+// The reduction is cut into blocks of channels by their number alone, so both schedules give the same bits.
 #pragma once
 
 #include "cpu/kernels/conv2d_winograd_multiply.inl"
@@ -16,10 +16,11 @@ namespace {
 
 using cnn_ext::DType;
 
-constexpr int64_t kReductionChannels = 128;
-constexpr int64_t kSharedWeightBytes = 1 << 20;  // of transformed weights: above, the schedule is by units
-constexpr int64_t kBlockBytes = 640 << 10;       // of a block's transformed tensors, by blocks; of a unit's sums, by units
-constexpr int64_t kSharedTileBytes = 8 << 20;    // of a block's transformed inputs, by units
+constexpr int64_t kUnitWeightBytes = 1200 << 10;  // of a unit's transformed weights for a block of channels: in the second cache
+constexpr int64_t kPackedChannels = 16;           // whose weights are packed at a time, in the first cache
+constexpr int64_t kSharedWeightBytes = 5 << 19;   // of transformed weights: above, the schedule is by units
+constexpr int64_t kBlockBytes = 640 << 10;        // of a block's transformed tensors, by blocks; of a unit's sums, by units
+constexpr int64_t kSharedTileBytes = 8 << 20;     // of a block's transformed inputs, by units, and no more than the weights
 constexpr int64_t kBlocksPerThread = 4;
 
 inline int64_t rounded_up(int64_t x, int64_t step) { return ceil_div(x, step) * step; }
@@ -72,6 +73,10 @@ struct WinogradBlocking {
   int64_t channel_vectors;  // of a group
   int64_t units;            // of a group
   bool by_units;
+  int64_t strip_rows;  // rows of tiles whose sums a task holds at a time
+
+  int64_t strip_tiles() const { return strip_rows * blocks.cols; }
+  bool has_one_strip() const { return strip_tiles() >= blocks.tiles(); }
 };
 
 inline int64_t unit_width(int64_t outputs, int64_t unit, int64_t lanes) {
@@ -83,19 +88,23 @@ WinogradBlocking make_winograd_blocking(const Gather& g, int threads) {
   constexpr int kAlpha = kOutputs + kTaps - 1;
   constexpr int64_t kPointBytes = kAlpha * kAlpha * static_cast<int64_t>(sizeof(T)), kUnit = kUnitVectors * kLanes<T>;
   WinogradBlocking b{};
-  b.channels = smaller(rounded_up(ceil_div(g.channels, ceil_div(g.channels, kReductionChannels)), kLanes<T>), g.channels);
+  constexpr int64_t kMost = kUnitWeightBytes / (kPointBytes * kUnit);
+  b.channels = smaller(rounded_up(ceil_div(g.channels, ceil_div(g.channels, kMost)), kLanes<T>), g.channels);
   b.channel_blocks = ceil_div(g.channels, b.channels);
   b.channel_vectors = ceil_div(g.channels, kLanes<T>);
   b.units = ceil_div(g.outputs, kUnit);
   const int64_t channels = b.channel_vectors * kLanes<T>;
-  b.by_units = g.groups * channels * g.outputs * kPointBytes > kSharedWeightBytes;
+  const int64_t weight_bytes = g.groups * channels * g.outputs * kPointBytes, most_tiles = smaller(kSharedTileBytes, weight_bytes);
+  b.by_units = weight_bytes > kSharedWeightBytes;
   const int64_t wanted = threads > 1 ? threads * kBlocksPerThread : 1;
   const auto fits = [&] {
     const int64_t tiles = b.blocks.tiles();
-    if (b.by_units) return tiles * channels * kPointBytes <= kSharedTileBytes && tiles * kUnit * kPointBytes <= kBlockBytes;
+    if (b.by_units) return tiles * channels * kPointBytes <= most_tiles && b.blocks.cols * kUnit * kPointBytes <= kBlockBytes;
     return tiles * (channels + kUnit) * kPointBytes <= kBlockBytes && (tiles < 2 * kProductTiles || g.groups * b.blocks.count() >= wanted);
   };
   fit_tile_blocks(g.batch, g.h.count, g.w.count, kOutputs, b.blocks, fits);
+  b.strip_rows = b.blocks.images * b.blocks.rows;
+  if (b.by_units) b.strip_rows = clamp(kBlockBytes / at_least_1(b.blocks.cols * kUnit * kPointBytes), 1, b.strip_rows);
   return b;
 }
 
@@ -117,7 +126,7 @@ WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b
   WinogradScratch s{};
   s.point_weights = plane_vectors(b.channels * kUnitVectors) * kV;
   s.point_tiles = plane_vectors(b.channel_vectors * b.blocks.tiles()) * kV;
-  s.point_sums = plane_vectors(kUnitVectors * b.blocks.tiles()) * kV;
+  s.point_sums = plane_vectors(kUnitVectors * b.strip_tiles()) * kV;
   s.block_weights = kPoints * s.point_weights;
   s.unit_weights = b.channel_blocks * s.block_weights;
   int64_t end = 0;
@@ -130,8 +139,8 @@ WinogradScratch make_winograd_scratch(const Gather& g, const WinogradBlocking& b
   s.weights = next(b.by_units ? 0 : g.groups * b.units * s.unit_weights);
   s.tiles = next(b.by_units ? kPoints * s.point_tiles : 0);
   s.workers = end, end = 0;
-  s.own_packed = next(b.channels * kTaps * kTaps * kUnit);
-  s.own_weights = next(b.by_units ? s.unit_weights : 0);
+  s.own_packed = next(kPackedChannels * kTaps * kTaps * kUnit);
+  s.own_weights = next(!b.by_units ? 0 : b.has_one_strip() ? s.block_weights : s.unit_weights);
   s.own_tiles = next(b.by_units ? 0 : kPoints * s.point_tiles);
   s.own_line = next(TileStager<T, Source>::line_elements(b.blocks.rows * kOutputs + kTaps - 1, g.w.source_size));
   s.own_staged = next((b.blocks.rows * kOutputs + kTaps - 1) * (b.blocks.cols * kOutputs + kTaps - 1) * kV);

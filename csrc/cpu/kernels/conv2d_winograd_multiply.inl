@@ -1,10 +1,11 @@
 // The products between the transforms: for each of the alpha * alpha points, [tiles x channels] times [channels x outputs].
 //
 // Register tile: 2 vectors of output channels x up to 14 Winograd tiles (6 with 16 registers), as in the direct convolution: 28 of 32
-// registers accumulate, and a step loads 2 vectors and broadcasts one value for every 2 FMAs. Transformed tensors lie as
-// [point][channel vector][tile][lane]: the products read their tiles' vectors in one run, broadcasting one lane after the other. A plane of
-// a point has an odd number of vectors: both transforms touch all planes at once, and powers of two would share their sets of the first
-// cache.
+// registers accumulate, and a step loads 2 vectors and broadcasts one value for every 2 FMAs. Transformed inputs lie as
+// [point][channel block][panel][channel vector][tile][lane], a panel being the tiles of a register tile: the products read them from
+// beginning to end, broadcasting one lane after the other, and fetch what follows ahead, a line of it and of the next point's weights at
+// a step, for bursts would make the tile wait for its own loads. A plane of a point has an odd number of vectors: both transforms touch all
+// planes at once, and powers of two would share their sets of the first cache.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -16,17 +17,19 @@ inline int64_t plane_vectors(int64_t vectors) { return vectors | 1; }
 
 constexpr int kUnitVectors = 2;  // of output channels: a unit
 constexpr int kProductTiles = kVectorRegisters == 32 ? 14 : 6;
+constexpr int kVectorsAhead = 2;  // channel vectors of a panel: it may come from the third cache
 
 // One register tile's operands. Pitches in elements.
 template <class T>
 struct Product {
-  const T* weights;      // [channels][kVectors * lanes]
-  const T* tiles;        // of the first channel vector and tile, at the point
-  int64_t channels;      // to add up
-  int64_t vector_pitch;  // from a channel vector of `tiles` to the next
-  T* sums;               // of the first output vector and tile, at the point
-  int64_t sums_pitch;    // from an output vector to the next
-  bool add;              // to what `sums` holds
+  const T* weights;       // [channels][kVectors * lanes]
+  const T* tiles;         // a panel, at the point, from the first channel vector of a block on
+  int64_t channels;       // to add up
+  const T* weights_next;  // fetched ahead: a share of the weights at the next point
+  int64_t weights_step;   // of which every channel fetches so many elements
+  T* sums;                // of the first output vector and tile, at the point
+  int64_t sums_pitch;     // from an output vector to the next
+  bool add;               // to what `sums` holds
 };
 
 template <class T, int kVectors, int kTiles>
@@ -35,12 +38,11 @@ void multiply_tile(const Product<T>& p) {
   Vec<T> sum[kTiles][kVectors] = {};
   const T* weights = p.weights;
   const T* block = p.tiles;
-  const int64_t vector_pitch = p.vector_pitch;
-  for (int64_t left = p.channels; left > 0; left -= kV, block += vector_pitch) {
+  const T* weights_next = p.weights_next;
+  const T* tiles_next = block + kVectorsAhead * kTiles * kV;
+  const int64_t weights_step = p.weights_step;
+  for (int64_t left = p.channels; left > 0; left -= kV, block += kTiles * kV) {
     const T* const end = block + (left < kV ? left : kV);
-    // The processor's own prefetching does not follow from one vector of channels to the next.
-#pragma GCC unroll 14
-    for (int i = 0; i < kTiles; ++i) __builtin_prefetch(block + vector_pitch + i * kV);
     for (const T* in = block; in != end; ++in, weights += kVectors * kV) {
       Vec<T> weight[kVectors];
 #pragma GCC unroll 2
@@ -51,6 +53,9 @@ void multiply_tile(const Product<T>& p) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
       }
+      __builtin_prefetch(tiles_next);
+      __builtin_prefetch(weights_next);
+      tiles_next += kTiles, weights_next += weights_step;
     }
   }
   T* const sums = p.sums;

@@ -56,10 +56,11 @@ class WinogradRun {
       for (int64_t image = 0; image < block.images; ++image) {
         for (int64_t v = 0; v < b_.channel_vectors; ++v) transform_input(worker, group, block, image, v, tiles);
       }
+      const TileRange all{0, block.tiles()};
       for (int64_t unit = 0; unit < b_.units; ++unit) {
         const T* weights = at(scratch_.weights) + (group * b_.units + unit) * scratch_.unit_weights;
-        for (int64_t c = 0; c < b_.channel_blocks; ++c) multiply(worker, block, unit, c, weights + c * scratch_.block_weights, tiles);
-        transform_output(worker, group, block, unit);
+        for (int64_t c = 0; c < b_.channel_blocks; ++c) multiply(worker, block, all, unit, c, weights + c * scratch_.block_weights, tiles);
+        transform_output(worker, group, block, all, unit);
       }
     });
   }
@@ -73,33 +74,53 @@ class WinogradRun {
       parallel_for(threads_, block.images * b_.channel_vectors, [&](int worker, int64_t j) {
         transform_input(worker, group, block, j / b_.channel_vectors, j % b_.channel_vectors, tiles);
       });
-      parallel_for(threads_, b_.units, [&](int worker, int64_t unit) {
-        T* const weights = own(worker, scratch_.own_weights);
-        for (int64_t c = 0; c < b_.channel_blocks; ++c) {
-          transform_weights(worker, group, unit, c, weights);
-          multiply(worker, block, unit, c, weights, tiles);
-        }
-        transform_output(worker, group, block, unit);
-      });
+      parallel_for(threads_, b_.units, [&](int worker, int64_t unit) { run_unit(worker, group, block, unit, tiles); });
     }
   }
 
+  // Several strips need the weights of all channels, again and again; for one they are transformed as they are needed.
+  void run_unit(int worker, int64_t group, const TileBlock& block, int64_t unit, const T* tiles) const {
+    T* const weights = own(worker, scratch_.own_weights);
+    const TilePanels panels(block, b_.strip_rows);
+    const int64_t pitch = b_.has_one_strip() ? 0 : scratch_.block_weights;
+    for (int64_t c = 0; c < b_.channel_blocks; ++c) {
+      transform_weights(worker, group, unit, c, weights + c * pitch);
+      if (b_.has_one_strip()) multiply(worker, block, panels.strip(0), unit, c, weights, tiles);
+    }
+    for (int64_t i = 0; i < panels.strips(); ++i) {
+      const TileRange strip = panels.strip(i);
+      for (int64_t c = 0; c < b_.channel_blocks && !b_.has_one_strip(); ++c)
+        multiply(worker, block, strip, unit, c, weights + c * pitch, tiles);
+      transform_output(worker, group, block, strip, unit);
+    }
+  }
+
+  int64_t block_vectors() const { return ceil_div(b_.channels, kV); }
   int64_t channels_of(int64_t channel_block) const { return smaller(b_.channels, g_.channels - channel_block * b_.channels); }
   int64_t width_of(int64_t unit) const { return unit_width(g_.outputs, unit, kV); }
 
-  // The weights of a unit and a block of channels as [point][channel][unit width].
+  // The weights of a unit and a block of channels as [point][channel][unit width], a few channels at a time.
   void transform_weights(int worker, int64_t group, int64_t unit, int64_t channel_block, T* dst) const {
-    const int64_t channels = channels_of(channel_block), width = width_of(unit), col_pitch = width, row_pitch = channels * kTaps * width;
-    const T* src = weight_ + group * g_.weight_group + unit * kUnit * g_.weight_output + channel_block * b_.channels * g_.weight_channel;
+    const int64_t channels = channels_of(channel_block), width = width_of(unit), outputs = smaller(width, g_.outputs - unit * kUnit);
+    const T* const src = weight_ + group * g_.weight_group + unit * kUnit * g_.weight_output;
     T* const packed = own(worker, scratch_.own_packed);
-    pack_unit(g_, src, smaller(width, g_.outputs - unit * kUnit), width, channels, packed);
+    for (int64_t c = 0; c < channels; c += kPackedChannels) {
+      const int64_t part = smaller(kPackedChannels, channels - c);
+      const T* const first = src + (channel_block * b_.channels + c) * g_.weight_channel;
+      pack_unit(g_, StepOrder{kTaps, 1, kTaps * kTaps}, first, outputs, width, part, packed);
+      transform_packed(packed, part, width, dst + c * width);
+    }
+  }
+
+  // Packed weights, [channel][tap][unit width].
+  void transform_packed(const T* packed, int64_t channels, int64_t width, T* dst) const {
     // backward_input reads its taps backwards.
     const bool rotated = g_.h.tap_step < 0;
-    const T* const first = packed + (rotated ? (kTaps - 1) * (row_pitch + col_pitch) : 0);
-    const int64_t sign = rotated ? -1 : 1;
+    const T* const first = packed + (rotated ? (kTaps * kTaps - 1) * width : 0);
+    const int64_t col_pitch = rotated ? -width : width;
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t lane = 0; lane < width; lane += kV) {
-        transform_filter<T, kAlpha, kTaps>(first + c * kTaps * width + lane, sign * row_pitch, sign * col_pitch, dst + c * width + lane,
+        transform_filter<T, kAlpha, kTaps>(first + c * kTaps * kTaps * width + lane, kTaps * col_pitch, col_pitch, dst + c * width + lane,
                                            scratch_.point_weights);
       }
     }
@@ -115,49 +136,62 @@ class WinogradRun {
     window.x = block.col * kOutputs + first_source(g_.w), window.cols = block.cols * kOutputs + kOverlap;
     const int64_t pitch = window.cols * kV;
     stager_.stage(window, pitch, own(worker, scratch_.own_line), staged);
-    T* dst = tiles + (vector * block.tiles() + image * block.rows * block.cols) * kV;
+    const TilePanels panels(block, b_.strip_rows);
+    int64_t tile = image * block.rows * block.cols;
+    TileRange panel{};
     for (int64_t row = 0; row < block.rows; ++row) {
-      for (int64_t col = 0; col < block.cols; ++col, dst += kV) {
-        transform_input_tile<T, kAlpha>(staged + row * kOutputs * pitch + col * kOutputs * kV, pitch, dst, scratch_.point_tiles);
+      for (int64_t col = 0; col < block.cols; ++col, ++tile) {
+        if (tile >= panel.end) panel = panels.panel_of(tile);
+        transform_input_tile<T, kAlpha>(staged + row * kOutputs * pitch + col * kOutputs * kV, pitch,
+                                        tiles + place_of(panel, block.tiles(), vector) + (tile - panel.begin) * kV, scratch_.point_tiles);
       }
     }
+  }
+
+  // Where a vector of channels of a panel begins, in elements of a point's plane: [channel block][panel][vector][tile].
+  int64_t place_of(const TileRange& panel, int64_t tiles, int64_t vector) const {
+    const int64_t block = block_vectors(), first = vector / block * block, vectors = smaller(block, b_.channel_vectors - first);
+    return (first * tiles + vectors * panel.begin + (vector - first) * panel.count()) * kV;
   }
 
   // The source position of the first tap of grid point 0.
   static int64_t first_source(const Axis& a) { return a.source_first + (a.tap_step < 0 ? (a.taps - 1) * a.tap_step : 0); }
 
-  // Adds a block of channels up for a unit and all tiles of the block.
-  void multiply(int worker, const TileBlock& block, int64_t unit, int64_t channel_block, const T* weights, const T* tiles) const {
-    const int64_t count = block.tiles(), groups = ceil_div(count, kProductTiles), width = width_of(unit);
-    tiles += channel_block * (b_.channels / kV) * count * kV;
+  // Adds a block of channels up for a unit and the tiles of a strip.
+  void multiply(int worker, const TileBlock& block, const TileRange& strip, int64_t unit, int64_t channel_block, const T* weights,
+                const T* tiles) const {
+    const int64_t panels = TilePanels::count(strip), width = width_of(unit), vector = channel_block * block_vectors();
+    T* const sums = own(worker, scratch_.own_sums);
     Product<T> p{};
     p.channels = channels_of(channel_block);
-    p.vector_pitch = p.sums_pitch = count * kV;
+    p.weights_step = ceil_div(width, panels);
+    p.sums_pitch = strip.count() * kV;
     p.add = channel_block > 0;
     for (int64_t point = 0; point < kPoints; ++point) {
       p.weights = weights + point * scratch_.point_weights;
-      for (int64_t i = 0; i < groups; ++i) {
-        const int64_t begin = i * count / groups, end = (i + 1) * count / groups;
-        p.tiles = tiles + point * scratch_.point_tiles + begin * kV;
-        p.sums = own(worker, scratch_.own_sums) + point * scratch_.point_sums + begin * kV;
+      for (int64_t i = 0; i < panels; ++i) {
+        const TileRange panel = TilePanels::panel(strip, i);
+        p.tiles = tiles + point * scratch_.point_tiles + place_of(panel, block.tiles(), vector);
+        p.weights_next = p.weights + scratch_.point_weights + i * p.channels * p.weights_step;
+        p.sums = sums + point * scratch_.point_sums + (panel.begin - strip.begin) * kV;
         if (width == kUnit) {
-          multiply_tiles<T, kUnitVectors>(p, end - begin);
+          multiply_tiles<T, kUnitVectors>(p, panel.count());
         } else {
-          multiply_tiles<T, 1>(p, end - begin);
+          multiply_tiles<T, 1>(p, panel.count());
         }
       }
     }
   }
 
-  void transform_output(int worker, int64_t group, const TileBlock& block, int64_t unit) const {
+  // `strip`: whole rows of tiles.
+  void transform_output(int worker, int64_t group, const TileBlock& block, const TileRange& strip, int64_t unit) const {
+    const int64_t first = strip.begin / block.cols, last = strip.end / block.cols;
     for (int64_t lane = 0; lane < width_of(unit); lane += kV) {
-      const T* sums = own(worker, scratch_.own_sums) + lane * block.tiles();
-      for (int64_t image = 0; image < block.images; ++image) {
+      const T* sums = own(worker, scratch_.own_sums) + lane * strip.count();
+      for (int64_t row = first; row < last; ++row, sums += block.cols * kV) {
         Vec<T> residue{};
-        for (int64_t row = 0; row < block.rows; ++row, sums += block.cols * kV) {
-          write_row(worker, group, block, image, row, unit * kUnit + lane, sums, residue);
-        }
-        if (!is_zero(residue)) __atomic_store_n(suspects() + block.n + image, 1, __ATOMIC_RELAXED);
+        write_row(worker, group, block, row / block.rows, row % block.rows, unit * kUnit + lane, sums, residue);
+        if (!is_zero(residue)) __atomic_store_n(suspects() + block.n + row / block.rows, 1, __ATOMIC_RELAXED);
       }
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_direct_blocking.inl"
+#include "cpu/kernels/conv2d_winograd_multiply.inl"
 
 namespace {
 
@@ -46,6 +47,32 @@ void fit_tile_blocks(int64_t batch, int64_t height, int64_t width, int64_t outpu
     for (count_tile_blocks(b); *part > 1 && !fits(); count_tile_blocks(b)) *part = ceil_div(*part, 2);
   }
 }
+
+// Tiles [begin, end) of a block, in its order.
+struct TileRange {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// A block's rows of tiles in strips, whose sums are held at a time, and the tiles of a strip in panels of at most kProductTiles, for a
+// register tile each; the panels of a strip differ by one tile at most.
+struct TilePanels {
+  int64_t tiles, strip_tiles;
+
+  TilePanels(const TileBlock& b, int64_t strip_rows) : tiles(b.tiles()), strip_tiles(strip_rows * b.cols) {}
+
+  int64_t strips() const { return ceil_div(tiles, strip_tiles); }
+  TileRange strip(int64_t index) const { return {index * strip_tiles, smaller(tiles, (index + 1) * strip_tiles)}; }
+  static int64_t count(const TileRange& strip) { return ceil_div(strip.count(), kProductTiles); }
+  static TileRange panel(const TileRange& strip, int64_t index) {
+    const int64_t panels = count(strip);
+    return {strip.begin + index * strip.count() / panels, strip.begin + (index + 1) * strip.count() / panels};
+  }
+  TileRange panel_of(int64_t tile) const {
+    const TileRange in = strip(tile / strip_tiles);
+    return panel(in, ((tile - in.begin + 1) * count(in) - 1) / in.count());
+  }
+};
 
 // rows x cols positions of a plane from (y, x) on, also outside of it, of up to a vector of channels.
 struct TileWindow {

@@ -83,32 +83,51 @@ __attribute__((always_inline)) inline Vec<T> evaluate(const EvenPolynomial<kAlph
   return sum;
 }
 
-// v = B^T d
-template <class T, int kAlpha, int kPair = 0>
-__attribute__((always_inline)) inline void transform_input_pairs(const Vec<T> (&d)[kAlpha], Vec<T> (&v)[kAlpha]) {
-  if constexpr (kPair < kPairCount<kAlpha>) {
+// A transformed axis is computed a column of two at a time: the points of a pair, +a and -a, which share what they are made of, or 0 and
+// infinity, which are what a last pair would be. So the columns of a 2-D transform stay in registers between the two axes.
+template <int kAlpha>
+constexpr int kEnds = kPairCount<kAlpha>;
+template <int kAlpha>
+constexpr int first_of(int pair) {
+  return pair == kEnds<kAlpha> ? 0 : 1 + 2 * pair;
+}
+template <int kAlpha>
+constexpr int second_of(int pair) {
+  return pair == kEnds<kAlpha> ? kAlpha - 1 : 2 + 2 * pair;
+}
+
+// The elements of B^T d for a pair of points.
+template <class T, int kAlpha, int kPair>
+__attribute__((always_inline)) inline void transform_input_pair(const Vec<T> (&d)[kAlpha], Vec<T>& first, Vec<T>& second) {
+  if constexpr (kPair == kEnds<kAlpha>) {
+    constexpr EvenPolynomial<kAlpha> kAll = product_without<kAlpha>(kNoPair);
+    first = evaluate<T, kPairCount<kAlpha>>(kAll, d, 0);
+    second = evaluate<T, kPairCount<kAlpha>>(kAll, d, 1);
+  } else {
     constexpr EvenPolynomial<kAlpha> kOthers = product_without<kAlpha>(kPair);
     const Vec<T> a = broadcast(static_cast<T>(Points<kAlpha>::kPairs[kPair]));
     const Vec<T> even = evaluate<T, kPairCount<kAlpha> - 1>(kOthers, d, 2);
     const Vec<T> odd = evaluate<T, kPairCount<kAlpha> - 1>(kOthers, d, 1);
-    v[1 + 2 * kPair] = fma(a, odd, even);
-    v[2 + 2 * kPair] = fma(-a, odd, even);
-    transform_input_pairs<T, kAlpha, kPair + 1>(d, v);
+    first = fma(a, odd, even);
+    second = fma(-a, odd, even);
   }
 }
 
-template <class T, int kAlpha>
+// v = B^T d
+template <class T, int kAlpha, int kPair = 0>
 __attribute__((always_inline)) inline void transform_input_axis(const Vec<T> (&d)[kAlpha], Vec<T> (&v)[kAlpha]) {
-  constexpr EvenPolynomial<kAlpha> kAll = product_without<kAlpha>(kNoPair);
-  v[0] = evaluate<T, kPairCount<kAlpha>>(kAll, d, 0);
-  transform_input_pairs<T, kAlpha>(d, v);
-  v[kAlpha - 1] = evaluate<T, kPairCount<kAlpha>>(kAll, d, 1);
+  transform_input_pair<T, kAlpha, kPair>(d, v[first_of<kAlpha>(kPair)], v[second_of<kAlpha>(kPair)]);
+  if constexpr (kPair < kEnds<kAlpha>) transform_input_axis<T, kAlpha, kPair + 1>(d, v);
 }
 
-// u = G g
-template <class T, int kAlpha, int kTaps, int kPair = 0>
-__attribute__((always_inline)) inline void transform_weight_pairs(const Vec<T> (&g)[kTaps], Vec<T> (&u)[kAlpha]) {
-  if constexpr (kPair < kPairCount<kAlpha>) {
+// The elements of G g for a pair of points.
+template <class T, int kAlpha, int kTaps, int kPair>
+__attribute__((always_inline)) inline void transform_weight_pair(const Vec<T> (&g)[kTaps], Vec<T>& first, Vec<T>& second) {
+  if constexpr (kPair == kEnds<kAlpha>) {
+    constexpr double kScale = 1.0 / derivative<kAlpha>(kNoPair);
+    first = broadcast(static_cast<T>(kScale)) * g[0];
+    second = g[kTaps - 1];
+  } else {
     constexpr Powers kPowers = powers_of(Points<kAlpha>::kPairs[kPair]);
     constexpr double kScale = 1.0 / derivative<kAlpha>(kPair);
     Vec<T> even = broadcast(static_cast<T>(kScale)) * g[0], odd = broadcast(static_cast<T>(kScale * kPowers.of[1])) * g[1];
@@ -117,103 +136,139 @@ __attribute__((always_inline)) inline void transform_weight_pairs(const Vec<T> (
       Vec<T>& part = i % 2 == 0 ? even : odd;
       part = fma(broadcast(static_cast<T>(kScale * kPowers.of[i])), g[i], part);
     }
-    u[1 + 2 * kPair] = even + odd;
-    u[2 + 2 * kPair] = even - odd;
-    transform_weight_pairs<T, kAlpha, kTaps, kPair + 1>(g, u);
+    first = even + odd;
+    second = even - odd;
   }
 }
 
-template <class T, int kAlpha, int kTaps>
+// u = G g
+template <class T, int kAlpha, int kTaps, int kPair = 0>
 __attribute__((always_inline)) inline void transform_weight_axis(const Vec<T> (&g)[kTaps], Vec<T> (&u)[kAlpha]) {
-  constexpr double kScale = 1.0 / derivative<kAlpha>(kNoPair);
-  u[0] = broadcast(static_cast<T>(kScale)) * g[0];
-  transform_weight_pairs<T, kAlpha, kTaps>(g, u);
-  u[kAlpha - 1] = g[kTaps - 1];
+  transform_weight_pair<T, kAlpha, kTaps, kPair>(g, u[first_of<kAlpha>(kPair)], u[second_of<kAlpha>(kPair)]);
+  if constexpr (kPair < kEnds<kAlpha>) transform_weight_axis<T, kAlpha, kTaps, kPair + 1>(g, u);
+}
+
+// Adds to y = A^T m what the two points of a pair give; y[0] and the last hold those of 0 and infinity, the others nothing before pair 0.
+template <class T, int kAlpha, int kOutputs, int kPair>
+__attribute__((always_inline)) inline void add_output_pair(Vec<T> first, Vec<T> second, Vec<T> (&y)[kOutputs]) {
+  constexpr Powers kPowers = powers_of(Points<kAlpha>::kPairs[kPair]);
+  const Vec<T> even = first + second, odd = first - second;
+  y[0] += even;
+#pragma GCC unroll 8
+  for (int i = 1; i < kOutputs; ++i) {
+    const Vec<T> power = broadcast(static_cast<T>(kPowers.of[i])), term = i % 2 == 0 ? even : odd;
+    y[i] = kPair == 0 && i < kOutputs - 1 ? power * term : fma(power, term, y[i]);
+  }
 }
 
 // y = A^T m
 template <class T, int kAlpha, int kOutputs, int kPair = 0>
-__attribute__((always_inline)) inline void transform_output_pairs(const Vec<T> (&m)[kAlpha], Vec<T> (&y)[kOutputs]) {
-  if constexpr (kPair < kPairCount<kAlpha>) {
-    constexpr Powers kPowers = powers_of(Points<kAlpha>::kPairs[kPair]);
-    const Vec<T> even = m[1 + 2 * kPair] + m[2 + 2 * kPair], odd = m[1 + 2 * kPair] - m[2 + 2 * kPair];
-    y[0] += even;
-#pragma GCC unroll 4
-    for (int i = 1; i < kOutputs; ++i) y[i] = fma(broadcast(static_cast<T>(kPowers.of[i])), i % 2 == 0 ? even : odd, y[i]);
-    transform_output_pairs<T, kAlpha, kOutputs, kPair + 1>(m, y);
-  }
+__attribute__((always_inline)) inline void transform_output_axis(const Vec<T> (&m)[kAlpha], Vec<T> (&y)[kOutputs]) {
+  if constexpr (kPair == 0) y[0] = m[0], y[kOutputs - 1] = m[kAlpha - 1];
+  add_output_pair<T, kAlpha, kOutputs, kPair>(m[first_of<kAlpha>(kPair)], m[second_of<kAlpha>(kPair)], y);
+  if constexpr (kPair + 1 < kPairCount<kAlpha>) transform_output_axis<T, kAlpha, kOutputs, kPair + 1>(m, y);
 }
 
-template <class T, int kAlpha, int kOutputs>
-__attribute__((always_inline)) inline void transform_output_axis(const Vec<T> (&m)[kAlpha], Vec<T> (&y)[kOutputs]) {
-  y[0] = m[0];
-#pragma GCC unroll 4
-  for (int i = 1; i + 1 < kOutputs; ++i) y[i] = Vec<T>{};
-  y[kOutputs - 1] = m[kAlpha - 1];
-  transform_output_pairs<T, kAlpha, kOutputs>(m, y);
+// p, which the compiler takes for a new address: left to itself, GCC computes the addresses of all rows beforehand and spills them.
+template <class T>
+__attribute__((always_inline)) inline T* next_row(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// B^T d, or G g, of a column to every kAlpha-th of the vectors `pitch` apart.
+template <class T, int kAlpha>
+__attribute__((always_inline)) inline void store_column(const Vec<T> (&v)[kAlpha], T* dst, int64_t pitch) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kAlpha; ++i) {
+    store(dst, v[i]);
+    dst = next_row(dst + kAlpha * pitch);
+  }
+}
+template <class T, int kAlpha>
+__attribute__((always_inline)) inline void store_input_column(const Vec<T> (&d)[kAlpha], T* dst, int64_t pitch) {
+  Vec<T> v[kAlpha];
+  transform_input_axis<T, kAlpha>(d, v);
+  store_column<T, kAlpha>(v, dst, pitch);
+}
+template <class T, int kAlpha, int kTaps>
+__attribute__((always_inline)) inline void store_weight_column(const Vec<T> (&g)[kTaps], T* dst, int64_t pitch) {
+  Vec<T> u[kAlpha];
+  transform_weight_axis<T, kAlpha, kTaps>(g, u);
+  store_column<T, kAlpha>(u, dst, pitch);
 }
 
 // B^T d B of a tile: vectors d[i][j] at src + i * row_pitch + j * lanes, to alpha * alpha vectors `dst_pitch` apart.
-template <class T, int kAlpha>
+template <class T, int kAlpha, int kPair = 0>
 inline void transform_input_tile(const T* src, int64_t row_pitch, T* dst, int64_t dst_pitch) {
-  constexpr int kV = kLanes<T>;
-  Vec<T> rows[kAlpha][kAlpha];
-#pragma GCC unroll 1
+  constexpr int kV = kLanes<T>, kFirst = first_of<kAlpha>(kPair), kSecond = second_of<kAlpha>(kPair);
+  Vec<T> first[kAlpha], second[kAlpha];
+  const T* row = src;
+#pragma GCC unroll 8
   for (int i = 0; i < kAlpha; ++i) {
     Vec<T> d[kAlpha];
 #pragma GCC unroll 8
-    for (int j = 0; j < kAlpha; ++j) d[j] = load(src + i * row_pitch + j * kV);
-    transform_input_axis<T, kAlpha>(d, rows[i]);
+    for (int j = 0; j < kAlpha; ++j) d[j] = load(row + j * kV);
+    row = next_row(row + row_pitch);
+    transform_input_pair<T, kAlpha, kPair>(d, first[i], second[i]);
   }
-#pragma GCC unroll 1
-  for (int j = 0; j < kAlpha; ++j) {
-    Vec<T> d[kAlpha], v[kAlpha];
-#pragma GCC unroll 8
-    for (int i = 0; i < kAlpha; ++i) d[i] = rows[i][j];
-    transform_input_axis<T, kAlpha>(d, v);
-#pragma GCC unroll 8
-    for (int i = 0; i < kAlpha; ++i) store(dst + (i * kAlpha + j) * dst_pitch, v[i]);
-  }
+  store_input_column<T, kAlpha>(first, dst + kFirst * dst_pitch, dst_pitch);
+  store_input_column<T, kAlpha>(second, dst + kSecond * dst_pitch, dst_pitch);
+  if constexpr (kPair < kEnds<kAlpha>) transform_input_tile<T, kAlpha, kPair + 1>(src, row_pitch, dst, dst_pitch);
 }
 
 // G g G^T of one vector of filters: the tap (r, s) at src + r * row_pitch + s * col_pitch (negative pitches rotate the filter), to
 // alpha * alpha vectors `dst_pitch` apart.
-template <class T, int kAlpha, int kTaps>
+template <class T, int kAlpha, int kTaps, int kPair = 0>
 inline void transform_filter(const T* src, int64_t row_pitch, int64_t col_pitch, T* dst, int64_t dst_pitch) {
-  Vec<T> rows[kTaps][kAlpha];
-#pragma GCC unroll 1
+  constexpr int kFirst = first_of<kAlpha>(kPair), kSecond = second_of<kAlpha>(kPair);
+  Vec<T> first[kTaps], second[kTaps];
+  const T* row = src;
+#pragma GCC unroll 8
   for (int r = 0; r < kTaps; ++r) {
     Vec<T> g[kTaps];
+    const T* tap = row;
 #pragma GCC unroll 8
-    for (int s = 0; s < kTaps; ++s) g[s] = load(src + r * row_pitch + s * col_pitch);
-    transform_weight_axis<T, kAlpha, kTaps>(g, rows[r]);
+    for (int s = 0; s < kTaps; ++s) {
+      g[s] = load(tap);
+      tap = next_row(tap + col_pitch);
+    }
+    row += row_pitch;
+    transform_weight_pair<T, kAlpha, kTaps, kPair>(g, first[r], second[r]);
   }
-#pragma GCC unroll 1
-  for (int j = 0; j < kAlpha; ++j) {
-    Vec<T> g[kTaps], u[kAlpha];
+  store_weight_column<T, kAlpha, kTaps>(first, dst + kFirst * dst_pitch, dst_pitch);
+  store_weight_column<T, kAlpha, kTaps>(second, dst + kSecond * dst_pitch, dst_pitch);
+  if constexpr (kPair < kEnds<kAlpha>) transform_filter<T, kAlpha, kTaps, kPair + 1>(src, row_pitch, col_pitch, dst, dst_pitch);
+}
+
+// A^T m of one column of vectors, every kAlpha-th of those `pitch` apart.
+template <class T, int kAlpha, int kOutputs>
+__attribute__((always_inline)) inline void transform_output_column(const T* src, int64_t pitch, Vec<T> (&y)[kOutputs]) {
+  Vec<T> m[kAlpha];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTaps; ++r) g[r] = rows[r][j];
-    transform_weight_axis<T, kAlpha, kTaps>(g, u);
-#pragma GCC unroll 8
-    for (int i = 0; i < kAlpha; ++i) store(dst + (i * kAlpha + j) * dst_pitch, u[i]);
+  for (int i = 0; i < kAlpha; ++i) {
+    m[i] = load(src);
+    src = next_row(src + kAlpha * pitch);
   }
+  transform_output_axis<T, kAlpha, kOutputs>(m, y);
 }
 
 // A^T m A of alpha * alpha vectors `pitch` apart.
-template <class T, int kAlpha, int kOutputs>
-inline void transform_output_tile(const T* src, int64_t pitch, Vec<T> (&y)[kOutputs][kOutputs]) {
-  Vec<T> rows[kOutputs][kAlpha];
-#pragma GCC unroll 1
-  for (int j = 0; j < kAlpha; ++j) {
-    Vec<T> m[kAlpha], column[kOutputs];
+template <class T, int kAlpha, int kOutputs, int kPair = kEnds<kAlpha>>
+__attribute__((always_inline)) inline void transform_output_tile(const T* src, int64_t pitch, Vec<T> (&y)[kOutputs][kOutputs]) {
+  Vec<T> first[kOutputs], second[kOutputs];
+  transform_output_column<T, kAlpha, kOutputs>(src + first_of<kAlpha>(kPair) * pitch, pitch, first);
+  transform_output_column<T, kAlpha, kOutputs>(src + second_of<kAlpha>(kPair) * pitch, pitch, second);
 #pragma GCC unroll 8
-    for (int i = 0; i < kAlpha; ++i) m[i] = load(src + (i * kAlpha + j) * pitch);
-    transform_output_axis<T, kAlpha, kOutputs>(m, column);
-#pragma GCC unroll 4
-    for (int i = 0; i < kOutputs; ++i) rows[i][j] = column[i];
+  for (int i = 0; i < kOutputs; ++i) {
+    if constexpr (kPair == kEnds<kAlpha>) {
+      y[i][0] = first[i], y[i][kOutputs - 1] = second[i];
+    } else {
+      add_output_pair<T, kAlpha, kOutputs, kPair>(first[i], second[i], y[i]);
+    }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kOutputs; ++i) transform_output_axis<T, kAlpha, kOutputs>(rows[i], y[i]);
+  constexpr int kNext = kPair == kEnds<kAlpha> ? 0 : kPair + 1;
+  if constexpr (kNext < kPairCount<kAlpha>) transform_output_tile<T, kAlpha, kOutputs, kNext>(src, pitch, y);
 }
 
 }  // namespace
