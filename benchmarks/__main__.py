@@ -110,5 +110,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _measured(options: argparse.Namespace, arguments: list[str]) -> list[tuple[str, list[str], argparse.Namespace]]:
+    """The benchmarks of a command, each with its arguments; ``all`` on a CPU: Winograd's algorithm, too."""
+    if options.command != "all":
+        return [(options.command, arguments, options)]
+    measured = [(benchmark, arguments, options) for benchmark in BENCHMARKS]
+    if options.device == "cpu" and not options.winograd:
+        allowed = argparse.Namespace(**{**vars(options), "winograd": True, "dtype": ["float32"]})
+        measured.append(("conv2d", [*arguments, "--winograd"], allowed))
+    return measured
+
+
 if __name__ == "__main__":
     sys.exit(main())

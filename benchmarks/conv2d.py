@@ -14,6 +14,10 @@ from benchmarks.options import LAYOUTS, Bench
 
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
 
+# Where Winograd's algorithm is measured: below the first, transforms cost most; up to the second, the padding of tiles.
+FEW_CHANNELS = 64
+SMALL_MAP = 7
+
 # A result is checked on the first samples of the batch, as many as torch in float64 computes in about a second.
 CHECKED_FLOPS = 2e9
 
@@ -95,6 +99,16 @@ def run(bench: Bench, directions: tuple[str, ...] = DIRECTIONS) -> list[dict]:
     return rows
 
 
+def _class_of(case: Conv2dCase, bench: Bench) -> str:
+    """The class of the list; where Winograd's algorithm is measured, what its speed depends on."""
+    if not bench.winograd:
+        return case.category
+    kernel = f"{case.kernel_h}x{case.kernel_w}"
+    if min(case.in_channels, case.out_channels) // case.groups < FEW_CHANNELS:
+        return f"{kernel}, few channels"
+    return f"{kernel}, 7x7 maps" if case.out_w <= SMALL_MAP else kernel
+
+
 def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -> list[dict]:
     """One comparison: ours in each layout asked for, torch in both, for its better one is the best peer."""
     in_layout = {layout: tensors.in_layout(layout) for layout in LAYOUTS}
@@ -107,18 +121,26 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
     kernels = {layout: _kernel(case, direction, in_layout[layout]) for layout in bench.layouts}
     moved = case.elements * bench.dtype.itemsize
     return [
-        _row(case, direction, layout, moved, comparison, kernels[layout], errors[layout]) for layout in bench.layouts
+        _row(case, _class_of(case, bench), direction, layout, moved, comparison, kernels[layout], errors[layout])
+        for layout in bench.layouts
     ]
 
 
 def _row(
-    case: Conv2dCase, direction: str, layout: str, moved: int, times: Comparison, kernel: str, error: float
+    case: Conv2dCase,
+    category: str,
+    direction: str,
+    layout: str,
+    moved: int,
+    times: Comparison,
+    kernel: str,
+    error: float,
 ) -> dict:
     speeds = times.against_torch(layout, LAYOUTS)
     gflops = 1e-6 * case.flops / speeds["ms"]
     return {
         "name": case.name,
-        "class": case.category,
+        "class": category,
         "batch": case.batch,
         "op": "conv2d",
         "direction": direction,

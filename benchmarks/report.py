@@ -98,11 +98,19 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
     head = f"**{document.get('name', document['benchmark'])}**, {headline(document)}, {quoted} ({source})"
     if "summary" not in document:
         return [head, _table(MODEL_COLUMNS, document["rows"]), *_pictures(path, root)]
-    groups = [{**g, "rows": sum(c["rows"] for c in g["classes"].values())} for g in document["summary"]["groups"]]
+    columns, groups = _groups(document)
     verdict = "; ".join(views.verdict(document["summary"]).splitlines())
     means = f"Speeds are geometric means; above 1, cnn_ext is faster. {verdict.capitalize()}."
     means += PEAK_OF_A_GPU.format(**document["peak"]) if document["device"] == "cuda" else ""
-    return [head, _table(GROUP_COLUMNS, groups), means, *_pictures(path, root)]
+    return [head, _table(columns, groups), means, *_pictures(path, root)]
+
+
+def _groups(document: dict) -> tuple[list[Column], list[dict]]:
+    """The means of each operation, direction and layout; of Winograd's algorithm those of the classes, too."""
+    rows = views.group_rows(document["summary"])
+    if document.get("name", "").endswith("_winograd"):
+        return [*GROUP_COLUMNS[:3], Column("layers of", lambda row: row["class"]), *GROUP_COLUMNS[3:]], rows
+    return GROUP_COLUMNS, [row for row in rows if row["class"] == "all"]
 
 
 def _table(columns: list[Column], rows: list[dict]) -> str:

@@ -93,7 +93,13 @@ def test_winograd_is_measured_where_it_serves(tmp_path, capfd):
     quick = ["conv2d", "--winograd", "--out", str(tmp_path), "--layout", "nchw", *QUICK]
     assert main([*quick, "--only", "googlenet_3a_5x5", "--direction", "backward_weight"]) == 0
     document = json.loads((tmp_path / "conv2d_winograd_cpu_nofault.json").read_text())
-    assert ["_winograd_" in row["kernel"] for row in document["rows"]] == [True]
+    assert [("_winograd_" in row["kernel"], row["class"]) for row in document["rows"]] == [(True, "5x5, few channels")]
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("benchmarks", "mnist", "install"))
+    )
+    report.write(tmp_path, readme)
+    assert "| nchw | 5x5, few channels | 1 |" in readme.read_text()
     with pytest.raises(SystemExit):
         main([*quick, "--only", "effnet_se_1x1"])
     assert "none of these layers takes it" in capfd.readouterr().err
