@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ SMALL_MAP = 7
 
 # A result is checked on the first samples of the batch, as many as torch in float64 computes in about a second.
 CHECKED_FLOPS = 2e9
+
+# Where torch has no fast kernel (0.2 to 1 GFLOP/s, up to a minute for a call), layers are measured on so many samples
+# of their batch.
+SLOW_FLOPS = {("cpu", torch.float16, "backward_weight"): 1e9}
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def _class_of(case: Conv2dCase, bench: Bench) -> str:
 
 def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -> list[dict]:
     """One comparison: ours in each layout asked for, torch in both, for its better one is the best peer."""
+    case, tensors = _measured(case, direction, tensors, bench)
     in_layout = {layout: tensors.in_layout(layout) for layout in LAYOUTS}
     errors = _check(case, direction, {layout: in_layout[layout] for layout in bench.layouts}, bench)
     contenders = {("torch", layout): torchs(direction, case, t) for layout, t in in_layout.items()}
@@ -124,6 +129,13 @@ def _rows_of(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -
         _row(case, _class_of(case, bench), direction, layout, moved, comparison, kernels[layout], errors[layout])
         for layout in bench.layouts
     ]
+
+
+def _measured(case: Conv2dCase, direction: str, tensors: Tensors, bench: Bench) -> tuple[Conv2dCase, Tensors]:
+    """The case with as many samples as its direction is measured on."""
+    flops = SLOW_FLOPS.get((bench.device, bench.dtype, direction), case.flops)
+    samples = max(1, min(case.batch, int(flops * case.batch / case.flops)))
+    return replace(case, batch=samples), tensors.first_samples(samples)
 
 
 def _row(

@@ -13,6 +13,7 @@ import torch
 SAMPLE_SECONDS = 0.002  # a sample repeats its call until it lasts about this long: clock and loop are then nothing
 WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows long against ticks of 10 ms
 FOREIGN_SHARE = 0.10  # of all cores: more than this for others, and a window is rejected
+SLOW_SECONDS = 1.0  # a call that takes longer, and longer than the comparison may, counts once, the first time
 PATIENCE = 3  # a comparison under foreign load may take this many times its budget
 
 Call = Callable[[], object]
@@ -122,8 +123,12 @@ def lower_quartile(samples: list[float]) -> float:
 def compare(contenders: dict[Hashable, Call], timer: CpuTimer, peak: Callable[[], float], effort: Effort) -> Comparison:
     """Times the contenders in turn, with the peak beside them, round after round.
 
-    If not one window was quiet, the samples taken under load are kept, and ``accepted`` is 0: the reader is told.
+    If not one window was quiet, the samples taken under load are kept, and ``accepted`` is 0: the reader is told. Of a
+    slow contender there is one sample, its first call.
     """
+    first = {name: timer.seconds(call, 1) for name, call in contenders.items()}  # warms up: memory, threads, caches
+    slow = {name: [seconds] for name, seconds in first.items() if seconds > max(SLOW_SECONDS, effort.seconds)}
+    contenders = {name: call for name, call in contenders.items() if name not in slow}
     calls = {name: _calls_per_sample(call, timer) for name, call in contenders.items()}
     quiet, loaded = Comparison({name: [] for name in contenders}), Comparison({name: [] for name in contenders})
     start = time.perf_counter()
@@ -135,11 +140,11 @@ def compare(contenders: dict[Hashable, Call], timer: CpuTimer, peak: Callable[[]
         _merge(quiet if share <= FOREIGN_SHARE else loaded, window)
     result = quiet if quiet.accepted else loaded
     result.accepted, result.rejected = quiet.accepted, loaded.accepted
+    result.seconds |= slow
     return result
 
 
 def _calls_per_sample(call: Call, timer: CpuTimer) -> int:
-    call()  # warm up: memory, threads, torch's primitive cache
     return max(1, min(1000, round(SAMPLE_SECONDS / timer.seconds(call, 1))))
 
 

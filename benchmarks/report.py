@@ -95,7 +95,12 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
         ]
     runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
-    head = f"**{document.get('name', document['benchmark'])}**, {headline(document)}, {quoted} ({source})"
+    dtype = document.get("dtype", "float32")
+    in_dtype = f" in {dtype}" if document["device"] == "cpu" and dtype != "float32" else ""
+    name = f"**{document.get('name', document['benchmark'])}**{in_dtype}"
+    head = f"{name}, {headline(document)}, {quoted} ({source})"
+    if in_dtype:
+        return [f"{head}: {views.verdict(document['summary']).splitlines()[0]}."]
     if "summary" not in document:
         return [head, _table(MODEL_COLUMNS, document["rows"]), *_pictures(path, root)]
     columns, groups = _groups(document)

@@ -1,0 +1,39 @@
+"""Comparisons with a contender that takes long: bounded, and said so."""
+
+import torch
+
+from benchmarks import conv2d
+from benchmarks.cases import conv2d_cases
+from benchmarks.harness import Effort, compare
+from benchmarks.options import Bench
+
+
+class SlowTimer:
+    """A minute for calls that say "slow"; remembers the order."""
+
+    def __init__(self) -> None:
+        self.order = []
+
+    def seconds(self, call, calls: int) -> float:
+        self.order.append(call())
+        return 60.0 if self.order[-1] == "slow" else 0.01
+
+
+def test_a_slow_contender_is_called_once():
+    timer = SlowTimer()
+    result = compare({"slow": lambda: "slow", "fast": lambda: "fast"}, timer, lambda: 1.0, Effort(3, 0.3))
+    assert timer.order.count("slow") == 1
+    assert result.seconds["slow"] == [60.0] and len(result.seconds["fast"]) >= 3
+    assert result.lower_quartile("slow") == 60.0
+
+
+def test_where_torch_is_slow_a_layer_is_measured_on_fewer_samples():
+    case = conv2d_cases("vgg_conv4_1")[0]
+    for dtype, direction, batch in (
+        (torch.float16, "backward_weight", 1),
+        (torch.float16, "forward", case.batch),
+        (torch.bfloat16, "backward_weight", case.batch),
+    ):
+        bench = Bench(dtype=dtype)
+        measured, tensors = conv2d._measured(case, direction, conv2d.random_tensors(case, bench), bench)
+        assert measured.batch == batch and tensors.in_layout("nchw").input.shape == measured.input_size
