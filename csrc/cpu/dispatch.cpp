@@ -129,16 +129,18 @@ void offer(int slot, const Shape& shape, const Use& use) {
   offer_table<Kernel>(slot, shape, best_isa(), forced_row, use);
 }
 
-// Whether the row did it.
+// Whether the row did it, in the scratch of its caller where that is enough.
 template <class Kernel, class Shape, class Buffers>
-bool try_row(const Kernel& row, const Shape& shape, const Buffers& buffers, int threads) {
-  const Workspace workspace(row.plan(shape, threads).workspace_bytes);
+bool try_row(const Kernel& row, const Shape& shape, const Buffers& buffers, int threads, RowScratch scratch = {}) {
+  const size_t bytes = row.plan(shape, threads).workspace_bytes;
+  const Workspace workspace(bytes <= scratch.bytes ? 0 : bytes);
+  void* const memory = bytes <= scratch.bytes ? scratch.data : workspace.data();
   if constexpr (std::is_same_v<Kernel, Pool2dKernel> || std::is_same_v<Kernel, SizedPool2dKernel>) {
     // These multiply nothing, so that nothing is tried in vain.
-    row.run(shape, buffers, workspace.data(), threads);
+    row.run(shape, buffers, memory, threads);
     return true;
   } else {
-    return row.run(shape, buffers, workspace.data(), threads) == Outcome::done;
+    return row.run(shape, buffers, memory, threads) == Outcome::done;
   }
 }
 
@@ -183,9 +185,9 @@ bool run_packed(const std::vector<const Packing*>& table, int slot, const Shape&
 }
 
 template <class Kernel, class Shape, class Buffers>
-void run_table(int slot, const Shape& shape, const Buffers& buffers, Isa most, int threads) {
+void run_table(int slot, const Shape& shape, const Buffers& buffers, Isa most, int threads, RowScratch scratch = {}) {
   offer_table<Kernel>(slot, shape, most, nullptr,
-                      [&](const Kernel& row) { return suits(row, buffers) && try_row(row, shape, buffers, threads); });
+                      [&](const Kernel& row) { return suits(row, buffers) && try_row(row, shape, buffers, threads, scratch); });
 }
 
 template <class Kernel, class Shape>
@@ -263,17 +265,36 @@ void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const Si
   run<SizedPool2dKernel>(slot_of(op, direction), shape, buffers, threads);
 }
 
-void run_float_row(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Isa most, int threads) {
-  run_table<Conv2dKernel>(slot_of(direction), shape, buffers, most, threads);
+void run_float_row(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Isa most, int threads,
+                   RowScratch scratch) {
+  run_table<Conv2dKernel>(slot_of(direction), shape, buffers, most, threads, scratch);
 }
 
-void run_float_row(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Isa most,
-                   int threads) {
-  run_table<Conv2dReluPoolKernel>(slot_of(direction), shape, buffers, most, threads);
+void run_float_row(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Isa most, int threads,
+                   RowScratch scratch) {
+  run_table<Conv2dReluPoolKernel>(slot_of(direction), shape, buffers, most, threads, scratch);
 }
 
 void run_float_row(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, Isa most, int threads) {
   run_table<Pool2dKernel>(slot_of(op, direction), shape, buffers, most, threads);
+}
+
+template <class Kernel, class Shape>
+static size_t row_bytes(int slot, const Shape& shape, Isa most, int threads) {
+  size_t bytes = 0;
+  offer_table<Kernel>(slot, shape, most, nullptr, [&](const Kernel& row) {
+    bytes = row.plan(shape, threads).workspace_bytes;
+    return true;
+  });
+  return bytes;
+}
+
+size_t float_row_bytes(Conv2dDirection direction, const Conv2dShape& shape, Isa most, int threads) {
+  return row_bytes<Conv2dKernel>(slot_of(direction), shape, most, threads);
+}
+
+size_t float_row_bytes(Conv2dDirection direction, const Conv2dReluPoolShape& shape, Isa most, int threads) {
+  return row_bytes<Conv2dReluPoolKernel>(slot_of(direction), shape, most, threads);
 }
 
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape, int threads) {

@@ -11,6 +11,7 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 constexpr int64_t kPartElements = 1 << 16;
+constexpr int64_t kRowAlignment = 64;  // bytes, of the scratch of a row
 constexpr int64_t kPartChannels = 16;  // channels_last: a multiple of these, the lanes of the widest vector
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -76,10 +77,16 @@ inline void narrow(const float* part, const Slice& slice, Element* tensor) {
   }
 }
 
-// The same on several threads, where a part is one run.
+// The same on several threads, in pieces of one run or of some whole runs; body(piece, where it begins in the part).
 template <class Body>
 inline void for_each_piece(const Slice& slice, int threads, const Body& body) {
-  if (slice.runs != 1) return body(slice, 0);
+  if (slice.runs != 1) {
+    const int64_t some = larger(1, kPartElements / larger(1, slice.length));
+    return parallel_for(threads, divide_up(slice.runs, some), [&](int, int64_t i) {
+      const int64_t run = i * some;
+      body(Slice{slice.first + run * slice.distance, smaller(some, slice.runs - run), slice.length, slice.distance}, run * slice.length);
+    });
+  }
   parallel_for(threads, divide_up(slice.length, kPartElements), [&](int, int64_t i) {
     const int64_t begin = i * kPartElements;
     body(Slice{slice.first + begin, 1, smaller(kPartElements, slice.length - begin), 0}, begin);
@@ -113,7 +120,7 @@ inline void move_offsets(void* tensor, const Slice& slice, int64_t bytes, void* 
 }
 
 // Scratch for one worker, in bytes: parts of the tensors behind each other, each aligned.
-inline int64_t aligned(int64_t bytes) { return divide_up(bytes, kVectorBytes) * kVectorBytes; }
+inline int64_t aligned(int64_t bytes) { return divide_up(bytes, kRowAlignment) * kRowAlignment; }
 inline int64_t part_bytes(int64_t elements) { return aligned(elements * static_cast<int64_t>(sizeof(float))); }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 constexpr int64_t kChunkPositions = 2048;
-constexpr int64_t kChunkBytes = 2 << 20;  // beside as much as the weight takes
+constexpr int64_t kChunkBytes = 3 << 19;  // beside as much as the weight takes, and a quarter of the larger activation at most
 constexpr int64_t kFewestInputs = 8, kFewestOutputs = 8, kFewestPositions = 16;
 constexpr int64_t kManyBlocks = 16;  // with fewer, a task is a tap row of a block
 constexpr int64_t kBlockSums = kUnit * kUnit;
@@ -117,10 +117,11 @@ class TileWeightRun {
   // Images and rows of a chunk.
   void cut() {
     rows_ = s_.out_h, images_ = 1;
-    const int64_t weights = s_.groups * group_in_ * group_out_ * taps() * static_cast<int64_t>(sizeof(BFloat16));
-    const auto fits = [&] {
-      return images_ * grid_.steps(rows_) * kStepPositions <= kChunkPositions && staged_bytes() <= kChunkBytes + weights;
-    };
+    constexpr int64_t kSize = sizeof(BFloat16);
+    const int64_t weights = s_.groups * group_in_ * group_out_ * taps() * kSize;
+    const int64_t activation = s_.batch * larger(s_.in_channels * s_.in_h * s_.in_w, s_.out_channels * s_.out_h * s_.out_w) * kSize;
+    const int64_t most = kChunkBytes + smaller(weights, activation / 4);
+    const auto fits = [&] { return images_ * grid_.steps(rows_) * kStepPositions <= kChunkPositions && staged_bytes() <= most; };
     while (rows_ > 1 && !fits()) rows_ = ceil_div(rows_, 2);
     if (rows_ < s_.out_h) return;
     images_ = larger(1, s_.batch);
