@@ -15,10 +15,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 endif()
 
 # Rows for the matrix unit (AMX) have sources of their own, compiled once, where the compiler knows it; they are the rows of avx512_bf16.
-set(CNN_EXT_FLAGS_amx ${CNN_EXT_FLAGS_avx512} -mamx-tile -mamx-bf16)
+set(CNN_EXT_FLAGS_amx ${CNN_EXT_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
 if("avx512" IN_LIST CNN_EXT_ISAS)
   include(CheckCXXCompilerFlag)
-  check_cxx_compiler_flag("-mamx-tile -mamx-bf16" CNN_EXT_HAS_AMX)
+  check_cxx_compiler_flag("-mavx512bf16 -mamx-tile -mamx-bf16" CNN_EXT_HAS_AMX)
 endif()
 
 function(cnn_ext_add_amx_objects target sources)

@@ -77,6 +77,15 @@ bool has_matrix_unit() {
 #endif
 }
 
+bool has_fast_dot_products() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && processor_has(Isa::avx512_bf16);
+#else
+  return false;
+#endif
+}
+
 Isa best_isa() {
   static const Isa best = detect();
   return best;

@@ -16,4 +16,8 @@ Isa best_isa();
 // Whether this process may use the processor's matrix unit (AMX) for bfloat16.
 bool has_matrix_unit();
 
+// Whether dot products of pairs of bfloat16 (vdpbf16ps) issue as often as float32's multiply-adds, and so make twice as many products: on
+// AMD's processors from Zen 4 on. Intel's with a matrix unit issue a quarter as many.
+bool has_fast_dot_products();
+
 }  // namespace cnn_ext::cpu

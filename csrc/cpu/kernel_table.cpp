@@ -126,6 +126,7 @@ CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 #if defined(CNN_EXT_HAS_AMX)
 namespace avx512_bf16 {
 extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx, conv2d_backward_weight_amx;
+extern const Conv2dKernel conv2d_forward_dot, conv2d_backward_input_dot;
 extern const PackingConv2d conv2d_forward_amx_packing;
 }  // namespace avx512_bf16
 #endif
@@ -179,8 +180,15 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
 #if defined(CNN_EXT_HAS_AMX)
     if (has_matrix_unit())
       rows = {&avx512_bf16::conv2d_forward_amx, &avx512_bf16::conv2d_backward_input_amx, &avx512_bf16::conv2d_backward_weight_amx};
+    const auto add_dot_rows = [&rows] {
+      rows.insert(rows.end(), {&avx512_bf16::conv2d_forward_dot, &avx512_bf16::conv2d_backward_input_dot});
+    };
+    if (has_fast_dot_products()) add_dot_rows();
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_CONV2D)
+#if defined(CNN_EXT_HAS_AMX)
+    if (!has_fast_dot_products()) add_dot_rows();  // behind the rows that convert, which are faster and take the same
+#endif
     for (const Conv2dKernel* row : {&composed::conv2d_backward_input, &naive::conv2d_forward, &naive::conv2d_backward_input,
                                     &naive::conv2d_backward_weight, &naive::conv2d_backward_bias}) {
       rows.push_back(row);

@@ -10,6 +10,9 @@
 // The unit takes subnormal numbers for zeros and rounds to nearest even after each pair of products: the error is within that of float32
 // sums, plus |other operand| * 2^-126 for each subnormal bfloat16. Not for few channels, which leave most of a tile empty.
 //
+// The dot rows are the same with AVX-512's dot products of pairs of bfloat16 (vdpbf16ps) in place of the matrix unit, where the processor
+// has no such unit; it stages, packs and writes alike.
+//
 // A float16 is the sum of two bfloat16 (11 bits are 8 and 3), none of them subnormal, and a product of two is four exact ones: a quarter of
 // the rate of bfloat16 is four times that of float32's multiply-add.
 #include "cpu/float_rows.h"
@@ -20,10 +23,11 @@ namespace {
 
 constexpr int64_t kFewestChannels = 16;
 
-// The functions of a table row of one type. A float16 that is not finite has parts that make NaNs of infinities: an image that met one is
-// computed again by the row of a lesser instruction set, which converts, alone, so that the others keep their bits.
-template <class Element, Conv2dDirection kDirection>
-struct AmxRow {
+// The functions of a table row of one type on one unit. A float16 that is not finite has parts that make NaNs of infinities: an image that
+// met one is computed again by the row of a lesser instruction set, which converts, alone, so that the others keep their bits.
+template <class Element, class Unit, Conv2dDirection kDirection>
+struct TileRow {
+  using Run = TileRun<Element, Unit>;
   static constexpr bool kForward = kDirection == Conv2dDirection::forward, kHasSuspects = kParts<Element> > 1;
   static Conv2dShape one_image(Conv2dShape s) {
     s.batch = 1;
@@ -36,7 +40,7 @@ struct AmxRow {
     for (int64_t i = 0; i < gather_count(kDirection, s); ++i) {
       const Gather g = make_gather_of_rows(kDirection, s, i);
       if (g.is_empty()) continue;
-      const Plan one = TileRun<Element>(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, threads).plan();
+      const Plan one = Run(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, threads).plan();
       plan.tasks += one.tasks;
       if (one.workspace_bytes > plan.workspace_bytes) plan.workspace_bytes = one.workspace_bytes;
     }
@@ -54,7 +58,7 @@ struct AmxRow {
     for (int64_t i = 0; i < gather_count(kDirection, s); ++i) {
       const Gather g = make_gather_of_rows(kDirection, s, i);
       if (g.is_empty()) continue;
-      if (TileRun<Element>(g, source, weight, bias, dest, packed, suspects, memory, threads).run() == Outcome::not_finite) {
+      if (Run(g, source, weight, bias, dest, packed, suspects, memory, threads).run() == Outcome::not_finite) {
         return Outcome::not_finite;
       }
     }
@@ -66,7 +70,7 @@ struct AmxRow {
 
   static PackedForm form(const Conv2dShape& s) {
     const Gather g = make_gather_of_rows(Conv2dDirection::forward, s, 0);
-    return {TileRun<Element>(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, 1).packed_bytes(), 0};
+    return {Run(g, nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, 1).packed_bytes(), 0};
   }
 
  private:
@@ -83,10 +87,10 @@ struct AmxRow {
   }
 };
 
-// Calls use(AmxRow<Element, kDirection>{}) for the element of a shape.
+// Calls use(TileRow{}) on the matrix unit for the element of a shape.
 template <Conv2dDirection kDirection, class Use>
 auto with_row(const Conv2dShape& s, const Use& use) {
-  return s.dtype == DType::float16 ? use(AmxRow<Float16, kDirection>{}) : use(AmxRow<BFloat16, kDirection>{});
+  return s.dtype == DType::float16 ? use(TileRow<Float16, MatrixUnit, kDirection>{}) : use(TileRow<BFloat16, MatrixUnit, kDirection>{});
 }
 
 template <Conv2dDirection kDirection>
@@ -125,6 +129,20 @@ bool accepts(const Conv2dShape& s) {
   return !has_few_points && !reaches_far && 2 * channels * outputs >= full;
 }
 
+// Of bfloat16, where the processor has dot products of pairs and no matrix unit.
+template <Conv2dDirection kDirection>
+using DotRow = TileRow<BFloat16, DotProducts, kDirection>;
+
+template <Conv2dDirection kDirection>
+Outcome run_dot(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+  return DotRow<kDirection>::run(s, b, {}, workspace, threads);
+}
+
+template <Conv2dDirection kDirection>
+bool accepts_dot(const Conv2dShape& s) {
+  return s.dtype == DType::bfloat16 && accepts<kDirection>(s);
+}
+
 }  // namespace
 
 extern const Conv2dKernel conv2d_forward_amx = {CNN_EXT_KERNEL_NAME("conv2d_forward_amx"),
@@ -139,6 +157,20 @@ extern const Conv2dKernel conv2d_backward_input_amx = {CNN_EXT_KERNEL_NAME("conv
                                                        accepts<Conv2dDirection::backward_input>,
                                                        plan<Conv2dDirection::backward_input>,
                                                        run<Conv2dDirection::backward_input>,
+                                                       /*adds_bias=*/true};
+
+extern const Conv2dKernel conv2d_forward_dot = {CNN_EXT_KERNEL_NAME("conv2d_forward_dot"),
+                                                Isa::CNN_EXT_ISA,
+                                                Conv2dDirection::forward,
+                                                accepts_dot<Conv2dDirection::forward>,
+                                                DotRow<Conv2dDirection::forward>::plan,
+                                                run_dot<Conv2dDirection::forward>};
+extern const Conv2dKernel conv2d_backward_input_dot = {CNN_EXT_KERNEL_NAME("conv2d_backward_input_dot"),
+                                                       Isa::CNN_EXT_ISA,
+                                                       Conv2dDirection::backward_input,
+                                                       accepts_dot<Conv2dDirection::backward_input>,
+                                                       DotRow<Conv2dDirection::backward_input>::plan,
+                                                       run_dot<Conv2dDirection::backward_input>,
                                                        /*adds_bias=*/true};
 
 extern const PackingConv2d conv2d_forward_amx_packing = {&conv2d_forward_amx, form, run_packed<Conv2dDirection::forward>};

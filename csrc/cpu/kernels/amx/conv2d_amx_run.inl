@@ -1,4 +1,4 @@
-// A gather convolution on the matrix unit: cut into tasks, staged, multiplied and written.
+// A gather convolution in tiles: cut into tasks, staged, multiplied and written.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -26,53 +26,103 @@ struct Operands {
   const BFloat16* weights;
 };
 
-// The tiles of a step's weights, 32 channels x 16 or 32 outputs.
-template <bool kTwoOutputs>
-inline void load_weights(const BFloat16* weights) {
-  _tile_loadd(6, weights, 64);
-  if constexpr (kTwoOutputs) _tile_loadd(7, weights + kTileElements, 64);
-}
+// Two units compute sums[32 points][16 or 32 outputs, 32 apart] = source x weights, over all steps and all pairs of parts: the matrix unit,
+// and the vector unit's dot products of pairs, in the order of the same tiles.
+class MatrixUnit {
+ public:
+  using State = TileState;
 
-template <bool kTwoOutputs>
-inline void add_products() {
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kTwoOutputs) _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kTwoOutputs) _tile_dpbf16ps(3, 5, 7);
-}
-
-// sums[32 points][16 or 32 outputs, 32 apart] = source x weights, over all steps and all pairs of parts.
-template <int64_t kPartsOfElement, bool kTwoOutputs>
-void multiply(const Operands& o, float* sums) {
-  const int64_t pitch = o.point_pitch * static_cast<int64_t>(sizeof(BFloat16));
-  const BFloat16* weights = o.weights;
-  const auto load_points = [&](int64_t offset) {
-    _tile_loadd(4, o.points_0 + offset, pitch);
-    _tile_loadd(5, o.points_1 + offset, pitch);
-  };
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t i = 0; i < o.steps; ++i, weights += kPartsOfElement * 2 * kTileElements) {
-    load_points(o.offsets[i]);
-    load_weights<kTwoOutputs>(weights);
-    add_products<kTwoOutputs>();
-    if constexpr (kPartsOfElement == 2) {
-      load_weights<kTwoOutputs>(weights + 2 * kTileElements);
-      add_products<kTwoOutputs>();
-      load_points(o.offsets[i] + kTileChannels);
-      add_products<kTwoOutputs>();
+  template <int64_t kPartsOfElement, bool kTwoOutputs>
+  static void multiply(const Operands& o, float* sums) {
+    const int64_t pitch = o.point_pitch * static_cast<int64_t>(sizeof(BFloat16));
+    const BFloat16* weights = o.weights;
+    const auto load_points = [&](int64_t offset) {
+      _tile_loadd(4, o.points_0 + offset, pitch);
+      _tile_loadd(5, o.points_1 + offset, pitch);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < o.steps; ++i, weights += kPartsOfElement * 2 * kTileElements) {
+      load_points(o.offsets[i]);
       load_weights<kTwoOutputs>(weights);
       add_products<kTwoOutputs>();
+      if constexpr (kPartsOfElement == 2) {
+        load_weights<kTwoOutputs>(weights + 2 * kTileElements);
+        add_products<kTwoOutputs>();
+        load_points(o.offsets[i] + kTileChannels);
+        add_products<kTwoOutputs>();
+        load_weights<kTwoOutputs>(weights);
+        add_products<kTwoOutputs>();
+      }
+    }
+    constexpr int64_t row = kOutputs * sizeof(float);
+    _tile_stored(0, sums, row);
+    if constexpr (kTwoOutputs) _tile_stored(1, sums + kTileOutputs, row);
+    _tile_stored(2, sums + kTilePoints * kOutputs, row);
+    if constexpr (kTwoOutputs) _tile_stored(3, sums + kTilePoints * kOutputs + kTileOutputs, row);
+  }
+
+ private:
+  // The tiles of a step's weights, 32 channels x 16 or 32 outputs.
+  template <bool kTwoOutputs>
+  static void load_weights(const BFloat16* weights) {
+    _tile_loadd(6, weights, 64);
+    if constexpr (kTwoOutputs) _tile_loadd(7, weights + kTileElements, 64);
+  }
+
+  template <bool kTwoOutputs>
+  static void add_products() {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTwoOutputs) _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kTwoOutputs) _tile_dpbf16ps(3, 5, 7);
+  }
+};
+
+struct DotProducts {
+  struct State {};
+
+  template <int64_t kPartsOfElement, bool kTwoOutputs>
+  static void multiply(const Operands& o, float* sums) {
+    static_assert(kPartsOfElement == 1, "a float16 takes four products, more than float32 arithmetic");
+    for (int64_t point = 0; point < 2 * kTilePoints; point += kSomePoints) {
+      const BFloat16* const points = (point < kTilePoints ? o.points_0 : o.points_1) + point % kTilePoints * o.point_pitch;
+      add_products<kTwoOutputs>(o, points, sums + point * kOutputs);
     }
   }
-  constexpr int64_t row = kOutputs * sizeof(float);
-  _tile_stored(0, sums, row);
-  if constexpr (kTwoOutputs) _tile_stored(1, sums + kTileOutputs, row);
-  _tile_stored(2, sums + kTilePoints * kOutputs, row);
-  if constexpr (kTwoOutputs) _tile_stored(3, sums + kTilePoints * kOutputs + kTileOutputs, row);
-}
+
+ private:
+  static constexpr int64_t kSomePoints = 8;  // x 2 vectors of outputs: 16 sums cover the latency
+
+  template <bool kTwoOutputs>
+  static void add_products(const Operands& o, const BFloat16* points, float* sums) {
+    constexpr int kVectors = 1 + kTwoOutputs;
+    Vec<float> sum[kSomePoints][kVectors] = {};
+    const BFloat16* weights = o.weights;
+    for (int64_t i = 0; i < o.steps; ++i, weights += 2 * kTileElements) {
+      const BFloat16* source = points + o.offsets[i];
+      const BFloat16* row = weights;
+      for (int64_t c = 0; c < kTileChannels; c += 2, source += 2, row += 2 * kTileOutputs) {
+        Vec<float> weight[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) weight[v] = _mm512_loadu_ps(row + v * kTileElements);
+#pragma GCC unroll 8
+        for (int p = 0; p < kSomePoints; ++p) {
+          const Vec<float> pair = broadcast_from(reinterpret_cast<const float*>(source + p * o.point_pitch));
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[p][v] = _mm512_dpbf16_ps(sum[p][v], (__m512bh)pair, (__m512bh)weight[v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < kSomePoints; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store(sums + p * kOutputs + v * kTileOutputs, sum[p][v]);
+    }
+  }
+};
 
 // How a gather is cut: a task is `images` images x `rows` grid rows x `units` units of 32 outputs.
 struct Blocking {
@@ -111,7 +161,7 @@ Blocking make_blocking(const Gather& g, int64_t parts, int threads) {
 }
 
 // suspects: a byte for each image, in which a run notes that it met sums that are not finite; null: none.
-template <class Element>
+template <class Element, class Unit>
 class TileRun {
  public:
   TileRun(const Gather& g, const Element* source, const Element* weight, const Element* bias, Element* dest, Packed packed,
@@ -189,14 +239,15 @@ class TileRun {
     for (int64_t i = 0; i < p.images; ++i) {
       stage_image(g_, staged_, source_ + (p.n + i) * g_.source.n + p.group * g_.channels * g_.source.c, i, p.y, p.rows, staged(worker));
     }
-    const TileState state;
+    [[maybe_unused]] const typename Unit::State state{};
     const int64_t points = (p.images - 1) * staged_.image_points + (p.rows - 1) * staged_.row_points + g_.w.count;
     for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_points(worker, p, unit, points);
   }
 
   // The first `points` points, in the numbering of staged_.
   void run_points(int worker, const Place& p, int64_t unit, int64_t points) const {
-    const auto product = g_.outputs - unit * kOutputs > kTileOutputs ? multiply<kParts<Element>, true> : multiply<kParts<Element>, false>;
+    const auto product = g_.outputs - unit * kOutputs > kTileOutputs ? Unit::template multiply<kParts<Element>, true>
+                                                                     : Unit::template multiply<kParts<Element>, false>;
     Operands o{};
     o.point_pitch = staged_.pixel, o.offsets = offsets(), o.steps = steps();
     o.weights = packed_ + (p.group * units() + unit) * unit_weights();
