@@ -23,7 +23,7 @@ struct InputChunks {
 
   __device__ Place at_extent(int row) const {
     const int weight = Tile::row_member(row), group = Tile::row_group(row);
-    if (weight >= weights || group >= groups) return {0, kNowhere, 0, 0};
+    if (weight >= weights || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
     const Tap tap = tap_decoder.at(weight);
     const int h = tap.r * g.dilation_h - g.pad_top, w = tap.s * g.dilation_w - g.pad_left;
     return {(group * g.group_in + tap.channel) * g.in.c + h * g.in.h + w * g.in.w, h, w, g.group_in - tap.channel};
@@ -52,7 +52,7 @@ struct GradOutputChunks {
 
   __device__ Place at_extent(int col) const {
     const int k = Tile::col_member(col), group = Tile::col_group(col);
-    if (k >= g.group_out || group >= groups) return {0, kNowhere, 0, 0};
+    if (k >= g.group_out || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
     return {(group * g.group_out + k) * g.out.c, 0, 0, g.group_out - k};
   }
   __device__ Place at_depth(int pixel) const {
@@ -76,7 +76,7 @@ struct PooledGradientChunks {
 
   __device__ Place at_extent(int col) const {
     const int k = Tile::col_member(col), group = Tile::col_group(col);
-    if (k >= group_out || group >= groups) return {0, kNowhere, 0, 0};
+    if (k >= group_out || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
     return {(group * group_out + k) * planes.c, 0, 0, group_out - k};
   }
   __device__ Place at_depth(int pixel) const {
@@ -98,7 +98,7 @@ struct PartialStore {
   __device__ static constexpr int taps() { return 1; }
   __device__ void store(int row, int col, const Sum* sum, int) const {
     const int weight = Tile::row_member(row), k = Tile::col_member(col), group = Tile::col_group(col);
-    if (weight >= weights || k >= g.group_out || group >= groups) return;
+    if (weight >= weights || k >= g.group_out || !Tile::has_group(group, groups)) return;
     const Tap tap = tap_decoder.at(weight);
     if (tap.channel >= g.group_in) return;
     partials[(group * g.group_out + k) * g.filter.n + tap.channel * g.filter.c + tap.r * g.filter.h + tap.s * g.filter.w] = *sum;

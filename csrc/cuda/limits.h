@@ -60,8 +60,8 @@ inline bool has_mma_type(const Conv2dShape& s) {
   return s.dtype == DType::float16 || s.dtype == DType::bfloat16 || (s.dtype == DType::float32 && s.allow_tf32 != 0);
 }
 
-// The fused implicit GEMMs take what no tensor core multiplies, with half of a tile's rows or more: other rows of the convolution serve the
-// rest, and the composed row makes use of them.
+// The fused implicit GEMMs take strict float32 and float64, for which no fused row is on tensor cores, with half of a tile's rows or more:
+// other rows of the convolution serve the rest, and the composed row makes use of them.
 constexpr int64_t kLeastFusedRows = 16;
 
 inline bool suits_fused_gemm(const Conv2dReluPoolShape& s, int64_t rows) {

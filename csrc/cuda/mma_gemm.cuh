@@ -41,6 +41,8 @@ struct MmaTile {
   static_assert(kRows / kWarpRows * kRowWarps * 32 == kBlockThreads);
 
   // What a row or column of the product is: a member of a group, counted from the block's first one.
+  // Whether the tile's group `group` is one of the `groups` that are left from its first one on.
+  CNN_EXT_HOST_DEVICE static bool has_group(int group, int groups) { return kGroups == 1 || group < groups; }
   CNN_EXT_HOST_DEVICE static int row_group(int row) { return kGroups == 1 ? 0 : row / kGroupRows % kGroups; }
   CNN_EXT_HOST_DEVICE static int row_member(int row) { return kGroups == 1 ? row : row / kRows * kGroupRows + row % kGroupRows; }
   CNN_EXT_HOST_DEVICE static int col_group(int col) { return kGroups == 1 ? 0 : col / kGroupCols; }

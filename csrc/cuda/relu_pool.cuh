@@ -72,7 +72,7 @@ struct WindowMaximum {
   int tap = kNoGradient;
 };
 
-// Calls function(T{}) for the types that no tensor core multiplies: accepts() admits no other.
+// Calls function(T{}) for the types of the fused implicit GEMMs: accepts() admits no other.
 template <class Function>
 void with_strict_type(DType dtype, const Function& function) {
   dtype == DType::float64 ? function(double{}) : function(float{});
