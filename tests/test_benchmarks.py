@@ -385,8 +385,12 @@ def test_the_peak_is_of_the_call_alone():
 
 
 def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
+    def measured(network: str, backend: str, batch: int, extent: int) -> dict:
+        sizes = {"saved_mb": 3.0, "peak_mb": 4.0}
+        return {"network": network, "backend": backend, "batch_size": batch, "extent": extent, **sizes}
+
     monkeypatch.setattr(memory, "NETWORKS", {"small": small_network})
-    monkeypatch.setattr(memory, "_in_own_process", memory.row_of)
+    monkeypatch.setattr(memory, "_in_own_process", measured)
     memory.measure(tmp_path, batch=2, extent=32)
     (tmp_path / "README.md").write_text(README)
     report.write(tmp_path, tmp_path / "README.md")

@@ -87,6 +87,8 @@ def test_the_names_follow_the_grammar_and_are_unique():
 def test_a_better_isa_comes_first_and_the_naive_row_last():
     for row in CPU_ROWS:
         slot = [other for other in rows(op=row.op, direction=row.direction) if other.device == "cpu"]
+        # Dot products of bfloat16 stand in front where a processor is fast at them, else behind float32's rows.
+        slot = [other for other in slot if "_dot_" not in other.name]
         order = [ISAS.index(other.isa) for other in slot]
         assert order == sorted(order, reverse=True), slot
         assert [other.is_naive for other in slot] == [False] * (len(slot) - 1) + [True]

@@ -31,7 +31,7 @@ struct SourceChunks {
 
   __device__ Place at_extent(int row) const {
     const int pixel = Tile::row_member(row), group = Tile::row_group(row);
-    if (pixel >= pixels || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
+    if (pixel >= pixels || group >= groups) return {0, kNowhere, 0, 0};
     const PlaneIndex p = pixel_decoder.at(pixel);
     const int h = taps.h.first + p.h * taps.h.step, w = taps.w.first + p.w * taps.w.step;
     return {p.outer * strides.n + h * strides.h + w * strides.w + group * taps.channels * strides.c, h, w, 0};
@@ -61,7 +61,7 @@ struct FilterChunks {
 
   __device__ Place at_extent(int col) const {
     const int channel = Tile::col_member(col), group = Tile::col_group(col);
-    if (channel >= cols || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
+    if (channel >= cols || group >= groups) return {0, kNowhere, 0, 0};
     return {channel * (kForward ? strides.n : strides.c) + group * of_group, 0, 0, cols - channel};
   }
   __device__ Place at_depth(int term) const {
@@ -88,7 +88,7 @@ struct PixelStore {
   __device__ static constexpr int taps() { return 1; }
   __device__ void store(int row, int col, const Accumulate<T>* sums, int) const {
     const int pixel = Tile::row_member(row), group = Tile::col_group(col), member = Tile::col_member(col);
-    if (pixel >= pixels || member >= channels || !Tile::has_group(group, groups)) return;
+    if (pixel >= pixels || member >= channels || group >= groups) return;
     const int channel = group * channels + member;
     const PlaneIndex p = pixel_decoder.at(pixel);
     const int h = phase.h.first_out + p.h * phase.h.out_step, w = phase.w.first_out + p.w * phase.w.out_step;
@@ -122,7 +122,7 @@ struct WindowPixelStore {
   __device__ int taps() const { return windows.decoder.taps(); }
   __device__ void store(int row, int col, const Accumulate<T>* sums, int pitch) const {
     const int pixel = Tile::row_member(row), group = Tile::col_group(col), member = Tile::col_member(col);
-    if (pixel >= windows.pixels || member >= channels || !Tile::has_group(group, groups)) return;
+    if (pixel >= windows.pixels || member >= channels || group >= groups) return;
     windows.template store_window<kVector ? kChunk<T> : 1>(pixel, first_channel + group * channels + member, sums, pitch);
   }
 
