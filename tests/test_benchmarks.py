@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import cnn_ext
-from benchmarks import machine, memory, mnist, networks, plots, report, runner, views, whole_networks
+from benchmarks import memory, mnist, plots, report, runner, views
 from benchmarks.__main__ import main
 from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
 from benchmarks.machine import NO_FAULT_ALLOCATOR, allocator_environment
@@ -20,7 +20,6 @@ from benchmarks.options import Bench
 from benchmarks.summary import summarize
 from benchmarks.tables import Column, markdown, plain
 
-CPU = {"device": "cpu", "allocator": "nofault"}
 QUICK = ["--repeats", "1", "--seconds", "0.01"]
 
 COMMON_FIELDS = {"schema", "benchmark", "device", "date", "machine", "versions", "threads", "peak", "rows", "command"}
@@ -122,31 +121,6 @@ def test_mnist_compares_a_step_with_both_layouts_of_torch(results):
     own = ["cnn_ext nchw", "cnn_ext fused nchw", "cnn_ext fused winograd nchw"]
     assert [row["backend"] for row in rows] == ["torch nchw", "torch channels_last", *own]
     assert rows[0]["time_vs_torch"] == 1
-
-
-def small_network() -> nn.Module:
-    """Like those of whole_networks, of one chain that is fused."""
-    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(16, networks.CLASSES))
-
-
-def test_whole_networks_are_compared_with_both_layouts_of_torch(monkeypatch):
-    monkeypatch.setattr(whole_networks, "EXTENT", 32)
-    monkeypatch.setattr(whole_networks, "NETWORKS", {"small": small_network})
-    rows = whole_networks.run(Bench(effort=Effort(1, 0.001)))
-    for task, batch in (("inference", 1), ("training", 8)):
-        names = [row["backend"] for row in rows if row["name"] == f"small {task}" and row["batch_size"] == batch]
-        assert names[:4] == ["torch nchw", "torch channels_last", "cnn_ext nchw", "cnn_ext channels_last"]
-        assert len(names) == 6 and sum("winograd" in name for name in names) == 1
-    figure = plots.times_of_models({"benchmark": "networks", "rows": rows, **machine.describe("cpu"), **CPU})
-    assert len(figure.axes) == 2
-    with pytest.raises(BenchmarkError, match="none of small matches 'large'"):
-        whole_networks.run(Bench(only="large"))
-
-
-def test_mobilenet_v2_has_the_parameters_of_its_paper():
-    parameters = sum(parameter.numel() for parameter in networks.mobilenet_v2().parameters())
-    assert parameters == 3_504_872  # torchvision's; the paper's table says 3.4 million
 
 
 def test_pictures_open(results):
@@ -389,7 +363,7 @@ def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
         sizes = {"saved_mb": 3.0, "peak_mb": 4.0}
         return {"network": network, "backend": backend, "batch_size": batch, "extent": extent, **sizes}
 
-    monkeypatch.setattr(memory, "NETWORKS", {"small": small_network})
+    monkeypatch.setattr(memory, "NETWORKS", {"small": None})
     monkeypatch.setattr(memory, "_in_own_process", measured)
     memory.measure(tmp_path, batch=2, extent=32)
     (tmp_path / "README.md").write_text(README)
