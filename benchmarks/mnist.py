@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import cnn_ext
 from benchmarks.harness import FOREIGN_SHARE, BenchmarkError, Call, Comparison, ForeignLoad, lower_quartile
-from benchmarks.options import LAYOUTS, Bench, tf32
+from benchmarks.options import LAYOUTS, Bench, tf32, with_winograd
 from cnn_ext.mnist.data import Dataset, load_mnist
 from cnn_ext.mnist.model import lecture_cnn
 from cnn_ext.mnist.run import new_model
@@ -59,7 +59,7 @@ def step_rows(bench: Bench) -> list[dict]:
     contenders["cnn_ext nchw"] = step_of(cnn_ext.convert(copy.deepcopy(original)), "nchw")
     contenders["cnn_ext fused nchw"] = step_of(cnn_ext.convert(copy.deepcopy(original), fuse=True), "nchw")
     if bench.device == "cpu":
-        contenders["cnn_ext fused winograd nchw"] = _with_winograd(contenders["cnn_ext fused nchw"])
+        contenders["cnn_ext fused winograd nchw"] = with_winograd(contenders["cnn_ext fused nchw"])
     else:
         contenders["cnn_ext channels_last"] = step_of(cnn_ext.convert(copy.deepcopy(original)), "channels_last")
     times = bench.compare(contenders, STEP_EFFORT_FACTOR)
@@ -76,14 +76,6 @@ def _step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Call:
         optimizer.zero_grad()
 
     return step
-
-
-def _with_winograd(step: Call) -> Call:
-    def allowed() -> None:
-        with cnn_ext.flags(winograd=True):
-            step()
-
-    return allowed
 
 
 def _check_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:

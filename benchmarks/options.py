@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+import cnn_ext
 from benchmarks import harness, peak
 from benchmarks.cuda_timer import CudaTimer
 from benchmarks.harness import BenchmarkError, Call, Comparison, CpuTimer, Effort
@@ -105,3 +106,13 @@ def tf32(allowed: bool) -> Iterator[None]:
 def _allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def with_winograd(call: Call) -> Call:
+    """The call with Winograd's algorithm allowed."""
+
+    def allowed() -> None:
+        with cnn_ext.flags(winograd=True):
+            call()
+
+    return allowed
