@@ -14,6 +14,7 @@ SAMPLE_SECONDS = 0.002  # a sample repeats its call until it lasts about this lo
 WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows long against ticks of 10 ms
 FOREIGN_SHARE = 0.10  # of all cores: more than this for others, and a window is rejected
 SLOW_SECONDS = 1.0  # a call that takes longer, and longer than the comparison may, counts once, the first time
+LONG_SECONDS = 0.02  # after a longer sample the next contender is called once untimed: its threads slept
 PATIENCE = 3  # a comparison under foreign load may take this many times its budget
 
 Call = Callable[[], object]
@@ -150,10 +151,14 @@ def _calls_per_sample(call: Call, timer: CpuTimer) -> int:
 
 def _window(contenders, calls, timer, peak) -> tuple[Comparison, float]:
     window = Comparison({name: [] for name in contenders})
-    load, start = ForeignLoad(), time.perf_counter()
+    load, start, last_lasted = ForeignLoad(), time.perf_counter(), 0.0
     while time.perf_counter() - start < WINDOW_SECONDS:
         for name, call in contenders.items():
-            window.seconds[name].append(timer.seconds(call, calls[name]))
+            if last_lasted > LONG_SECONDS:
+                call()
+            seconds = timer.seconds(call, calls[name])
+            last_lasted = calls[name] * seconds
+            window.seconds[name].append(seconds)
         window.peak_gflops.append(peak())
         window.accepted += 1
     return window, load.share()

@@ -27,6 +27,23 @@ def test_a_slow_contender_is_called_once():
     assert result.lower_quartile("slow") == 60.0
 
 
+def test_after_a_long_sample_the_next_contender_is_called_once_untimed():
+    untimed, timed = [], []
+
+    class Timer:
+        def seconds(self, call, calls: int) -> float:
+            timed.append(call())
+            del untimed[-1]
+            return {"long": 0.05, "fast": 0.002}[timed[-1]]
+
+    def contender(name: str):
+        return lambda: untimed.append(name) or name
+
+    compare({"long": contender("long"), "fast": contender("fast")}, Timer(), lambda: 1.0, Effort(1, 0.1))
+    rounds = timed.count("long") - 2  # without the first call and the one that says how many make a sample
+    assert untimed.count("fast") == rounds and untimed.count("long") == 0
+
+
 def test_where_torch_is_slow_a_layer_is_measured_on_fewer_samples():
     case = conv2d_cases("vgg_conv4_1")[0]
     for dtype, direction, batch in (
