@@ -67,20 +67,6 @@ CNN_EXT_INLINE void add_products(Vec<T> (&sum)[kVectors], Vec<T> x, const Vec<T>
   for (int v = 0; v < kVectors; ++v) sum[v] = fma(x, weight[v], sum[v]);
 }
 
-// Points side by side.
-template <class T>
-struct Neighbours {
-  explicit Neighbours(const PointwiseTile<T>& tile) : first(tile.source), step(tile.source_channel) {}
-  template <int kPoint>
-  Vec<T> get() const {
-    return broadcast_from(first + kPoint);
-  }
-  void next() { first += step; }
-
-  const T* first;
-  int64_t step;
-};
-
 // The element kScale * bytes behind p in every lane. The addressing mode is spelt out: left to itself, GCC keeps one pointer for each of
 // 14 points, which are more than there are registers.
 template <int kScale, class T>
@@ -98,10 +84,11 @@ inline Vec<T> broadcast_scaled(const T* p, int64_t bytes) {
 #endif
 }
 
-// Points at any distance with their channels at any other: 14 addresses from two pointers and the odd multiples of the distance.
+// Points at any distance with their channels at any other: 14 addresses from two pointers and the odd multiples of the distance. (Points
+// side by side need less, but gain nothing by it: the FMAs are what a step waits for.)
 template <class T>
-struct Distant {
-  explicit Distant(const PointwiseTile<T>& tile)
+struct Points {
+  explicit Points(const PointwiseTile<T>& tile)
       : first(tile.source),
         eighth(tile.source + 8 * tile.source_point),
         once(tile.source_point * static_cast<int64_t>(sizeof(T))),
@@ -129,8 +116,8 @@ struct Distant {
   const int64_t once, thrice, fivefold, sevenfold, step;
 };
 
-template <class T, int kVectors, template <class> class Points, int... kPoint>
-void output_lanes(const PointwiseTile<T>& tile, Lanes<kPoint...>) {
+template <class T, int kVectors, int... kPoint>
+__attribute__((noinline)) void output_lanes(const PointwiseTile<T>& tile, Lanes<kPoint...>) {
   constexpr int kV = kLanes<T>;
   Vec<T> sum[sizeof...(kPoint)][kVectors] = {};
   Points<T> points(tile);
@@ -170,23 +157,22 @@ struct OutputLanes {
   static int64_t tile_begin(int64_t points, int64_t tile) { return tile * points / tiles(points); }
 
   static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
-    if (tile.source_point == 1) {
-      width == kMaxWidth ? run_points<2, Neighbours>(tile, points) : run_points<1, Neighbours>(tile, points);
-    } else {
-      width == kMaxWidth ? run_points<2, Distant>(tile, points) : run_points<1, Distant>(tile, points);
-    }
+    width == kMaxWidth ? run_points<2>(tile, points) : run_points<1>(tile, points);
   }
 
  private:
-  template <int kVectors, template <class> class Points, int kPoints = kMaxPoints>
+  template <int kVectors, int kPoints = kMaxPoints>
   static void run_points(const PointwiseTile<T>& tile, int64_t points) {
-    if (points == kPoints) return output_lanes<T, kVectors, Points>(tile, typename CountedLanes<kPoints>::type{});
-    if constexpr (kPoints > 1) run_points<kVectors, Points, kPoints - 1>(tile, points);
+    if (points == kPoints) return output_lanes<T, kVectors>(tile, typename CountedLanes<kPoints>::type{});
+    if constexpr (kPoints > 1) run_points<kVectors, kPoints - 1>(tile, points);
   }
 };
 
+// Whether loading some lanes takes no more than loading all of them.
+constexpr bool kMasksAreFree = kVectorBytes == 64;
+
 template <class T, int kWidth, int kVectors, bool kMasked>
-void point_lanes(const PointwiseTile<T>& tile) {
+__attribute__((noinline)) void point_lanes(const PointwiseTile<T>& tile) {
   constexpr int kV = kLanes<T>;
   Vec<T> sum[kWidth][kVectors] = {};
   const T* weights = tile.weights;
@@ -246,13 +232,14 @@ struct PointLanes {
  private:
   template <int kWidth>
   static void run_width(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
-    if (width == kWidth) return points > kV ? run_last<kWidth, 2>(tile) : run_last<kWidth, 1>(tile);
+    if (width == kWidth) {
+      if (points <= kV) return point_lanes<T, kWidth, 1, true>(tile);
+      if constexpr (!kMasksAreFree) {
+        if (tile.last == kV) return point_lanes<T, kWidth, 2, false>(tile);
+      }
+      return point_lanes<T, kWidth, 2, true>(tile);
+    }
     if constexpr (kWidth > 1) run_width<kWidth - 1>(tile, width, points);
-  }
-
-  template <int kWidth, int kVectors>
-  static void run_last(const PointwiseTile<T>& tile) {
-    tile.last == kV ? point_lanes<T, kWidth, kVectors, false>(tile) : point_lanes<T, kWidth, kVectors, true>(tile);
   }
 };
 

@@ -101,6 +101,31 @@ inline void store_offsets(Offset* p, IntVec<T> v, LaneSet set) {
   }
 }
 #else
+#if defined(__AVX2__)
+template <class T>
+inline __m256i mask_of(LaneSet set) {
+  const __m256i lanes = lanes_between_32(set.first, set.last);
+  return sizeof(T) == 4 ? lanes : _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
+}
+
+inline Vec<float> load_lanes(const float* p, LaneSet set, Vec<float> other) {
+  if (is_full<float>(set)) return load(p);
+  const __m256i mask = mask_of<float>(set);
+  return _mm256_blendv_ps(other, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+inline Vec<double> load_lanes(const double* p, LaneSet set, Vec<double> other) {
+  if (is_full<double>(set)) return load(p);
+  const __m256i mask = mask_of<double>(set);
+  return _mm256_blendv_pd(other, _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask));
+}
+
+inline void store_lanes(float* p, Vec<float> v, LaneSet set) {
+  is_full<float>(set) ? store(p, v) : _mm256_maskstore_ps(p, mask_of<float>(set), v);
+}
+inline void store_lanes(double* p, Vec<double> v, LaneSet set) {
+  is_full<double>(set) ? store(p, v) : _mm256_maskstore_pd(p, mask_of<double>(set), v);
+}
+#else
 template <class T>
 inline Vec<T> load_lanes(const T* p, LaneSet set, Vec<T> other) {
   if (is_full<T>(set)) return load(p);
@@ -113,6 +138,7 @@ inline void store_lanes(T* p, Vec<T> v, LaneSet set) {
   if (is_full<T>(set)) return store(p, v);
   for (int i = set.first; i < set.last; ++i) p[i] = v[i];
 }
+#endif
 
 template <class T, class Offset>
 inline IntVec<T> load_offsets(const Offset* p, LaneSet set) {
