@@ -18,6 +18,7 @@ SHAPES = {
     "3x3": dict(size=(2, 96, 70, 64), outputs=160, kernel=3, stride=1, padding=1, dilation=1, groups=1),
     "strided": dict(size=(2, 96, 71, 64), outputs=144, kernel=5, stride=2, padding=2, dilation=1, groups=1),
     "dilated": dict(size=(1, 80, 64, 64), outputs=112, kernel=3, stride=3, padding=4, dilation=2, groups=1),
+    "reaching far": dict(size=(2, 192, 40, 40), outputs=160, kernel=3, stride=1, padding=12, dilation=12, groups=1),
     "grouped": dict(size=(2, 96, 64, 64), outputs=192, kernel=5, stride=1, padding=0, dilation=1, groups=3),
 }
 
@@ -45,12 +46,13 @@ def test_parts_are_the_whole(name, layout, direction):
     stride, padding, dilation = [shape["stride"]] * 2, [shape["padding"]] * 2, [shape["dilation"]] * 2
     geometry = (stride, [shape["padding"]] * 4, dilation, shape["groups"])
     mask = [direction == "backward_input", direction == "backward_weight", False]
+    bias = torch.arange(shape["outputs"]).fmod(3).to(torch.bfloat16)
 
     def computed(images: slice) -> torch.Tensor:
         with cnn_ext.force_kernel(CONVERTED[direction]):
             if direction == "forward":
                 return cnn_ext.functional.conv2d(
-                    input[images], weight, None, stride, padding, dilation, shape["groups"]
+                    input[images], weight, bias, stride, padding, dilation, shape["groups"]
                 )
             if direction == "backward_input":
                 size = list(input[images].shape)
@@ -61,7 +63,7 @@ def test_parts_are_the_whole(name, layout, direction):
 
     if direction == "forward":
         wanted = torch.nn.functional.conv2d(
-            input.float(), weight.float(), None, stride, padding, dilation, shape["groups"]
+            input.float(), weight.float(), bias.float(), stride, padding, dilation, shape["groups"]
         )
     else:
         gradients = torch.ops.aten.convolution_backward(

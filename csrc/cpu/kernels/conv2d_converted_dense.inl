@@ -4,6 +4,9 @@
 //
 // Rows are cut by the sizes of one image: which float32 row serves a part may depend on its height. The number of images and the threads
 // play no part in the sums.
+//
+// Where a window reaches over most of the rows, as with a wide dilation, each part of few rows would convert nearly the whole image again.
+// Instead the channels of the tensor that is read are cut as well, and the results of these blocks are added up in float32.
 #pragma once
 
 #include "cpu/kernels/converted.inl"
@@ -13,6 +16,7 @@ namespace {
 
 constexpr int64_t kLeastPartBytes = 1 << 20, kMostPartBytes = 50 << 20;  // of a part's floats
 constexpr int64_t kBlockChannels = 32;
+constexpr int64_t kMostConversions = 2;  // of an element, by parts that read it for others' rows
 
 inline int64_t limited(int64_t value, int64_t low, int64_t high) { return larger(low, smaller(high, value)); }
 
@@ -38,13 +42,17 @@ class DenseCut {
         cuts_input_(direction == Conv2dDirection::backward_input),
         window_((s.kernel_h - 1) * s.dilation_h + 1),
         height_(cuts_input_ ? s.in_h : s.out_h),
-        rows_(height_) {
+        rows_(height_),
+        written_(larger(1, written_channels())),
+        read_(larger(1, read_channels())) {
     cut_slabs();
     cut_blocks();
   }
 
   int64_t slabs() const { return image_parts_ * row_parts_; }
-  int64_t blocks() const { return divide_up(cut_channels(), block_); }
+  // Of the channels (groups) that are written, and of those that are read for each of them; of backward_weight: outputs, and inputs.
+  int64_t blocks() const { return divide_up(written_channels(), written_); }
+  int64_t addends() const { return s.groups > 1 ? 1 : larger(1, divide_up(read_channels(), read_)); }
 
   Slab slab(int64_t index) const {
     const int64_t first = index % row_parts_ * rows_, end = smaller(height_, first + rows_), image = index / row_parts_ * images_;
@@ -67,15 +75,13 @@ class DenseCut {
     return slab;
   }
 
-  Block block(int64_t index) const {
+  Block block(int64_t index, int64_t addend) const {
     const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups, taps = s.kernel_h * s.kernel_w;
-    const int64_t first = index * block_, count = smaller(block_, cut_channels() - first);
+    const int64_t first = index * written_, count = smaller(written_, written_channels() - first);
     if (s.groups > 1)
       return {first * in, count * in, first * out, count * out, count, {first * out * in * taps, 1, count * out * in * taps, 0}};
-    if (!cuts_input_) return {0, in, first, count, 1, {first * in * taps, 1, count * in * taps, 0}};
-    if (count == in) return {0, in, 0, out, 1, {0, 1, out * in * taps, 0}};
-    if (s.weight_layout == Layout::nchw) return {first, count, 0, out, 1, {first * taps, out, count * taps, in * taps}};
-    return {first, count, 0, out, 1, {first, out * taps, count, in}};
+    const int64_t read_first = addend * read_, read_count = smaller(read_, read_channels() - read_first);
+    return cuts_input_ ? block_of(first, count, read_first, read_count) : block_of(read_first, read_count, first, count);
   }
 
   // The float32 problem of a part.
@@ -89,13 +95,19 @@ class DenseCut {
   }
 
   // At most, of a part.
-  int64_t input_bytes() const { return part_bytes(images_ * block(0).in_channels * in_rows(rows_) * s.in_w); }
-  int64_t output_bytes() const { return part_bytes(images_ * block(0).out_channels * out_rows(rows_) * s.out_w); }
-  int64_t weight_bytes() const { return part_bytes(block(0).weights.size()); }
-  int64_t bias_bytes() const { return part_bytes(larger(block(0).in_channels, block(0).out_channels)); }
-  int64_t sums_bytes() const { return has_sums() ? weight_bytes() : 0; }
+  int64_t input_bytes() const { return part_bytes(images_ * block(0, 0).in_channels * in_rows(rows_) * s.in_w); }
+  int64_t output_bytes() const { return part_bytes(images_ * block(0, 0).out_channels * out_rows(rows_) * s.out_w); }
+  int64_t weight_bytes() const { return part_bytes(block(0, 0).weights.size()); }
+  int64_t bias_bytes() const { return part_bytes(larger(block(0, 0).in_channels, block(0, 0).out_channels)); }
+  // Of what an addend is added to.
+  int64_t sums_bytes() const {
+    if (direction_ == Conv2dDirection::backward_weight) return weight_bytes();
+    return addends() == 1 ? 0 : cuts_input_ ? input_bytes() : output_bytes();
+  }
   // Of the float32 row, for a part that lies inside: those at the edges read less.
-  size_t row_bytes(int threads) const { return float_row_bytes(direction_, part(slab(slabs() / 2), block(0)), Isa::CNN_EXT_ISA, threads); }
+  size_t row_bytes(int threads) const {
+    return float_row_bytes(direction_, part(slab(slabs() / 2), block(0, 0)), Isa::CNN_EXT_ISA, threads);
+  }
   size_t bytes(int threads) const {
     return static_cast<size_t>(input_bytes() + output_bytes() + weight_bytes() + bias_bytes() + sums_bytes()) + row_bytes(threads);
   }
@@ -113,6 +125,15 @@ class DenseCut {
     return rows == height_ ? s.out_h : limited((rows - 1 + window_ - 1) / s.stride_h + 2, 0, s.out_h);
   }
 
+  // One group: some channels of both tensors.
+  Block block_of(int64_t in_first, int64_t in_count, int64_t out_first, int64_t out_count) const {
+    const int64_t in = s.in_channels, taps = s.kernel_h * s.kernel_w;
+    Slice weights{(out_first * in + in_first) * taps, out_count, in_count * taps, in * taps};
+    if (s.weight_layout == Layout::nhwc) weights = {out_first * taps * in + in_first, out_count * taps, in_count, in};
+    if (in_count == in) weights = {out_first * in * taps, 1, out_count * in * taps, 0};
+    return {in_first, in_count, out_first, out_count, 1, weights};
+  }
+
   // A part may take a fifth of the larger activation, of halves.
   void cut_slabs() {
     const int64_t image_elements = larger(s.in_channels * s.in_h * s.in_w, s.out_channels * s.out_h * s.out_w);
@@ -124,28 +145,49 @@ class DenseCut {
     while (windows_begin_inside && rows_ > 1 && image_bytes() > budget(1)) rows_ = divide_up(rows_, 2);
     row_parts_ = larger(1, divide_up(height_, larger(1, rows_)));
     images_ = row_parts_ > 1 ? 1 : limited(budget(s.batch) / larger(1, image_bytes()), 1, larger(1, s.batch));
+    const bool converts_often =
+        cuts_input_ ? row_parts_ * out_rows(rows_) > kMostConversions * s.out_h : row_parts_ * in_rows(rows_) > kMostConversions * s.in_h;
+    if (converts_often && s.groups == 1) cut_channels(budget(s.batch));
     image_parts_ = divide_up(s.batch, images_);
   }
+
+  // In place of rows: blocks of what is read, and of what is written and added to, of as many images as are converted at once.
+  void cut_channels(int64_t budget) {
+    rows_ = height_, row_parts_ = 1, images_ = larger(1, s.batch);
+    const auto read_bytes = [&] { return part_bytes(images_ * read_ * read_plane()); };
+    const auto written_bytes = [&] { return part_bytes(images_ * written_ * written_plane()); };
+    while (images_ > 1 && part_bytes(images_ * kBlockChannels * larger(read_plane(), written_plane())) > budget)
+      images_ = divide_up(images_, 2);
+    while (read_ > kBlockChannels && read_bytes() > budget) read_ = half_of(read_);
+    while (written_ > kBlockChannels && written_bytes() > budget) written_ = half_of(written_);
+  }
+
+  // Of a block of channels, in whole vectors.
+  static int64_t half_of(int64_t channels) { return divide_up(divide_up(channels, 2), kBlockChannels) * kBlockChannels; }
 
   // The float32 row packs what is converted, or adds up as much: two or three copies of a block, which together are not much larger than
   // the weights.
   void cut_blocks() {
-    const int64_t copies = has_sums() ? 3 : 2, slack = (copies - 1) << 18;
-    const int64_t weights = part_bytes(s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w);
-    const int64_t blocks = divide_up(copies * weights, weights + slack);
-    block_ = larger(1, divide_up(cut_channels(), larger(1, blocks)));
-    if (s.groups == 1 && blocks > 1) block_ = divide_up(block_, kBlockChannels) * kBlockChannels;
+    const int64_t copies = direction_ == Conv2dDirection::backward_weight ? 3 : 2, slack = (copies - 1) << 18;
+    const auto weight_bytes = [&](int64_t written, int64_t read) { return part_bytes(written * read * s.kernel_h * s.kernel_w); };
+    const int64_t group = (s.out_channels / s.groups) * (s.in_channels / s.groups);  // weights of a unit that is written
+    const int64_t all = s.groups > 1 ? weight_bytes(s.groups, group) : weight_bytes(written_channels(), read_channels());
+    const int64_t block = s.groups > 1 ? weight_bytes(written_, group) : weight_bytes(written_, read_);
+    const int64_t blocks = divide_up(copies * block, all + slack);
+    written_ = larger(1, divide_up(written_, larger(1, blocks)));
+    if (s.groups == 1 && blocks > 1) written_ = divide_up(written_, kBlockChannels) * kBlockChannels;
   }
 
-  int64_t cut_channels() const { return s.groups > 1 ? s.groups : cuts_input_ ? s.in_channels : s.out_channels; }
-
-  bool has_sums() const { return direction_ == Conv2dDirection::backward_weight; }
+  int64_t written_channels() const { return s.groups > 1 ? s.groups : cuts_input_ ? s.in_channels : s.out_channels; }
+  int64_t read_channels() const { return cuts_input_ ? s.out_channels : s.in_channels; }
+  int64_t written_plane() const { return cuts_input_ ? s.in_h * s.in_w : s.out_h * s.out_w; }
+  int64_t read_plane() const { return cuts_input_ ? s.out_h * s.out_w : s.in_h * s.in_w; }
 
   const Conv2dDirection direction_;
   const bool cuts_input_;  // into rows, and its channels into blocks; else the output
   const int64_t window_, height_;
   int64_t rows_, row_parts_, images_, image_parts_;
-  int64_t block_;
+  int64_t written_, read_;
 };
 
 // `count` channels from `channel` on and `rows` rows from `row` on of some images of a tensor.
@@ -178,10 +220,12 @@ class DenseRun {
 
   void run() const {
     if constexpr (kDirection == Conv2dDirection::backward_weight) {
-      for (int64_t i = 0; i < cut_.blocks(); ++i) sum_weights(cut_.block(i));
+      for (int64_t j = 0; j < cut_.blocks(); ++j) {
+        for (int64_t k = 0; k < cut_.addends(); ++k) run_weights(cut_.block(j, k));
+      }
     } else {
       for (int64_t i = 0; i < cut_.slabs(); ++i) {
-        for (int64_t j = 0; j < cut_.blocks(); ++j) run_part(cut_.slab(i), cut_.block(j), j);
+        for (int64_t j = 0; j < cut_.blocks(); ++j) run_part(cut_.slab(i), j);
       }
     }
   }
@@ -204,29 +248,35 @@ class DenseRun {
     return place;
   }
 
-  void run_part(const Slab& slab, const Block& block, int64_t index) const {
-    constexpr bool kForward = kDirection == Conv2dDirection::forward;
-    const bool is_widened = index > 0 && cut_.s.groups == 1;  // what is read: all blocks read the same
-    Conv2dBuffers part{};
-    part.weight = widened(b_.weight, block.weights, weight_);
-    if (kForward) {
-      part.input = is_widened ? input_ : widened(b_.input, input_slice(slab, block), input_);
-      part.bias = widened(b_.bias, {block.out_first, 1, block.out_channels, 0}, bias_), part.output = output_;
-    } else {
-      part.grad_output = is_widened ? output_ : widened(b_.grad_output, output_slice(slab, block), output_);
-      part.bias = widened(b_.bias, {block.in_first, 1, block.in_channels, 0}, bias_), part.grad_input = input_;
+  // The sum of the addends of a block, rounded.
+  void run_part(const Slab& slab, int64_t index) const {
+    const int64_t addends = cut_.addends();
+    float* const result = kForward ? output_ : input_;
+    float* const sums = addends > 1 ? sums_ : result;
+    const Slice written = kForward ? output_slice(slab, cut_.block(index, 0)) : input_slice(slab, cut_.block(index, 0));
+    for (int64_t k = 0; k < addends; ++k) {
+      const bool is_widened = index > 0 && addends == 1 && cut_.s.groups == 1;  // what is read: all blocks read the same
+      run_addend(slab, cut_.block(index, k), is_widened, /*adds_bias=*/k == 0, k == 0 ? sums : result);
+      if (k > 0) add(result, written.size(), sums);
     }
-    run_float_row(kDirection, cut_.part(slab, block), part, Isa::CNN_EXT_ISA, threads_, scratch_);
-    if (kForward) {
-      narrow(output_, output_slice(slab, block), static_cast<Element*>(b_.output), threads_);
-    } else {
-      narrow(input_, input_slice(slab, block), static_cast<Element*>(b_.grad_input), threads_);
-    }
+    narrow(sums, written, static_cast<Element*>(kForward ? b_.output : b_.grad_input), threads_);
   }
 
-  void sum_weights(const Block& block) const {
-    const Slice sums{0, 1, block.weights.size(), 0};
-    for (int64_t i = 0; i < sums.length; ++i) sums_[i] = 0;
+  void run_addend(const Slab& slab, const Block& block, bool is_widened, bool adds_bias, float* result) const {
+    Conv2dBuffers part{};
+    part.weight = widened(b_.weight, block.weights, weight_);
+    if constexpr (kForward) {
+      part.input = is_widened ? input_ : widened(b_.input, input_slice(slab, block), input_);
+      part.bias = adds_bias ? widened(b_.bias, {block.out_first, 1, block.out_channels, 0}, bias_) : nullptr, part.output = result;
+    } else {
+      part.grad_output = is_widened ? output_ : widened(b_.grad_output, output_slice(slab, block), output_);
+      part.bias = adds_bias ? widened(b_.bias, {block.in_first, 1, block.in_channels, 0}, bias_) : nullptr, part.grad_input = result;
+    }
+    run_float_row(kDirection, cut_.part(slab, block), part, Isa::CNN_EXT_ISA, threads_, scratch_);
+  }
+
+  void run_weights(const Block& block) const {
+    for (int64_t i = 0; i < block.weights.size(); ++i) sums_[i] = 0;
     for (int64_t i = 0; i < cut_.slabs(); ++i) {
       const Slab slab = cut_.slab(i);
       Conv2dBuffers part{};
@@ -234,12 +284,18 @@ class DenseRun {
       part.grad_output = widened(b_.grad_output, output_slice(slab, block), output_);
       part.grad_weight = weight_;
       run_float_row(kDirection, cut_.part(slab, block), part, Isa::CNN_EXT_ISA, threads_, scratch_);
-      for_each_piece(sums, threads_, [&](const Slice& piece, int64_t begin) {
-        for (int64_t j = begin; j < begin + piece.length; ++j) sums_[j] += weight_[j];
-      });
+      add(weight_, block.weights.size(), sums_);
     }
     narrow(sums_, block.weights, static_cast<Element*>(b_.grad_weight), threads_);
   }
+
+  void add(const float* addend, int64_t count, float* sums) const {
+    for_each_piece({0, 1, count, 0}, threads_, [&](const Slice& piece, int64_t begin) {
+      for (int64_t i = begin; i < begin + piece.length; ++i) sums[i] += addend[i];
+    });
+  }
+
+  static constexpr bool kForward = kDirection == Conv2dDirection::forward;
 
   const DenseCut cut_;
   const Conv2dBuffers& b_;
@@ -251,7 +307,7 @@ class DenseRun {
 template <Conv2dDirection kDirection>
 Plan plan_dense(const Conv2dShape& s, int threads) {
   const DenseCut cut(kDirection, s);
-  return {cut.block(0).out_channels, 1, cut.slabs() * cut.blocks(), cut.bytes(threads)};
+  return {cut.block(0, 0).out_channels, 1, cut.slabs() * cut.blocks(), cut.bytes(threads)};
 }
 
 }  // namespace

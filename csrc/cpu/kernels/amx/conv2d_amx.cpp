@@ -113,7 +113,7 @@ PackedForm form(const Conv2dShape& s) {
 }
 
 // What the float32 rows do better by way of conversion: a few outputs of single taps or on maps of a few points; and of a float16, which
-// takes four products, tiles that are less than half full.
+// takes four products, tiles that are less than half full or taps that lie in the padding for half of a map.
 template <Conv2dDirection kDirection>
 bool accepts(const Conv2dShape& s) {
   constexpr bool kForward = kDirection == Conv2dDirection::forward;
@@ -125,7 +125,8 @@ bool accepts(const Conv2dShape& s) {
   if (outputs < kFewestChannels && (has_few_points || s.kernel_h * s.kernel_w < 2 * phases)) return false;
   if (s.dtype == DType::bfloat16) return true;
   const int64_t full = ceil_div(channels, kTileChannels) * kTileChannels * ceil_div(outputs, kTileOutputs) * kTileOutputs;
-  return !has_few_points && 2 * channels * outputs >= full;
+  const bool reaches_far = 2 * (s.kernel_h - 1) * s.dilation_h > s.in_h || 2 * (s.kernel_w - 1) * s.dilation_w > s.in_w;
+  return !has_few_points && !reaches_far && 2 * channels * outputs >= full;
 }
 
 // Of bfloat16, where the processor has dot products of pairs and no matrix unit.
