@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: their sources compiled for the host, on an emulation of CUDA's execution model.
 
 ``csrc/tests/emulation_check`` tests the emulation, with faults planted that it has to catch; ``csrc/tests/cuda_check``
-runs every row over the shared cases against float64.
+runs every row over the shared cases against float64; ``csrc/tests/wide_check`` runs rows where an int holds no index.
 """
 
 import functools
@@ -33,13 +33,13 @@ FAULTS = {
 
 
 def built(build: Path, flags: str) -> Path:
-    """The folder with both programs, compiled with these flags."""
+    """The folder with the programs, compiled with these flags."""
     return cmake_build(
         build,
         CNN_EXT_CUDA_CHECK="ON",
         CNN_EXT_WERROR="ON",
         CMAKE_CXX_FLAGS_RELEASE=flags,
-        targets="cuda_check emulation_check",
+        targets="cuda_check emulation_check wide_check",
     )
 
 
@@ -84,6 +84,11 @@ def test_a_planted_fault_is_caught(programs, fault):
     done = run(programs / "emulation_check", fault)
     assert done.returncode == (TOUCHES_OUTSIDE if "outside" in FAULTS[fault] else 1)
     assert FAULTS[fault] in done.stdout
+
+
+def test_every_operator_serves_more_elements_than_an_int_counts(programs):
+    done = run(programs / "wide_check")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -10,17 +10,17 @@ __global__ void adaptive_max_forward(SizedPool2dGeometry g, const T* __restrict_
                                      int64_t* __restrict__ indices) {
   const int64_t index = element_index();
   if (index >= g.small_elements) return;
-  const Element o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
-  const Range rows = covered(o.h, g.out_h, g.in_h), cols = covered(o.w, g.out_w, g.in_w);
+  const ElementOf<int64_t> o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
+  const RangeOf<int64_t> rows = covered(o.h, g.out_h, g.in_h), cols = covered(o.w, g.out_w, g.in_w);
   const T* plane = input + o.n * g.large.n + o.c * g.large.c;
   Accumulate<T> best = -INFINITY;
   int64_t place = -1;
-  for (int h = rows.begin; h < rows.end; ++h) {
-    for (int w = cols.begin; w < cols.end; ++w) {
+  for (int64_t h = rows.begin; h < rows.end; ++h) {
+    for (int64_t w = cols.begin; w < cols.end; ++w) {
       const Accumulate<T> value = widen(plane[h * g.large.h + w * g.large.w]);
       if (place < 0 || value > best || isnan(value)) {
         best = value;
-        place = static_cast<int64_t>(h) * g.in_w + w;
+        place = h * g.in_w + w;
       }
     }
   }
@@ -32,14 +32,14 @@ template <class T>
 __global__ void adaptive_avg_forward(SizedPool2dGeometry g, const T* __restrict__ input, T* __restrict__ output) {
   const int64_t index = element_index();
   if (index >= g.small_elements) return;
-  const Element o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
-  const Range rows = covered(o.h, g.out_h, g.in_h), cols = covered(o.w, g.out_w, g.in_w);
+  const ElementOf<int64_t> o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
+  const RangeOf<int64_t> rows = covered(o.h, g.out_h, g.in_h), cols = covered(o.w, g.out_w, g.in_w);
   const T* plane = input + o.n * g.large.n + o.c * g.large.c;
   Accumulate<T> sum = 0;
-  for (int h = rows.begin; h < rows.end; ++h) {
-    for (int w = cols.begin; w < cols.end; ++w) sum += widen(plane[h * g.large.h + w * g.large.w]);
+  for (int64_t h = rows.begin; h < rows.end; ++h) {
+    for (int64_t w = cols.begin; w < cols.end; ++w) sum += widen(plane[h * g.large.h + w * g.large.w]);
   }
-  const int64_t taps = static_cast<int64_t>(rows.end - rows.begin) * (cols.end - cols.begin);
+  const int64_t taps = (rows.end - rows.begin) * (cols.end - cols.begin);
   output[index] = narrow<T>(sum / static_cast<Accumulate<T>>(taps));
 }
 
@@ -47,15 +47,15 @@ template <class T>
 __global__ void adaptive_avg_backward(SizedPool2dGeometry g, const T* __restrict__ grad_output, T* __restrict__ grad_input) {
   const int64_t index = element_index();
   if (index >= g.large_elements) return;
-  const Element i = element_at(g.layout, index, g.channels, g.in_h, g.in_w);
-  const Range rows = covered(i.h, g.in_h, g.out_h), cols = covered(i.w, g.in_w, g.out_w);
+  const ElementOf<int64_t> i = element_at(g.layout, index, g.channels, g.in_h, g.in_w);
+  const RangeOf<int64_t> rows = covered(i.h, g.in_h, g.out_h), cols = covered(i.w, g.in_w, g.out_w);
   const T* plane = grad_output + i.n * g.small.n + i.c * g.small.c;
   Accumulate<T> sum = 0;
-  for (int oh = rows.begin; oh < rows.end; ++oh) {
-    const Range window_rows = covered(oh, g.out_h, g.in_h);
-    for (int ow = cols.begin; ow < cols.end; ++ow) {
-      const Range window_cols = covered(ow, g.out_w, g.in_w);
-      const int64_t taps = static_cast<int64_t>(window_rows.end - window_rows.begin) * (window_cols.end - window_cols.begin);
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+    const RangeOf<int64_t> window_rows = covered(oh, g.out_h, g.in_h);
+    for (int64_t ow = cols.begin; ow < cols.end; ++ow) {
+      const RangeOf<int64_t> window_cols = covered(ow, g.out_w, g.in_w);
+      const int64_t taps = (window_rows.end - window_rows.begin) * (window_cols.end - window_cols.begin);
       sum += widen(plane[oh * g.small.h + ow * g.small.w]) / static_cast<Accumulate<T>>(taps);
     }
   }
@@ -96,21 +96,21 @@ extern const SizedPool2dKernel adaptive_max_pool2d_forward_direct_sm80 = {"adapt
                                                                           80,
                                                                           SizedPool2dOp::adaptive_max,
                                                                           SizedPool2dDirection::forward,
-                                                                          has_int_extents,
+                                                                          has_any_extents,
                                                                           plan_small,
                                                                           run_max_forward};
 extern const SizedPool2dKernel adaptive_avg_pool2d_forward_direct_sm80 = {"adaptive_avg_pool2d_forward_direct_sm80",
                                                                           80,
                                                                           SizedPool2dOp::adaptive_avg,
                                                                           SizedPool2dDirection::forward,
-                                                                          has_int_extents,
+                                                                          has_any_extents,
                                                                           plan_small,
                                                                           run_avg_forward};
 extern const SizedPool2dKernel adaptive_avg_pool2d_backward_direct_sm80 = {"adaptive_avg_pool2d_backward_direct_sm80",
                                                                            80,
                                                                            SizedPool2dOp::adaptive_avg,
                                                                            SizedPool2dDirection::backward,
-                                                                           has_int_extents,
+                                                                           has_any_extents,
                                                                            plan_large,
                                                                            run_avg_backward};
 

@@ -5,7 +5,7 @@
 // With a stride only every stride-th tap leads from a pixel to an output. So a block takes pixels of one stride phase, which share their
 // taps: no product is wasted (see Phase). Phases differ in size by one pixel per axis; all get the larger one's blocks.
 //
-// direct: one thread per input; any shape, and what depthwise convolutions take.
+// direct: one thread per input; any shape, and what depthwise convolutions take. wide: the same where an int does not hold an extent.
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
 #include "cuda/relu_pool.cuh"
@@ -163,26 +163,26 @@ void run_masked_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& 
   });
 }
 
-template <class T>
-__global__ void backward_input_direct(Conv2dGeometry g, Conv2dBuffers b, int64_t elements) {
+template <class T, class Integer>
+__global__ void backward_input_direct(Conv2dGeometryOf<Integer> g, Conv2dBuffers b, int64_t elements) {
   const int64_t index = element_index();
   if (index >= elements) return;
-  const Element i = element_at(g.layout, index, g.groups * g.group_in, g.in_h, g.in_w);
-  const int padded_h = i.h + g.pad_top, padded_w = i.w + g.pad_left;
-  const Range rows = windows_over(padded_h, g.stride_h, g.dilation_h, g.kernel_h, g.out_h);
-  const Range cols = windows_over(padded_w, g.stride_w, g.dilation_w, g.kernel_w, g.out_w);
+  const ElementOf<Integer> i = element_at(g.layout, index, g.groups * g.group_in, g.in_h, g.in_w);
+  const Integer padded_h = i.h + g.pad_top, padded_w = i.w + g.pad_left;
+  const RangeOf<Integer> rows = windows_over(padded_h, g.stride_h, g.dilation_h, g.kernel_h, g.out_h);
+  const RangeOf<Integer> cols = windows_over(padded_w, g.stride_w, g.dilation_w, g.kernel_w, g.out_w);
   const int64_t first_out = i.c / g.group_in * g.group_out;
   const T* grad_output = static_cast<const T*>(b.grad_output) + i.n * g.out.n + first_out * g.out.c;
   const T* weight = static_cast<const T*>(b.weight) + first_out * g.filter.n + i.c % g.group_in * g.filter.c;
   Accumulate<T> sum = b.bias != nullptr ? widen(static_cast<const T*>(b.bias)[i.c]) : Accumulate<T>{0};
-  for (int k = 0; k < g.group_out; ++k) {
-    for (int oh = rows.begin; oh < rows.end; ++oh) {
-      const int offset_h = padded_h - oh * g.stride_h;
+  for (Integer k = 0; k < g.group_out; ++k) {
+    for (Integer oh = rows.begin; oh < rows.end; ++oh) {
+      const Integer offset_h = padded_h - oh * g.stride_h;
       if (offset_h % g.dilation_h != 0) continue;
       const T* out_row = grad_output + k * g.out.c + oh * g.out.h;
       const T* filter_row = weight + k * g.filter.n + offset_h / g.dilation_h * g.filter.h;
-      for (int ow = cols.begin; ow < cols.end; ++ow) {
-        const int offset_w = padded_w - ow * g.stride_w;
+      for (Integer ow = cols.begin; ow < cols.end; ++ow) {
+        const Integer offset_w = padded_w - ow * g.stride_w;
         if (offset_w % g.dilation_w != 0) continue;
         sum = fma(widen(filter_row[offset_w / g.dilation_w * g.filter.w]), widen(out_row[ow * g.out.w]), sum);
       }
@@ -195,9 +195,11 @@ int64_t input_elements(const Conv2dShape& s) { return s.batch * s.in_channels * 
 
 Plan plan_direct(const Conv2dShape& s) { return {1, 1, ceil_div<int64_t>(input_elements(s), kBlockThreads), 0}; }
 
+template <class Integer>
 void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
-    launch_elementwise(backward_input_direct<decltype(element)>, input_elements(s), stream, Conv2dGeometry(s), b, input_elements(s));
+    launch_elementwise(backward_input_direct<decltype(element), Integer>, input_elements(s), stream, Conv2dGeometryOf<Integer>(s), b,
+                       input_elements(s));
   });
 }
 
@@ -223,8 +225,16 @@ extern const Conv2dKernel conv2d_backward_input_direct_sm80 = {"conv2d_backward_
                                                                Conv2dDirection::backward_input,
                                                                has_int_extents,
                                                                plan_direct,
-                                                               run_direct,
+                                                               run_direct<int>,
                                                                /*needs_proof=*/false,
                                                                /*adds_bias=*/true};
+extern const Conv2dKernel conv2d_backward_input_wide_sm80 = {"conv2d_backward_input_wide_sm80",
+                                                             80,
+                                                             Conv2dDirection::backward_input,
+                                                             has_any_extents,
+                                                             plan_direct,
+                                                             run_direct<int64_t>,
+                                                             /*needs_proof=*/false,
+                                                             /*adds_bias=*/true};
 
 }  // namespace cnn_ext::cuda

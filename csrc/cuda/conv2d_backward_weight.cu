@@ -4,7 +4,8 @@
 // (n, oh, ow). There are few tiles and a long depth, so the pixels are split among blocks and the partial sums added up by a second launch
 // (see pixel_reduction.cuh).
 //
-// direct: a reduction over pixels for each weight; any shape, and what depthwise convolutions take.
+// direct: a reduction over pixels for each weight; any shape, and what depthwise convolutions take. wide: the same where an int does not
+// hold an extent.
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
@@ -160,13 +161,13 @@ void run_masked_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& 
   });
 }
 
-template <class T>
+template <class T, class Integer>
 struct WeightTerms {
   using Acc = Accumulate<T>;
   struct Target {
     const T* grad_output;  // plane k of image 0
     const T* input;        // plane c of image 0
-    int h, w;              // of the tap in the window of output (0, 0)
+    Integer h, w;          // of the tap in the window of output (0, 0)
     int64_t offset;
   };
 
@@ -176,32 +177,36 @@ struct WeightTerms {
   // Numbered (k, c, r, s), in nhwc (c, r, s, k): neighbouring output channels lie side by side there.
   __device__ Target target(int64_t index) const {
     const bool nchw = g.layout == Layout::nchw;
-    const Element e = element_at(g.layout, index, nchw ? g.group_in : g.groups * g.group_out, g.kernel_h, g.kernel_w);
-    const int k = nchw ? e.n : e.c, c = nchw ? e.c : e.n;
-    const int channel = k / g.group_out * g.group_in + c;
+    const ElementOf<Integer> e = element_at(g.layout, index, nchw ? g.group_in : g.groups * g.group_out, g.kernel_h, g.kernel_w);
+    const Integer k = nchw ? e.n : e.c, c = nchw ? e.c : e.n;
+    const Integer channel = k / g.group_out * g.group_in + c;
     return {grad_output + k * g.out.c, input + channel * g.in.c, e.h * g.dilation_h - g.pad_top, e.w * g.dilation_w - g.pad_left,
             k * g.filter.n + c * g.filter.c + e.h * g.filter.h + e.w * g.filter.w};
   }
-  __device__ Acc term(const Target& t, const PlaneIndex& p) const {
-    const int h = t.h + p.h * g.stride_h, w = t.w + p.w * g.stride_w;
+  __device__ Acc term(const Target& t, const PlaneIndexOf<Integer>& p) const {
+    const Integer h = t.h + p.h * g.stride_h, w = t.w + p.w * g.stride_w;
     if (h < 0 || h >= g.in_h || w < 0 || w >= g.in_w) return 0;
     return widen(t.grad_output[p.outer * g.out.n + p.h * g.out.h + p.w * g.out.w]) *
            widen(t.input[p.outer * g.in.n + h * g.in.h + w * g.in.w]);
   }
   __device__ int64_t offset(const Target& t) const { return t.offset; }
 
-  Conv2dGeometry g;
+  Conv2dGeometryOf<Integer> g;
   const T* grad_output;
   const T* input;
   int64_t targets;
 };
 
-Plan plan_direct(const Conv2dShape& s) { return plan_reduction(s, weight_elements(s)); }
+template <class Integer>
+Plan plan_direct(const Conv2dShape& s) {
+  return plan_reduction<Integer>(s, weight_elements(s));
+}
 
+template <class Integer>
 void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    run_reduction<T>(s, WeightTerms<T>(s, b), workspace, b.grad_weight, stream);
+    run_reduction<T, Integer>(s, WeightTerms<T, Integer>(s, b), workspace, b.grad_weight, stream);
   });
 }
 
@@ -217,6 +222,8 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_implici
     plan_masked_gemm,
     run_masked_gemm};
 extern const Conv2dKernel conv2d_backward_weight_direct_sm80 = {
-    "conv2d_backward_weight_direct_sm80", 80, Conv2dDirection::backward_weight, has_int_extents, plan_direct, run_direct};
+    "conv2d_backward_weight_direct_sm80", 80, Conv2dDirection::backward_weight, has_int_extents, plan_direct<int>, run_direct<int>};
+extern const Conv2dKernel conv2d_backward_weight_wide_sm80 = {
+    "conv2d_backward_weight_wide_sm80", 80, Conv2dDirection::backward_weight, has_any_extents, plan_direct<int64_t>, run_direct<int64_t>};
 
 }  // namespace cnn_ext::cuda

@@ -4,6 +4,7 @@
 // nhwc. A block's pixels may belong to several images. Neighbouring threads read neighbouring pixels (nchw) or channels (nhwc).
 //
 // direct: one thread per output adds up its taps in the same order as the GEMM in nchw; any shape, and what depthwise convolutions take.
+// wide: the same where an int does not hold an extent.
 #include "cuda/implicit_gemm.cuh"
 #include "cuda/limits.h"
 #include "cuda/relu_pool.cuh"
@@ -170,22 +171,22 @@ void run_pooled_gemm(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& 
   });
 }
 
-template <class T>
-__global__ void forward_direct(Conv2dGeometry g, Conv2dBuffers b, int64_t elements) {
+template <class T, class Integer>
+__global__ void forward_direct(Conv2dGeometryOf<Integer> g, Conv2dBuffers b, int64_t elements) {
   const int64_t index = element_index();
   if (index >= elements) return;
-  const Element o = element_at(g.layout, index, g.groups * g.group_out, g.out_h, g.out_w);
-  const int first_h = o.h * g.stride_h - g.pad_top, first_w = o.w * g.stride_w - g.pad_left;
-  const Range rows = taps_inside(first_h, g.dilation_h, g.kernel_h, g.in_h);
-  const Range cols = taps_inside(first_w, g.dilation_w, g.kernel_w, g.in_w);
+  const ElementOf<Integer> o = element_at(g.layout, index, g.groups * g.group_out, g.out_h, g.out_w);
+  const Integer first_h = o.h * g.stride_h - g.pad_top, first_w = o.w * g.stride_w - g.pad_left;
+  const RangeOf<Integer> rows = taps_inside(first_h, g.dilation_h, g.kernel_h, g.in_h);
+  const RangeOf<Integer> cols = taps_inside(first_w, g.dilation_w, g.kernel_w, g.in_w);
   const T* image = static_cast<const T*>(b.input) + o.n * g.in.n + o.c / g.group_out * g.group_in * g.in.c;
   const T* filter = static_cast<const T*>(b.weight) + o.c * g.filter.n;
   Accumulate<T> sum = 0;
-  for (int c = 0; c < g.group_in; ++c) {
-    for (int r = rows.begin; r < rows.end; ++r) {
+  for (Integer c = 0; c < g.group_in; ++c) {
+    for (Integer r = rows.begin; r < rows.end; ++r) {
       const T* image_row = image + c * g.in.c + (first_h + r * g.dilation_h) * g.in.h;
       const T* filter_row = filter + c * g.filter.c + r * g.filter.h;
-      for (int t = cols.begin; t < cols.end; ++t) {
+      for (Integer t = cols.begin; t < cols.end; ++t) {
         sum = fma(widen(filter_row[t * g.filter.w]), widen(image_row[(first_w + t * g.dilation_w) * g.in.w]), sum);
       }
     }
@@ -198,9 +199,11 @@ int64_t output_elements(const Conv2dShape& s) { return s.batch * s.out_channels 
 
 Plan plan_direct(const Conv2dShape& s) { return {1, 1, ceil_div<int64_t>(output_elements(s), kBlockThreads), 0}; }
 
+template <class Integer>
 void run_direct(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
-    launch_elementwise(forward_direct<decltype(element)>, output_elements(s), stream, Conv2dGeometry(s), b, output_elements(s));
+    launch_elementwise(forward_direct<decltype(element), Integer>, output_elements(s), stream, Conv2dGeometryOf<Integer>(s), b,
+                       output_elements(s));
   });
 }
 
@@ -215,6 +218,8 @@ extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_implicit_gemm_s
                                                                                        plan_pooled_gemm,
                                                                                        run_pooled_gemm};
 extern const Conv2dKernel conv2d_forward_direct_sm80 = {
-    "conv2d_forward_direct_sm80", 80, Conv2dDirection::forward, has_int_extents, plan_direct, run_direct};
+    "conv2d_forward_direct_sm80", 80, Conv2dDirection::forward, has_int_extents, plan_direct, run_direct<int>};
+extern const Conv2dKernel conv2d_forward_wide_sm80 = {
+    "conv2d_forward_wide_sm80", 80, Conv2dDirection::forward, has_any_extents, plan_direct, run_direct<int64_t>};
 
 }  // namespace cnn_ext::cuda

@@ -66,10 +66,6 @@ size_t between_bytes(const Conv2dReluPoolShape& s) {
 }
 void* behind(void* workspace, size_t bytes) { return static_cast<unsigned char*>(workspace) + bytes; }
 
-bool accepts(const Conv2dReluPoolShape& s) {
-  return s.pool_h * s.pool_w <= kNoGradient && has_int_extents(s.conv) && has_int_extents(pool_shape(s));
-}
-
 // The convolution's plan: of the row that this device chooses.
 template <Conv2dDirection direction>
 Plan plan(const Conv2dReluPoolShape& s) {
@@ -109,20 +105,24 @@ void run_backward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, 
 
 }  // namespace
 
-extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_composed_sm80 = {
-    "conv2d_relu_max_pool2d_forward_composed_sm80", 80, Conv2dDirection::forward, accepts, plan<Conv2dDirection::forward>, run_forward};
+extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_composed_sm80 = {"conv2d_relu_max_pool2d_forward_composed_sm80",
+                                                                                  80,
+                                                                                  Conv2dDirection::forward,
+                                                                                  has_offset_taps,
+                                                                                  plan<Conv2dDirection::forward>,
+                                                                                  run_forward};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_composed_sm80 = {
     "conv2d_relu_max_pool2d_backward_input_composed_sm80",
     80,
     Conv2dDirection::backward_input,
-    accepts,
+    has_offset_taps,
     plan<Conv2dDirection::backward_input>,
     run_backward<Conv2dDirection::backward_input>};
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_composed_sm80 = {
     "conv2d_relu_max_pool2d_backward_weight_composed_sm80",
     80,
     Conv2dDirection::backward_weight,
-    accepts,
+    has_offset_taps,
     plan<Conv2dDirection::backward_weight>,
     run_backward<Conv2dDirection::backward_weight>};
 

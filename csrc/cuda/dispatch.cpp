@@ -91,7 +91,7 @@ const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, cons
   }
   for (const Kernel* row : table) {
     if (slot_of(*row) == slot && runs_on(*row, capability) && is_admitted(row->name, row->needs_proof) && row->accepts(shape) &&
-        suits(*row, with_bias)) {
+        suits(*row, with_bias) && row->plan(shape).blocks <= kMostGridBlocks) {
       return *row;
     }
   }

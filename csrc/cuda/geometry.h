@@ -1,5 +1,6 @@
 // The index arithmetic of the CUDA kernels, in plain functions that the host compiler takes as well.
-// Every extent and coordinate of a problem fits an int (accepts() sees to it); element offsets are int64_t.
+// Integer is what extents and coordinates are counted with: int where all of them fit (accepts() sees to it), or else int64_t, whose
+// divisions take a GPU several times as long. Element offsets are int64_t.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,14 @@ CNN_EXT_HOST_DEVICE constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
-CNN_EXT_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-CNN_EXT_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+template <class Integer>
+CNN_EXT_HOST_DEVICE constexpr Integer smaller(Integer a, Integer b) {
+  return a < b ? a : b;
+}
+template <class Integer>
+CNN_EXT_HOST_DEVICE constexpr Integer larger(Integer a, Integer b) {
+  return a > b ? a : b;
+}
 
 // Element strides of a dense 4-D tensor [N, C, H, W].
 struct Strides {
@@ -33,89 +40,101 @@ CNN_EXT_HOST_DEVICE inline Strides strides_of(Layout layout, int64_t c, int64_t 
 }
 
 // One element of a 4-D tensor.
-struct Element {
-  int n, c, h, w;
-};
-
 template <class Integer>
-CNN_EXT_HOST_DEVICE Element element_at(Layout layout, Integer index, Integer c, Integer h, Integer w) {
+struct ElementOf {
+  Integer n, c, h, w;
+};
+using Element = ElementOf<int>;
+
+// The element at an offset of a dense tensor, by divisions of type Divided.
+template <class Integer, class Divided>
+CNN_EXT_HOST_DEVICE ElementOf<Integer> divided_element(Layout layout, Divided index, Divided c, Divided h, Divided w) {
+  const auto element = [](Divided n, Divided channel, Divided row, Divided column) {
+    return ElementOf<Integer>{static_cast<Integer>(n), static_cast<Integer>(channel), static_cast<Integer>(row),
+                              static_cast<Integer>(column)};
+  };
   if (layout == Layout::nchw) {
-    const Integer row = index / w, plane = row / h;
-    return {static_cast<int>(plane / c), static_cast<int>(plane % c), static_cast<int>(row % h), static_cast<int>(index % w)};
+    const Divided row = index / w, plane = row / h;
+    return element(plane / c, plane % c, row % h, index % w);
   }
-  const Integer pixel = index / c, row = pixel / w;
-  return {static_cast<int>(row / h), static_cast<int>(index % c), static_cast<int>(row % h), static_cast<int>(pixel % w)};
+  const Divided pixel = index / c, row = pixel / w;
+  return element(row / h, index % c, row % h, pixel % w);
 }
 
-// The element at an offset of a dense tensor. 32-bit divisions where they suffice: they are several times cheaper on a GPU.
-CNN_EXT_HOST_DEVICE inline Element element_at(Layout layout, int64_t index, int c, int h, int w) {
+// 32-bit divisions where they suffice: they are several times cheaper on a GPU. A larger divisor than the index is as good as any such.
+template <class Integer>
+CNN_EXT_HOST_DEVICE ElementOf<Integer> element_at(Layout layout, int64_t index, Integer c, Integer h, Integer w) {
   if (index <= INT32_MAX) {
-    return element_at<uint32_t>(layout, static_cast<uint32_t>(index), static_cast<uint32_t>(c), static_cast<uint32_t>(h),
-                                static_cast<uint32_t>(w));
+    const auto divisor = [](Integer n) { return static_cast<uint32_t>(smaller<int64_t>(n, int64_t{INT32_MAX} + 1)); };
+    return divided_element<Integer, uint32_t>(layout, static_cast<uint32_t>(index), divisor(c), divisor(h), divisor(w));
   }
-  return element_at<int64_t>(layout, index, c, h, w);
+  return divided_element<Integer, int64_t>(layout, index, c, h, w);
 }
 
-// The shapes as ints, with the strides of their tensors: what a kernel gets.
-struct Conv2dGeometry {
-  explicit Conv2dGeometry(const Conv2dShape& s)
+// The shapes with the strides of their tensors: what a kernel gets.
+template <class Integer>
+struct Conv2dGeometryOf {
+  explicit Conv2dGeometryOf(const Conv2dShape& s)
       : layout(s.layout),
-        groups(static_cast<int>(s.groups)),
-        group_in(static_cast<int>(s.in_channels / s.groups)),
-        group_out(static_cast<int>(s.out_channels / s.groups)),
-        batch(static_cast<int>(s.batch)),
-        in_h(static_cast<int>(s.in_h)),
-        in_w(static_cast<int>(s.in_w)),
-        out_h(static_cast<int>(s.out_h)),
-        out_w(static_cast<int>(s.out_w)),
-        kernel_h(static_cast<int>(s.kernel_h)),
-        kernel_w(static_cast<int>(s.kernel_w)),
-        stride_h(static_cast<int>(s.stride_h)),
-        stride_w(static_cast<int>(s.stride_w)),
-        pad_top(static_cast<int>(s.pad_top)),
-        pad_left(static_cast<int>(s.pad_left)),
-        dilation_h(static_cast<int>(s.dilation_h)),
-        dilation_w(static_cast<int>(s.dilation_w)),
+        groups(static_cast<Integer>(s.groups)),
+        group_in(static_cast<Integer>(s.in_channels / s.groups)),
+        group_out(static_cast<Integer>(s.out_channels / s.groups)),
+        batch(static_cast<Integer>(s.batch)),
+        in_h(static_cast<Integer>(s.in_h)),
+        in_w(static_cast<Integer>(s.in_w)),
+        out_h(static_cast<Integer>(s.out_h)),
+        out_w(static_cast<Integer>(s.out_w)),
+        kernel_h(static_cast<Integer>(s.kernel_h)),
+        kernel_w(static_cast<Integer>(s.kernel_w)),
+        stride_h(static_cast<Integer>(s.stride_h)),
+        stride_w(static_cast<Integer>(s.stride_w)),
+        pad_top(static_cast<Integer>(s.pad_top)),
+        pad_left(static_cast<Integer>(s.pad_left)),
+        dilation_h(static_cast<Integer>(s.dilation_h)),
+        dilation_w(static_cast<Integer>(s.dilation_w)),
         in(strides_of(s.layout, s.in_channels, s.in_h, s.in_w)),
         out(strides_of(s.layout, s.out_channels, s.out_h, s.out_w)),
         filter(strides_of(s.weight_layout, group_in, s.kernel_h, s.kernel_w)) {}
 
   Layout layout;
-  int groups, group_in, group_out;  // channels of one group
-  int batch, in_h, in_w, out_h, out_w, kernel_h, kernel_w;
-  int stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  Integer groups, group_in, group_out;  // channels of one group
+  Integer batch, in_h, in_w, out_h, out_w, kernel_h, kernel_w;
+  Integer stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   Strides in, out, filter;
 };
+using Conv2dGeometry = Conv2dGeometryOf<int>;
 
-struct Pool2dGeometry {
-  explicit Pool2dGeometry(const Pool2dShape& s)
+template <class Integer>
+struct Pool2dGeometryOf {
+  explicit Pool2dGeometryOf(const Pool2dShape& s)
       : layout(s.layout),
-        channels(static_cast<int>(s.channels)),
-        in_h(static_cast<int>(s.in_h)),
-        in_w(static_cast<int>(s.in_w)),
-        out_h(static_cast<int>(s.out_h)),
-        out_w(static_cast<int>(s.out_w)),
-        kernel_h(static_cast<int>(s.kernel_h)),
-        kernel_w(static_cast<int>(s.kernel_w)),
-        stride_h(static_cast<int>(s.stride_h)),
-        stride_w(static_cast<int>(s.stride_w)),
-        pad_top(static_cast<int>(s.pad_top)),
-        pad_bottom(static_cast<int>(s.pad_bottom)),
-        pad_left(static_cast<int>(s.pad_left)),
-        pad_right(static_cast<int>(s.pad_right)),
-        dilation_h(static_cast<int>(s.dilation_h)),
-        dilation_w(static_cast<int>(s.dilation_w)),
+        channels(static_cast<Integer>(s.channels)),
+        in_h(static_cast<Integer>(s.in_h)),
+        in_w(static_cast<Integer>(s.in_w)),
+        out_h(static_cast<Integer>(s.out_h)),
+        out_w(static_cast<Integer>(s.out_w)),
+        kernel_h(static_cast<Integer>(s.kernel_h)),
+        kernel_w(static_cast<Integer>(s.kernel_w)),
+        stride_h(static_cast<Integer>(s.stride_h)),
+        stride_w(static_cast<Integer>(s.stride_w)),
+        pad_top(static_cast<Integer>(s.pad_top)),
+        pad_bottom(static_cast<Integer>(s.pad_bottom)),
+        pad_left(static_cast<Integer>(s.pad_left)),
+        pad_right(static_cast<Integer>(s.pad_right)),
+        dilation_h(static_cast<Integer>(s.dilation_h)),
+        dilation_w(static_cast<Integer>(s.dilation_w)),
         in(strides_of(s.layout, s.channels, s.in_h, s.in_w)),
         out(strides_of(s.layout, s.channels, s.out_h, s.out_w)),
         in_elements(s.batch * s.channels * s.in_h * s.in_w),
         out_elements(s.batch * s.channels * s.out_h * s.out_w) {}
 
   Layout layout;
-  int channels, in_h, in_w, out_h, out_w, kernel_h, kernel_w;
-  int stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dilation_h, dilation_w;
+  Integer channels, in_h, in_w, out_h, out_w, kernel_h, kernel_w;
+  Integer stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dilation_h, dilation_w;
   Strides in, out;
   int64_t in_elements, out_elements;
 };
+using Pool2dGeometry = Pool2dGeometryOf<int>;
 
 // Division of 0 <= n < 2^31 by a fixed divisor: one high multiplication, one addition, one shift (Granlund and Montgomery's method).
 class FastDivisor {
@@ -138,9 +157,11 @@ class FastDivisor {
 };
 
 // index = (outer * height + h) * width + w: pixels of a batch of images, or taps of a row of filters.
-struct PlaneIndex {
-  int outer, h, w;
+template <class Integer>
+struct PlaneIndexOf {
+  Integer outer, h, w;
 };
+using PlaneIndex = PlaneIndexOf<int>;
 
 class PlaneDecoder {
  public:
@@ -177,22 +198,26 @@ class TapDecoder {
 };
 
 // A half-open range of taps or of windows along one axis.
-struct Range {
-  int begin, end;
+template <class Integer>
+struct RangeOf {
+  Integer begin, end;
 };
+using Range = RangeOf<int>;
 
 // The taps r of a window whose positions start + r * dilation lie in [0, size).
-CNN_EXT_HOST_DEVICE inline Range taps_inside(int start, int dilation, int kernel, int size) {
-  const int begin = start >= 0 ? 0 : ceil_div(-start, dilation);
-  const int end = start >= size ? 0 : smaller(kernel, ceil_div(size - start, dilation));
+template <class Integer>
+CNN_EXT_HOST_DEVICE RangeOf<Integer> taps_inside(Integer start, Integer dilation, Integer kernel, Integer size) {
+  const Integer begin = start >= 0 ? 0 : (-start - 1) / dilation + 1;
+  const Integer end = start >= size ? 0 : smaller(kernel, (size - start - 1) / dilation + 1);
   return {begin, larger(begin, end)};
 }
 
 // The windows o whose span covers an input position, given as position + padding before. With dilation only those hold it as a tap for
 // which (position - o * stride) is a multiple of the dilation.
-CNN_EXT_HOST_DEVICE inline Range windows_over(int position, int stride, int dilation, int kernel, int windows) {
-  const int first = position - (kernel - 1) * dilation;
-  const int begin = first <= 0 ? 0 : ceil_div(first, stride);
+template <class Integer>
+CNN_EXT_HOST_DEVICE RangeOf<Integer> windows_over(Integer position, Integer stride, Integer dilation, Integer kernel, Integer windows) {
+  const Integer first = position - (kernel - 1) * dilation;
+  const Integer begin = first <= 0 ? 0 : (first - 1) / stride + 1;
   return {begin, larger(begin, smaller(windows, position / stride + 1))};
 }
 

@@ -13,7 +13,8 @@
 
 namespace cnn_ext::cuda {
 
-constexpr int kBlockThreads = 256;  // of every kernel
+constexpr int kBlockThreads = 256;              // of every kernel
+constexpr int64_t kMostGridBlocks = INT32_MAX;  // of a launch: CUDA's bound
 
 // How a kernel would run a shape: a function of the shape and the row alone, never of the device, for the order of additions follows it.
 struct Plan {

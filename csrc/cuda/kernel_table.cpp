@@ -28,6 +28,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_dmma_sm80)                    \
   ROW(conv2d_forward_implicit_gemm_sm80)           \
   ROW(conv2d_forward_direct_sm80)                  \
+  ROW(conv2d_forward_wide_sm80)                    \
   ROW(conv2d_backward_input_columns_sm80)          \
   ROW(conv2d_backward_input_depthwise_large_sm80)  \
   ROW(conv2d_backward_input_depthwise_sm80)        \
@@ -39,6 +40,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_dmma_sm80)             \
   ROW(conv2d_backward_input_implicit_gemm_sm80)    \
   ROW(conv2d_backward_input_direct_sm80)           \
+  ROW(conv2d_backward_input_wide_sm80)             \
   ROW(conv2d_backward_weight_depthwise_large_sm80) \
   ROW(conv2d_backward_weight_depthwise_sm80)       \
   ROW(conv2d_backward_weight_patch_mma_sm80)       \
@@ -48,7 +50,9 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_weight_dmma_sm80)            \
   ROW(conv2d_backward_weight_implicit_gemm_sm80)   \
   ROW(conv2d_backward_weight_direct_sm80)          \
-  ROW(conv2d_backward_bias_reduction_sm80)
+  ROW(conv2d_backward_weight_wide_sm80)            \
+  ROW(conv2d_backward_bias_reduction_sm80)         \
+  ROW(conv2d_backward_bias_wide_sm80)
 
 #define CNN_EXT_CONV2D_RELU_POOL_ROWS(ROW)                       \
   CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)                       \
@@ -62,7 +66,8 @@ namespace cnn_ext::cuda {
   ROW(conv2d_relu_max_pool2d_backward_weight_mma_sm80)           \
   ROW(conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80) \
   ROW(conv2d_relu_max_pool2d_backward_weight_composed_sm80)      \
-  ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)
+  ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)       \
+  ROW(conv2d_relu_max_pool2d_backward_bias_wide_sm80)
 
 #define CNN_EXT_POOL2D_ROWS(ROW)       \
   ROW(max_pool2d_forward_strips_sm80)  \
@@ -72,10 +77,15 @@ namespace cnn_ext::cuda {
   ROW(avg_pool2d_forward_strips_sm80)  \
   ROW(avg_pool2d_backward_strips_sm80) \
   ROW(max_pool2d_forward_direct_sm80)  \
+  ROW(max_pool2d_forward_wide_sm80)    \
   ROW(max_pool2d_backward_direct_sm80) \
+  ROW(max_pool2d_backward_wide_sm80)   \
   ROW(max_pool2d_gather_direct_sm80)   \
+  ROW(max_pool2d_gather_wide_sm80)     \
   ROW(avg_pool2d_forward_direct_sm80)  \
-  ROW(avg_pool2d_backward_direct_sm80)
+  ROW(avg_pool2d_forward_wide_sm80)    \
+  ROW(avg_pool2d_backward_direct_sm80) \
+  ROW(avg_pool2d_backward_wide_sm80)
 
 #define CNN_EXT_SIZED_POOL2D_ROWS(ROW)          \
   ROW(adaptive_max_pool2d_forward_direct_sm80)  \

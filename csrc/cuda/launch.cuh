@@ -27,7 +27,7 @@ constexpr size_t kPlainSharedBytes = 48 * 1024;
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
   if (grid.blocks == 0) return;
-  if (grid.blocks > INT32_MAX) throw std::invalid_argument("the problem is too large: it needs more blocks than a CUDA grid holds");
+  if (grid.blocks > kMostGridBlocks) throw std::invalid_argument("the problem is too large: it needs more blocks than a CUDA grid holds");
   if (grid.shared_bytes > kPlainSharedBytes) {
     CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(grid.shared_bytes)));

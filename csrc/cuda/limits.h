@@ -24,9 +24,18 @@ inline int64_t product(std::initializer_list<int64_t> factors) {
   return result;
 }
 
-// Whether an output of the convolution belongs to one window of the pooling at most, whose taps a byte can name.
+// Whether a byte can name the taps of a window.
+inline bool has_offset_taps(const Conv2dReluPoolShape& s) { return product({s.pool_h, s.pool_w}) <= kNoGradient; }
+
+// Whether an output of the convolution belongs to one window of the pooling at most.
 inline bool has_disjoint_windows(const Conv2dReluPoolShape& s) {
-  return s.pool_stride_h >= s.pool_h && s.pool_stride_w >= s.pool_w && s.pool_h * s.pool_w <= kNoGradient;
+  return s.pool_stride_h >= s.pool_h && s.pool_stride_w >= s.pool_w && has_offset_taps(s);
+}
+
+// For the rows whose indices are int64_t: a tensor's bytes fit one (cnn_ext/ops/shapes.py).
+template <class Shape>
+bool has_any_extents(const Shape&) {
+  return true;
 }
 
 // Half of int's range leaves room for the sums of coordinates.

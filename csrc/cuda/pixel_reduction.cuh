@@ -64,11 +64,12 @@ void launch_sum_partials(const void* partials, const Splits& splits, int64_t tar
 }
 
 // Walks over pixels at a fixed distance without a division.
+template <class Integer>
 class PixelCursor {
  public:
-  __device__ PixelCursor(const Conv2dGeometry& g, int64_t pixel, int distance)
+  __device__ PixelCursor(const Conv2dGeometryOf<Integer>& g, int64_t pixel, int distance)
       : height_(g.out_h), width_(g.out_w), at_(position(pixel)), step_(position(distance)) {}
-  __device__ const PlaneIndex& at() const { return at_; }
+  __device__ const PlaneIndexOf<Integer>& at() const { return at_; }
   __device__ void advance() {
     at_.w += step_.w;
     if (at_.w >= width_) at_.w -= width_, ++at_.h;
@@ -78,28 +79,32 @@ class PixelCursor {
   }
 
  private:
-  __device__ PlaneIndex position(int64_t pixel) const {
+  __device__ PlaneIndexOf<Integer> position(int64_t pixel) const {
     const int64_t row = pixel / width_;
-    return {static_cast<int>(row / height_), static_cast<int>(row % height_), static_cast<int>(pixel % width_)};
+    return {static_cast<Integer>(row / height_), static_cast<Integer>(row % height_), static_cast<Integer>(pixel % width_)};
   }
-  int height_, width_;
-  PlaneIndex at_, step_;
+  Integer height_, width_;
+  PlaneIndexOf<Integer> at_, step_;
 };
 
 // A block of 256 threads sums up one split: in nchw of a single target, with neighbouring threads on neighbouring pixels; in nhwc of 32
-// neighbouring targets, eight pixels at a time. Then the threads of a target add up their sums as a tree.
-CNN_EXT_HOST_DEVICE constexpr int reduction_targets(Layout layout) { return layout == Layout::nchw ? 1 : 32; }
+// neighbouring targets, eight pixels at a time. Then the threads of a target add up their sums as a tree. With 64-bit indices always of 32
+// targets: there may be more of them than a grid has blocks.
+template <class Integer>
+constexpr int reduction_targets(Layout layout) {
+  return layout == Layout::nchw && sizeof(Integer) == sizeof(int) ? 1 : 32;
+}
 
 // Terms offers
 //   Acc                                    the type of sums
 //   int64_t targets                        how many sums, numbered so that neighbours lie together in nhwc
 //   Target target(int64_t)                 what a thread remembers of its target
-//   Acc term(Target, PlaneIndex)           what a pixel adds to it
+//   Acc term(Target, pixel)                what a pixel, a PlaneIndexOf<Integer>, adds to it
 //   int64_t offset(Target)                 where the result lies in memory
-template <class Terms, Layout kLayout>
+template <class Terms, int kTargets, class Integer>
 __global__ void __launch_bounds__(kBlockThreads)
-    reduce_pixels(Terms terms, Conv2dGeometry g, int64_t pixels, Splits splits, typename Terms::Acc* partials) {
-  constexpr int kTargets = reduction_targets(kLayout), kLanes = kBlockThreads / kTargets;
+    reduce_pixels(Terms terms, Conv2dGeometryOf<Integer> g, int64_t pixels, Splits splits, typename Terms::Acc* partials) {
+  constexpr int kLanes = kBlockThreads / kTargets;
   __shared__ typename Terms::Acc sums[kBlockThreads];
   const int64_t target_blocks = ceil_div<int64_t>(terms.targets, kTargets);
   const int64_t split = blockIdx.x / target_blocks;
@@ -107,9 +112,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   const bool exists = index < terms.targets;
   const typename Terms::Target target = terms.target(exists ? index : 0);
   const int64_t begin = split * splits.size + threadIdx.x / kTargets;
-  const int64_t end = pixels < (split + 1) * splits.size ? pixels : (split + 1) * splits.size;
+  const int64_t end = exists ? smaller(pixels, (split + 1) * splits.size) : begin;
   typename Terms::Acc sum = 0;
-  PixelCursor cursor(g, begin, kLanes);
+  PixelCursor<Integer> cursor(g, begin, kLanes);
   for (int64_t pixel = begin; pixel < end; pixel += kLanes, cursor.advance()) sum += terms.term(target, cursor.at());
   sums[threadIdx.x] = sum;
   __syncthreads();
@@ -121,26 +126,33 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (threadIdx.x < kTargets && exists) partials[split * terms.targets + terms.offset(target)] = sums[threadIdx.x];
 }
 
-inline int64_t reduction_blocks(const Conv2dShape& s, int64_t targets) { return ceil_div<int64_t>(targets, reduction_targets(s.layout)); }
+template <class Integer>
+int64_t reduction_blocks(const Conv2dShape& s, int64_t targets) {
+  return ceil_div<int64_t>(targets, reduction_targets<Integer>(s.layout));
+}
 
 inline int64_t pixels_of(const Conv2dShape& s) { return s.batch * s.out_h * s.out_w; }
 
-inline Splits reduction_splits(const Conv2dShape& s, int64_t targets) {
-  return split_sum(pixels_of(s), reduction_blocks(s, targets), targets, kBlockThreads);
+template <class Integer>
+Splits reduction_splits(const Conv2dShape& s, int64_t targets) {
+  return split_sum(pixels_of(s), reduction_blocks<Integer>(s, targets), targets, kBlockThreads);
 }
 
-inline Plan plan_reduction(const Conv2dShape& s, int64_t targets) {
-  const Splits splits = reduction_splits(s, targets);
-  return {reduction_targets(s.layout), kBlockThreads / reduction_targets(s.layout), reduction_blocks(s, targets) * splits.count,
+template <class Integer>
+Plan plan_reduction(const Conv2dShape& s, int64_t targets) {
+  const Splits splits = reduction_splits<Integer>(s, targets);
+  const int of_block = reduction_targets<Integer>(s.layout);
+  return {of_block, kBlockThreads / of_block, reduction_blocks<Integer>(s, targets) * splits.count,
           partials_bytes(s.dtype, splits, targets)};
 }
 
 // Both launches: the sums of Terms over all pixels, rounded to T, in result.
-template <class T, class Terms>
+template <class T, class Integer, class Terms>
 void run_reduction(const Conv2dShape& s, const Terms& terms, void* workspace, void* result, cudaStream_t stream) {
-  const Splits splits = reduction_splits(s, terms.targets);
-  const auto kernel = s.layout == Layout::nchw ? reduce_pixels<Terms, Layout::nchw> : reduce_pixels<Terms, Layout::nhwc>;
-  launch(kernel, reduction_blocks(s, terms.targets) * splits.count, stream, terms, Conv2dGeometry(s), pixels_of(s), splits,
+  const Splits splits = reduction_splits<Integer>(s, terms.targets);
+  constexpr int kNchw = reduction_targets<Integer>(Layout::nchw), kNhwc = reduction_targets<Integer>(Layout::nhwc);
+  const auto kernel = s.layout == Layout::nchw ? reduce_pixels<Terms, kNchw, Integer> : reduce_pixels<Terms, kNhwc, Integer>;
+  launch(kernel, plan_reduction<Integer>(s, terms.targets).blocks, stream, terms, Conv2dGeometryOf<Integer>(s), pixels_of(s), splits,
          static_cast<Accumulate<T>*>(workspace));
   launch_sum_partials<T>(workspace, splits, terms.targets, result, stream);
 }

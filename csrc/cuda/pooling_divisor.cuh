@@ -6,7 +6,8 @@
 namespace cnn_ext::cuda {
 
 // Taps of one axis before the end of the input and its padding.
-CNN_EXT_HOST_DEVICE inline int taps_before(int start, int dilation, int kernel, int end) {
+template <class Integer>
+CNN_EXT_HOST_DEVICE Integer taps_before(Integer start, Integer dilation, Integer kernel, Integer end) {
   return start >= end ? 0 : smaller(kernel, ceil_div(end - start, dilation));
 }
 
@@ -15,9 +16,12 @@ CNN_EXT_HOST_DEVICE inline int taps_before(int start, int dilation, int kernel, 
 struct PoolDivisor {
   explicit PoolDivisor(const Pool2dShape& s) : override_(s.divisor_override), count_include_pad(s.count_include_pad != 0) {}
 
-  __device__ int64_t of(const Pool2dGeometry& g, int first_h, int first_w, int dilation_h, int dilation_w) const {
-    const Range rows = taps_inside(first_h, dilation_h, g.kernel_h, g.in_h), cols = taps_inside(first_w, dilation_w, g.kernel_w, g.in_w);
-    const int inside = (rows.end - rows.begin) * (cols.end - cols.begin);
+  template <class Integer>
+  __device__ int64_t of(const Pool2dGeometryOf<Integer>& g, Integer first_h, Integer first_w, Integer dilation_h,
+                        Integer dilation_w) const {
+    const RangeOf<Integer> rows = taps_inside(first_h, dilation_h, g.kernel_h, g.in_h);
+    const RangeOf<Integer> cols = taps_inside(first_w, dilation_w, g.kernel_w, g.in_w);
+    const Integer inside = (rows.end - rows.begin) * (cols.end - cols.begin);
     if (inside == 0) return 1;
     if (override_ != 0) return override_;
     if (!count_include_pad) return inside;

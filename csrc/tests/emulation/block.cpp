@@ -70,7 +70,8 @@ struct Block {
 Block block;
 Fibre program;
 Order order = Order::forward;
-int prepared = 0;  // threads whose fibres have a stack
+int64_t last_blocks = 0;  // that run of a grid; 0: all
+int prepared = 0;         // threads whose fibres have a stack
 
 Thread& current() { return block.threads[threadIdx.x]; }
 
@@ -192,6 +193,7 @@ void run_block(int64_t index, int first, const std::vector<Turns>& turns) {
 }  // namespace
 
 void set_order(Order wanted) { order = wanted; }
+void set_last_blocks(int64_t wanted) { last_blocks = wanted; }
 
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& thread) {
   if (shared_bytes % 16 != 0)
@@ -206,7 +208,7 @@ void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::funct
   const std::vector<Turns> turns = turns_of(ordered);
   const tests::Guarded shared(shared_bytes, tests::Flush::end);
   block.shared = shared_bytes != 0 ? shared.data() : nullptr;
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = last_blocks == 0 ? 0 : std::max<int64_t>(0, blocks - last_blocks); i < blocks; ++i) {
     std::memset(shared.data(), 0xFF, shared_bytes);
     run_block(i, ordered[0], turns);
   }

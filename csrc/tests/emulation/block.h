@@ -18,6 +18,8 @@ enum class Order { forward, reverse, shuffled };
 
 // Of the blocks that run from now on. shuffled: by a random permutation for each block.
 void set_order(Order order);
+// Of every grid from now on, only so many blocks run, the last ones; 0: all.
+void set_last_blocks(int64_t blocks);
 
 // Calls thread() once for each thread of each block, with the built-in variables set (builtins.h).
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& thread);
