@@ -161,6 +161,12 @@ def intended(kernel: str) -> set[str]:
         return {"LDG.E.128.CONSTANT", "STG.E.128"}
     if "correlate_planes<" in kernel:
         return {"LDG.E.128.CONSTANT", "LDS.128"}
+    if re.search(r"\bpool_\w*chunks<", kernel):
+        return {"LDG.E.128.CONSTANT", "STG.E.128"}
+    if "pool_row_strips<" in kernel:
+        return {"LDG.E.128.CONSTANT"}
+    if re.search(r"\bpool_backward_(strips|blocks)<|\bpool_backward_pixels<[^>]*<\w+>, [248],", kernel):
+        return {"STG.E.128"}
     if "_mma<" not in kernel:
         return set()
     wanted = {MATRIX_INSTRUCTIONS[element_type(kernel)], "LDGDEPBAR"}

@@ -99,6 +99,35 @@ __global__ void __launch_bounds__(kBlockThreads)
   op.write(output, window, kVector, true);
 }
 
+// The same of any window, a row at a time.
+template <class Op>
+__global__ void __launch_bounds__(kBlockThreads)
+    pool_window_chunks(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
+  using Part = typename Op::Part;
+  constexpr int kVector = kChunk<typename Op::T>;
+  const int index = static_cast<int>(element_index());
+  if (index >= places.count()) return;
+  const auto place = places.at(index);
+  const int first_h = place.row * g.stride_h - g.pad_top, first_w = place.column * g.stride_w - g.pad_left;
+  const Range rows = taps_inside(first_h, 1, g.kernel_h, g.in_h), cols = taps_inside(first_w, 1, g.kernel_w, g.in_w);
+  const int image = place.image * g.in_h * g.in_w * g.channels + place.vector * kVector;
+  Part window[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) window[i] = Part(first_tap(rows, cols, g.kernel_w));
+  const int end = cols.begin < cols.end ? rows.end : 0;
+#pragma unroll 1
+  for (int r = rows.begin; r < end; ++r) {
+    Part parts[kVector];
+    take_row<Part, kVector, 0>(input, RowOfTaps{image + (first_h + r) * g.in_w * g.channels, first_w, cols, 0, true}, g.channels, g.in_w,
+                               parts);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) window[i].take(parts[i].value, r * g.kernel_w + parts[i].tap);
+  }
+  op.finish(g, first_h, first_w, 0, window);
+  const int output = ((place.image * g.out_h + place.row) * g.out_w + place.column) * g.channels + place.vector * kVector;
+  op.write(output, window, kVector, true);
+}
+
 // A thread takes kStrip windows of a channel, one below the other. kKernel: of a square window; 0: any.
 constexpr int kStrip = 4;
 
@@ -139,13 +168,15 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // In nchw, where rows of the input are whole chunks: a thread takes the windows that begin in a chunk of 16 bytes, kPad columns earlier.
+// One column before the chunk or behind it may belong to them, too.
 template <class Op, int kKernel, int kStride, int kPad>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_row_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool is_whole, const typename Op::T* __restrict__ input) {
   using T = typename Op::T;
   using Part = typename Op::Part;
   constexpr int kInputs = kChunk<T>, kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel;
-  static_assert(kPad <= 1 && kSpan <= kInputs + kPad);
+  constexpr int kBehind = larger(kSpan - kInputs - kPad, 0);
+  static_assert(kPad <= 1 && kBehind <= 1);
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
@@ -165,8 +196,12 @@ __global__ void __launch_bounds__(kBlockThreads)
     const int h = first_h + r;
     const T* row = input + (place.image * g.in_h + clamp(h, 0, g.in_h)) * g.in_w;
     const Vector<T, kInputs> chunk = load_vector<kInputs>(row + (has_chunk ? first_w + kPad : 0));
-    Accumulate<T> values[kInputs + kPad];
+    Accumulate<T> values[kPad + kInputs + kBehind];
     if constexpr (kPad != 0) values[0] = first_w >= 0 ? widen(row[first_w]) : Part::nothing();
+    if constexpr (kBehind != 0) {
+      const int behind = first_w + kPad + kInputs;
+      values[kPad + kInputs] = behind < g.in_w ? widen(row[behind]) : Part::nothing();
+    }
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) values[kPad + i] = has_chunk ? widen(chunk.element[i]) : Part::nothing();
     if (h < 0 || h >= g.in_h) continue;
@@ -183,10 +218,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   op.write((place.image * g.out_h + place.row) * g.out_w + out_w, windows, g.out_w - out_w, is_whole);
 }
 
-template <class Op, int kKernel>
+template <class Op>
 void launch_pool_chunks(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
   const ThreadPlaces places(s.batch, s.out_h, s.out_w, s.channels / kChunk<typename Op::T>);
-  launch_elementwise(pool_chunks<Op, kKernel>, places.count(), stream, op, Pool2dGeometry(s), places, input);
+  const auto kernel = has_square_windows(s, 2)   ? pool_chunks<Op, 2>
+                      : has_square_windows(s, 3) ? pool_chunks<Op, 3>
+                                                 : pool_window_chunks<Op>;
+  launch_elementwise(kernel, places.count(), stream, op, Pool2dGeometry(s), places, input);
 }
 
 template <class Op, Layout kLayout, int kKernel>
@@ -208,12 +246,12 @@ void run_pool_forward(const Op& op, const Pool2dShape& s, const typename Op::T* 
   using T = typename Op::T;
   if (s.layout == Layout::nhwc) {
     const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.channels) && op.template is_whole<kChunk<T>>(s.channels);
-    if (is_whole && has_square_windows(s, 2)) return launch_pool_chunks<Op, 2>(op, s, input, stream);
-    if (is_whole && has_square_windows(s, 3)) return launch_pool_chunks<Op, 3>(op, s, input, stream);
+    if (is_whole) return launch_pool_chunks<Op>(op, s, input, stream);
     return launch_pool_columns<Op, Layout::nhwc, 0>(op, s, input, stream);
   }
   const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.in_w);
   if (is_whole && has_windows(s, 2, 2, 0)) return launch_pool_row_strips<Op, 2, 2, 0>(op, s, input, stream);
+  if (is_whole && has_windows(s, 3, 2, 0)) return launch_pool_row_strips<Op, 3, 2, 0>(op, s, input, stream);
   if (is_whole && has_windows(s, 3, 2, 1)) return launch_pool_row_strips<Op, 3, 2, 1>(op, s, input, stream);
   if (has_square_windows(s, 3)) return launch_pool_columns<Op, Layout::nchw, 3>(op, s, input, stream);
   launch_pool_columns<Op, Layout::nchw, 0>(op, s, input, stream);
