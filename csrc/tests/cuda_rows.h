@@ -133,10 +133,12 @@ Result<Stored> run_row(const Kernel& row, const Conv2dReluPoolShape& s, Run run,
   if (!forward && !has_pooling(s)) {
     run.values = Values::plain;  // the same mask in all runs, with its signs
     Stored* mask = operands.values(output, 5, run);
-    if constexpr (std::is_same_v<T, Stored>) {
-      mask[0] = cuda::narrow<T>(NAN);
-    } else {
-      mask[0] = NAN;
+    if (output > 0) {
+      if constexpr (std::is_same_v<T, Stored>) {
+        mask[0] = cuda::narrow<T>(NAN);
+      } else {
+        mask[0] = NAN;
+      }
     }
     b.output = mask;
   }

@@ -341,10 +341,19 @@ void check_sizes() {
   check_unpool("planes", {3 * grid, 1, 3, 4, 2, 2, dtype, nchw}, {2, 1, 3, 4, 2, 2, dtype, nchw});
 }
 
+// A block for each stride phase of each group: more than a grid holds.
+void check_grid() {
+  Conv2dShape s = conv_of(Layout::nchw, 1, 3000, 8, 8, 1000);
+  s.stride_h = s.stride_w = s.pad_top = s.pad_left = 20000, s.out_h = s.out_w = 2;
+  const Conv2dDirection direction = Conv2dDirection::backward_input;
+  report("backward_input of strides", cuda::choose_conv2d(direction, s), row_name("conv2d", "backward_input", "direct"), true);
+}
+
 }  // namespace
 
 int main() try {
   check_convolutions_and_windows();
+  check_grid();
   check_sizes();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;
