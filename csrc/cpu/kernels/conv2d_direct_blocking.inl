@@ -1,6 +1,6 @@
 // How a gather convolution is cut into tasks, and what scratch they need.
 //
-// The reduction is cut into blocks of channels of about kReductionTerms terms, a function of the kernel's size alone: each block is summed
+// The reduction is cut into blocks of channels of about kReductionTerms terms, a function of one sample's shape alone: each block is summed
 // from zero and then added to the bias or to the blocks before, which keeps a block's weights in the nearest cache and the error of long
 // sums small. A task is a block of the grid, of several images where these are small, for all or some units of output channels; how tasks
 // are cut changes no sum.
@@ -15,7 +15,8 @@ namespace {
 
 using cnn_ext::cpu::Plan;
 
-constexpr int64_t kReductionTerms = 256;
+constexpr int64_t kReductionTerms = 208;     // the weights of a tile, 26 KB, stay in the nearest cache beside the source that it reads
+constexpr int64_t kSomeLeftOutTerms = 256;   // where tiles at the edge leave out tap columns, and sum fewer
 constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
 constexpr int64_t kSharedBytes = 512 << 10;  // one that is staged once for several problems
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
@@ -33,8 +34,9 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Blocking {
   int64_t channels, stagings;  // that are staged at once: a block of the reduction, or all where problems share them
   int64_t images, image_blocks;
-  int64_t row_pieces, rows, row_blocks;  // pieces of a task, and the grid points that they are
+  int64_t row_pieces, rows, row_blocks;  // pieces of a task at most, and the grid points that they are
   int64_t col_pieces, cols, col_blocks;
+  int64_t rows_together;  // pieces that a tile takes together
   int64_t units, unit_blocks;
   int64_t tasks;
 };
@@ -101,13 +103,25 @@ void split_tasks(const Gather& g, int64_t wanted, Blocking& b) {
   }
 }
 
+// A block's share of `count` items, of which `together` in a row are not parted. Shares are as even as they can be: threads that run as
+// many tasks shall be done at the same time.
+struct BlockShare {
+  int64_t first, count;
+};
+
+inline BlockShare share_of(int64_t count, int64_t together, int64_t blocks, int64_t block) {
+  const int64_t parts = ceil_div(count, together), first = parts * block / blocks * together;
+  return {first, smaller(count, parts * (block + 1) / blocks * together) - first};
+}
+
 // The blocks of the reduction.
 struct Reduction {
   int64_t channels, blocks;
 };
 
 inline Reduction reduction_of(const Gather& g) {
-  const int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), kReductionTerms))));
+  const int64_t most = leaves_out_columns(g) ? kSomeLeftOutTerms : kReductionTerms;
+  const int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), most))));
   return {channels, at_least_1(ceil_div(g.channels, channels))};
 }
 
@@ -122,7 +136,8 @@ Blocking make_blocking(const Bundle& bundle, int threads) {
   b.units = Tile::units(g.outputs);
   split_tasks<T, Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
   const bool pairs_rows = Tile::rows(Tile::width(g.outputs, 0), b.cols, 2) == 2;
-  if (b.row_pieces < g.rows.count && pairs_rows && g.rows.step == 1) set_rows(g, b.row_pieces + b.row_pieces % 2, b);
+  b.rows_together = pairs_rows && g.rows.step == 1 ? 2 : 1;
+  if (b.row_pieces < g.rows.count) set_rows(g, ceil_div(b.row_pieces, b.rows_together) * b.rows_together, b);
   count_blocks(g, Tile::units(g.outputs), b);
   return b;
 }

@@ -9,6 +9,9 @@
 
 namespace {
 
+// How far ahead of what is packed the weights are fetched: memory takes as long as some squares of them.
+constexpr int64_t kElementsAhead = 128, kChannelsAhead = 6, kTapsAhead = 2;
+
 template <class T>
 class Packer {
  public:
@@ -36,7 +39,7 @@ class Packer {
     const int64_t channel_step = order_.channel * width_;
     if (g.weight_output != 1 && g.weight_channel == 1) {
       return for_taps(g, [&](int64_t tap, int64_t step) {
-        pack_run(src + tap, g.weight_output, channels, Strided{dst + step * width_, channel_step});
+        pack_run(src + tap, g.weight_output, channels, Strided{dst + step * width_, channel_step}, kTapsAhead * g.weight_w);
       });
     }
     for (int64_t c = 0; c < channels; ++c, src += g.weight_channel, dst += channel_step) {  // its taps lie together
@@ -59,9 +62,10 @@ class Packer {
 
   void pack_dense_taps(const Gather& g, const T* src, int64_t channels, T* dst) {
     const int64_t taps = g.taps();
-    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, order_, width_, dst));
+    if (g.weight_channel == taps) return pack_run(src, g.weight_output, channels * taps, TapOrder(g, order_, width_, dst), kElementsAhead);
     for (int64_t c = 0; c < channels; ++c) {
-      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, order_, width_, dst + c * order_.channel * width_));
+      pack_run(src + c * g.weight_channel, g.weight_output, taps, TapOrder(g, order_, width_, dst + c * order_.channel * width_),
+               kChannelsAhead * g.weight_channel);
     }
   }
 
@@ -105,15 +109,18 @@ class Packer {
     return g.weight_w == 1 && g.weight_h == g.w.taps && g.h.kernel_first + g.w.kernel_first == 0 && g.h.kernel_step * g.w.kernel_step == 1;
   }
 
-  // `count` consecutive elements of every output channel.
+  // `count` consecutive elements of every output channel; those `ahead` of them are fetched, for they are packed soon.
   template <class Places>
-  void pack_run(const T* src, int64_t output_stride, int64_t count, Places places) {
+  void pack_run(const T* src, int64_t output_stride, int64_t count, Places places, int64_t ahead) {
     constexpr int kV = kLanes<T>;
     for (int64_t i = 0; i < count; i += kV) {
       const int items = static_cast<int>(count - i < kV ? count - i : kV);
       Vec<T> square[kV];
 #pragma GCC unroll 16
-      for (int o = 0; o < kV; ++o) square[o] = o < valid_ ? load_first(src + o * output_stride + i, items) : Vec<T>{};
+      for (int o = 0; o < kV; ++o) {
+        square[o] = o < valid_ ? load_first(src + o * output_stride + i, items) : Vec<T>{};
+        __builtin_prefetch(src + o * output_stride + i + ahead);
+      }
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int o = 0; o < kV; ++o) {

@@ -146,8 +146,8 @@ class GatherRun {
     int64_t group, n, images, y, rows, x, cols, unit, unit_end;
   };
 
-  static void place_pieces(const Pieces& axis, int64_t pieces, int64_t block, int64_t& first, int64_t& count) {
-    first = block * pieces * axis.step, count = axis.points(smaller(axis.count - block * pieces, pieces));
+  static void place_pieces(const Pieces& axis, const BlockShare& share, int64_t& first, int64_t& count) {
+    first = share.first * axis.step, count = axis.points(share.count);
   }
 
   Place place_of(int64_t task) const {
@@ -158,10 +158,11 @@ class GatherRun {
       return block;
     };
     p.unit = next(b_.unit_blocks) * b_.units, p.unit_end = smaller(p.unit + b_.units, Tile::units(cover_.outputs));
-    place_pieces(cover_.cols, b_.col_pieces, next(b_.col_blocks), p.x, p.cols);
-    place_pieces(cover_.rows, b_.row_pieces, next(b_.row_blocks), p.y, p.rows);
+    place_pieces(cover_.cols, share_of(cover_.cols.count, b_.col_pieces, b_.col_blocks, next(b_.col_blocks)), p.x, p.cols);
+    place_pieces(cover_.rows, share_of(cover_.rows.count, b_.rows_together, b_.row_blocks, next(b_.row_blocks)), p.y, p.rows);
     p.group = next(cover_.groups);
-    p.n = task * b_.images, p.images = smaller(cover_.batch - p.n, b_.images);
+    const BlockShare images = share_of(cover_.batch, 1, b_.image_blocks, task);
+    p.n = images.first, p.images = images.count;
     return p;
   }
 

@@ -203,6 +203,31 @@ __attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout&
   }
 }
 
+// Writes `channels` of as many pixels as a vector has lanes, pixel(0), pixel(1), ..., as a vector for each channel.
+template <class T, class Pixel>
+inline __attribute__((always_inline)) void write_pixels(const Pixel& pixel, int channels, T* dst, int64_t channel_pitch) {
+  constexpr int kV = kLanes<T>;
+  const auto write = [&](auto& square) __attribute__((always_inline)) {
+    transpose<T>(square);
+    constexpr int kRows = sizeof(square) / sizeof(square[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      if (i < channels) store(dst + i * channel_pitch, square[i]);
+    }
+  };
+  if (channels <= kV / 2) {  // two pixels share a vector
+    Vec<T> halves[kV / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kV / 2; ++i) halves[i] = join_lower_halves<T>(pixel(i), pixel(i + kV / 2), typename CountedLanes<kV>::type{});
+    write(halves);
+  } else {
+    Vec<T> square[kV];
+#pragma GCC unroll 16
+    for (int i = 0; i < kV; ++i) square[i] = pixel(i);
+    write(square);
+  }
+}
+
 // Channels innermost: squares of lanes x lanes are transposed on the way.
 template <class T, class Source>
 __attribute__((noinline)) void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source,
@@ -222,17 +247,16 @@ __attribute__((noinline)) void stage_channels_last(const Gather& g, const Staged
         const int lanes = static_cast<int>(clamp(task.channels - c, 0, kV));
         const auto pixels = source.pixels(task.n, task.channel + c, y);
         for (int64_t j = 0; j < l.cols; j += kV) {
-          Vec<T> square[kV];
-#pragma GCC unroll 16
-          for (int i = 0; i < kV; ++i) {
+          T* const place = dst + c * l.channel_pitch + j;
+          if (lanes == kV && j >= cols.begin && j + kV <= cols.end) {
+            write_pixels([&](int i) { return pixels.at(first + (j + i) * step, kV); }, kV, place, l.channel_pitch);
+            continue;
+          }
+          const auto pixel = [&](int i) {
             const bool here = j + i >= cols.begin && j + i < cols.end;
-            square[i] = here ? pixels.at(first + (j + i) * step, lanes) : Vec<T>{};
-          }
-          transpose<T>(square);
-#pragma GCC unroll 16
-          for (int i = 0; i < kV; ++i) {
-            if (i < lanes) store(dst + (c + i) * l.channel_pitch + j, square[i]);
-          }
+            return here ? pixels.at(first + (j + i) * step, lanes) : Vec<T>{};
+          };
+          write_pixels(pixel, lanes, place, l.channel_pitch);
         }
         if (y < 0) continue;
         stage_padding(g.w, first, step, l.cols, cols, [&](int64_t j, int64_t x) {

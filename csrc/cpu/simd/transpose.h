@@ -32,14 +32,23 @@ inline void exchange_blocks(Vec<T>& a, Vec<T>& b, Lanes<J...>) {
   b = lower;
 }
 
-// A square of vectors: row i, lane j becomes row j, lane i.
-template <class T, int kStep = kLanes<T> / 2>
-inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+// The lower halves of a and b.
+template <class T, int... J>
+inline Vec<T> join_lower_halves(Vec<T> a, Vec<T> b, Lanes<J...>) {
+  constexpr int kHalf = kLanes<T> / 2;
+  return __builtin_shufflevector(a, b, (J < kHalf ? J : J + kHalf)...);
+}
+
+// A square of vectors: row i, lane j becomes row j, lane i. With fewer rows than lanes there are several squares side by side.
+template <class T, int kRows, int kStep = kRows / 2>
+inline void transpose(Vec<T> (&rows)[kRows]) {
+  if constexpr (kStep > 0) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if ((i & kStep) == 0) exchange_blocks<T, kStep>(rows[i], rows[i + kStep], typename CountedLanes<kLanes<T>>::type{});
+    for (int i = 0; i < kRows; ++i) {
+      if ((i & kStep) == 0) exchange_blocks<T, kStep>(rows[i], rows[i + kStep], typename CountedLanes<kLanes<T>>::type{});
+    }
+    transpose<T, kRows, kStep / 2>(rows);
   }
-  if constexpr (kStep > 1) transpose<T, kStep / 2>(rows);
 }
 
 }  // namespace
