@@ -10,6 +10,8 @@
 // it idle in every row of the input: their rows are spread, too, so that whole vectors are added and written.
 //
 // So a share is divided once, and what a single window covers is copied from L1.
+//
+// nchw, one window over all of a plane: its share fills the plane.
 #include "cpu/kernels/avg_pool2d.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -233,13 +235,41 @@ void backward_row_nhwc(const Pool2dShape& s, const Scratch<T>& scratch, const Ri
   }
 }
 
+// Whether there is one window, which covers the whole plane.
+bool is_global(const Pool2dShape& s) {
+  const bool is_one = s.out_h == 1 && s.out_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.layout == Layout::nchw && is_one && s.kernel_h - s.pad_top >= s.in_h && s.kernel_w - s.pad_left >= s.in_w;
+}
+
+// The planes [plane, last). Whole vectors are stored while what lies behind a plane is still to be filled.
+template <class T>
+void fill_planes(const Pool2dShape& s, const T* grad_output, int64_t plane, int64_t last, T* grad_input) {
+  const T divisor = static_cast<T>(row_divisor(s, 0)) * static_cast<T>(column_divisor(s, 0));
+  const int64_t size = s.in_h * s.in_w;
+  const T* end = grad_input + last * size;
+  for (; plane < last; ++plane) {
+    const Vec<T> share = broadcast(T{0} + grad_output[plane] / divisor);
+    T *element = grad_input + plane * size, *next = element + size;
+    for (; element < next; element += kLanes<T>) store_in_stream(element, share, first_lanes<T>(end - element));
+  }
+}
+
 template <class T>
 Split split_of(const Pool2dShape& s, int threads) {
+  if (is_global(s)) return split_rows(s, 1, s.in_h * s.in_w, kLanes<T>, threads);
   return split_rows(s, s.in_h, s.in_w * pixel_of(s), kLanes<T>, threads);
 }
 
 template <class T>
+void backward_global(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
+  for_each_task(s, split_of<T>(s, threads), threads, [&](int, int64_t plane, int64_t last, int64_t, int64_t) {
+    fill_planes(s, static_cast<const T*>(b.grad_output), plane, last, static_cast<T*>(b.grad_input));
+  });
+}
+
+template <class T>
 void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  if (is_global(s)) return backward_global<T>(s, b, threads);
   Carver carver(workspace);
   const Scratch<T> scratch = carve_scratch<T>(s, carver, threads);
   fill_row_covers(scratch.rows, s);

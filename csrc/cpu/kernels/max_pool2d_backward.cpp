@@ -1,66 +1,100 @@
 // The gradient of max pooling as a gather: every element of grad_input adds up the grad_outputs whose offset names it, in ascending order
 // of the outputs, and is written once. No zero-fill of the tensor, no two tasks that write one element.
 //
-// nchw, stride 1 or 2: a vector holds the columns of one phase (column modulo stride), so that the outputs that a tap connects them to are
-// neighbours; the two phases of stride 2 are interleaved at the store. Where the vectors begin depends on the column alone and is computed
-// once per call.
+// nchw, column strides of 1 and 2: a vector holds the columns of one phase (column modulo stride), which a tap connects to neighbouring
+// outputs; the two phases of stride 2 are interleaved at the store. What a row of the input meets (rows of outputs and taps) is listed
+// once per call, a step each, and which lanes of a step lie inside the row of outputs. A plane as large as its output is gathered as one
+// row, so that narrow rows leave no lane idle.
 //
 // nhwc: a vector holds neighbouring channels of one pixel.
 //
-// A tap costs a masked load of offsets, one of grad_output, a comparison and an addition. Where many windows meet in an element, scattering
+// A step costs a load of offsets, one of grad_output, a comparison and an addition. Where many windows meet in an element, scattering
 // is cheaper: max_pool2d_backward_scatter.cpp.
-#include "cpu/kernels/pool2d.inl"
+#include "cpu/kernels/max_pool2d_backward.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-// What one tap contributes to a vector of input columns of its phase: outputs from `out` on, in the lanes inside the output.
-struct VectorCover {
-  int64_t out, tap;
-  LaneSet lanes;
+// To the input column stride * q + phase a tap brings the output column q + out.
+struct ColumnTap {
+  int64_t out, number;
 };
 
-// For each vector of input columns (stride_w * lanes of them) and each phase the covers by ascending output. Every vector has the same
-// number of covers, kernel_w, and phase p those from begin[p] on.
+// The same for a row of the input: outputs count in the plane, `name` is what their offsets are compared with.
+struct Step {
+  int64_t out;
+  int32_t name, tap;
+};
+
+// The steps of a row: those of the first phase are [even, odd), those of the second [odd, end).
+struct RowSteps {
+  const Step *even, *odd, *end;
+};
+
 struct Tables {
-  AxisCovers rows;
-  AxisCovers columns;   // nhwc
-  VectorCover* covers;  // nchw: [vectors, kernel_w]
-  int64_t begin[3];     // nchw
+  AxisCovers rows;               // nchw: of the rows as they are gathered
+  AxisCovers columns;            // nhwc
+  ColumnTap* taps;               // nchw: of a row, by phase and ascending output; phase p has those from begin[p] on
+  int64_t begin[3], tap_count;   // nchw
+  LaneSet* lanes;                // nchw: [vectors of a phase, taps] inside the row of outputs
+  int64_t first_full, end_full;  // nchw: the columns of a phase from where vectors are inside with all lanes of all taps
+  Step* steps;                   // nchw: [covers of rows, taps]; of a row by phase and ascending output
 };
 
-// A vector q covers columns from q * lanes * stride_w - pad_left on.
+// The rows of nchw as they are gathered.
+int64_t rows_of_plane(const Pool2dShape& s) { return joins_rows(s) ? 1 : s.in_h; }
+int64_t row_size(const Pool2dShape& s) { return joins_rows(s) ? s.in_h * s.in_w : s.in_w; }
+int64_t output_row_size(const Pool2dShape& s) { return joins_rows(s) ? s.out_h * s.out_w : s.out_w; }
+
 template <class T>
-int64_t vectors_of(const Pool2dShape& s) {
-  return ceil_div(s.in_w + s.pad_left, kLanes<T> * s.stride_w);
+int64_t vectors_of_phase(const Pool2dShape& s) {
+  return ceil_div(row_size(s), kLanes<T> * s.stride_w);
 }
 
 template <class T>
 Tables carve_tables(const Pool2dShape& s, Carver& carver) {
   Tables t{};
   t.rows = carve_covers(carver, s.in_h, s.out_h, s.kernel_h);
-  if (s.layout == Layout::nhwc) t.columns = carve_covers(carver, s.in_w, s.out_w, s.kernel_w);
-  if (s.layout == Layout::nchw) t.covers = carver.take<VectorCover>(vectors_of<T>(s) * s.kernel_w);
+  if (s.layout == Layout::nhwc) {
+    t.columns = carve_covers(carver, s.in_w, s.out_w, s.kernel_w);
+    return t;
+  }
+  t.tap_count = joins_rows(s) ? taps_of(s) : s.kernel_w;
+  t.taps = carver.take<ColumnTap>(t.tap_count);
+  t.lanes = carver.take<LaneSet>(vectors_of_phase<T>(s) * t.tap_count);
+  t.steps = carver.take<Step>(joins_rows(s) ? taps_of(s) : s.out_h * taps_of(s));
   return t;
 }
 
-template <class T>
-void fill_tables(const Pool2dShape& s, Tables& t) {
-  fill_row_covers(t.rows, s);
-  if (s.layout == Layout::nhwc) fill_column_covers(t.columns, s);
-  if (s.layout == Layout::nhwc) return;
-  VectorCover* cover = t.covers;
-  for (int64_t v = 0; v < vectors_of<T>(s); ++v) {
-    for (int64_t phase = 0; phase < s.stride_w; ++phase) {
-      t.begin[phase] = cover - t.covers - v * s.kernel_w;
-      for (int64_t tap = s.kernel_w - 1; tap >= 0; --tap) {
-        if (tap * s.dilation_w % s.stride_w != phase) continue;
-        const int64_t out = v * kLanes<T> - tap * s.dilation_w / s.stride_w;
-        *cover++ = {out, tap, lanes_inside<T>(out, 1, s.out_w)};
+void fill_taps(const Pool2dShape& s, Tables& t) {
+  const bool joins = joins_rows(s);
+  ColumnTap* tap = t.taps;
+  for (int64_t phase = 0; phase < s.stride_w; ++phase) {
+    t.begin[phase] = tap - t.taps;
+    for (int64_t r = joins ? s.kernel_h - 1 : 0; r >= 0; --r) {
+      for (int64_t k = s.kernel_w - 1; k >= 0; --k) {
+        const int64_t distance = phase + s.pad_left - k * s.dilation_w;
+        if (distance % s.stride_w != 0) continue;
+        *tap++ = {distance / s.stride_w + (joins ? (s.pad_top - r) * s.out_w : 0), r * s.kernel_w + k};
       }
     }
   }
-  t.begin[s.stride_w] = s.kernel_w;
+  t.begin[s.stride_w] = tap - t.taps;
+}
+
+template <class T>
+void fill_lanes(const Pool2dShape& s, Tables& t) {
+  const int64_t size = output_row_size(s), vectors = vectors_of_phase<T>(s);
+  LaneSet* lanes = t.lanes;
+  t.end_full = vectors * kLanes<T>;
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (const ColumnTap* tap = t.taps; tap < t.taps + t.tap_count; ++tap) {
+      const int64_t out = v * kLanes<T> + tap->out;
+      *lanes++ = lanes_inside<T>(out, 1, size);
+      if (out < 0) t.first_full = (v + 1) * kLanes<T>;
+      if (out + kLanes<T> > size) t.end_full = smaller(t.end_full, v * kLanes<T>);
+    }
+  }
 }
 
 // The outputs of one plane.
@@ -70,67 +104,135 @@ struct Outputs {
   const Offset* offsets;
 };
 
-// Adds to the sums the gradients, from `grad` on, whose offsets name the tap, in the lanes of the set. (A sum of gradients is never -0.0,
-// so that leaving a lane alone is adding 0 to it.)
-template <class T, class Offset>
-inline Vec<T> add_named(Vec<T> sum, const T* grad, const Offset* offsets, int64_t tap, LaneSet lanes) {
+// What a tap's offsets are compared with. With AVX-512 bytes are compared as they lie, with the number in each byte.
+template <class Offset>
+int32_t name_of(int64_t tap) {
 #if defined(__AVX512BW__)
-  if constexpr (sizeof(T) == 4 && sizeof(Offset) == 1) {
-    const __m128i named = _mm_set1_epi8(static_cast<char>(tap));
-    if (lanes.bits == 0xffff) {
-      const __mmask16 here = _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets)), named);
+  if constexpr (sizeof(Offset) == 1) return static_cast<int32_t>(static_cast<uint32_t>(tap) * 0x01010101u);
+#endif
+  return static_cast<int32_t>(tap);
+}
+
+// Adds to the sums the gradients, from `grad` on, whose offsets have the name, in the lanes of the set (kFull: in all). (A sum of gradients
+// is never -0.0, so that leaving a lane alone is adding 0 to it.)
+template <bool kFull, class T, class Offset>
+inline Vec<T> add_named(Vec<T> sum, const T* grad, const Offset* offsets, int32_t name, LaneSet lanes) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(Offset) == 1) {
+    const __m128i names = _mm_set1_epi32(name);
+    if constexpr (sizeof(T) == 4 && kFull) {
+      const __mmask16 here = _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets)), names);
       return _mm512_mask_add_ps(sum, here, sum, load(grad));
     }
-    const __mmask16 inside = static_cast<__mmask16>(lanes.bits);
-    const __mmask16 here = _mm_mask_cmpeq_epi8_mask(inside, _mm_maskz_loadu_epi8(inside, offsets), named);
-    return _mm512_mask_add_ps(sum, here, sum, _mm512_maskz_loadu_ps(here, grad));
+    const auto inside = static_cast<__mmask16>(lanes.bits);
+    const __mmask16 here = _mm_mask_cmpeq_epi8_mask(inside, _mm_maskz_loadu_epi8(inside, offsets), names);
+    const Vec<T> gradients = load_lanes(grad, LaneSet{here}, Vec<T>{});
+    if constexpr (sizeof(T) == 4) return _mm512_mask_add_ps(sum, here, sum, gradients);
+    if constexpr (sizeof(T) == 8) return _mm512_mask_add_pd(sum, static_cast<__mmask8>(here), sum, gradients);
   }
 #endif
-  const auto here = equal(load_offsets<T>(offsets, lanes), broadcast(static_cast<Int<T>>(tap)));
+  const auto here = equal(load_offsets<T>(offsets, lanes), broadcast(static_cast<Int<T>>(name)));
   return sum + select(here, load_lanes(grad, lanes, Vec<T>{}), Vec<T>{});
 }
 
-// The gradients of a vector of input columns: row covers [row, last_row), column covers [column, last_column).
-template <class T, class Offset>
-Vec<T> gather_columns(const Pool2dShape& s, Outputs<T, Offset> outputs, const Cover* row, const Cover* last_row, const VectorCover* column,
-                      const VectorCover* last_column) {
-  Vec<T> sum{};
-  for (; row < last_row; ++row) {
-    const T* grad = outputs.grad + row->out * s.out_w;
-    const Offset* offsets = outputs.offsets + row->out * s.out_w;
-    for (const VectorCover* c = column; c < last_column; ++c) {
-      sum = add_named(sum, grad + c->out, offsets + c->out, row->tap * s.kernel_w + c->tap, c->lanes);
+template <class Offset>
+void fill_steps(const Pool2dShape& s, Tables& t) {
+  const int64_t size = output_row_size(s);
+  Step* step = t.steps;
+  for (int64_t row = 0; row < rows_of_plane(s); ++row) {
+    for (int64_t phase = 0; phase < s.stride_w; ++phase) {
+      for (int64_t i = t.rows.begin[row]; i < t.rows.begin[row + 1]; ++i) {
+        for (int64_t tap = t.begin[phase]; tap < t.begin[phase + 1]; ++tap) {
+          const int32_t name = name_of<Offset>(t.rows.covers[i].tap * s.kernel_w + t.taps[tap].number);
+          *step++ = {t.rows.covers[i].out * size + t.taps[tap].out, name, static_cast<int32_t>(tap)};
+        }
+      }
     }
   }
-  return sum;
+}
+
+template <class T, class Offset>
+void fill_tables(const Pool2dShape& s, Tables& t) {
+  if (joins_rows(s)) {
+    fill_covers(t.rows, 1, 1, 1, 1, 0, 1);
+  } else {
+    fill_row_covers(t.rows, s);
+  }
+  if (s.layout == Layout::nhwc) return fill_column_covers(t.columns, s);
+  fill_taps(s, t);
+  fill_lanes<T>(s, t);
+  fill_steps<Offset>(s, t);
+}
+
+// Neighbouring vectors of a phase, from its column q on. lanes: of one vector's taps, where not all are inside.
+template <int kVectors, bool kFull, class T, class Offset>
+inline void gather_vectors(Outputs<T, Offset> outputs, const Step* step, const Step* last, int64_t q, const LaneSet* lanes, Vec<T>* sums) {
+  for (int v = 0; v < kVectors; ++v) sums[v] = Vec<T>{};
+  for (; step < last; ++step) {
+    const T* grad = outputs.grad + step->out + q;
+    const Offset* offsets = outputs.offsets + step->out + q;
+    const LaneSet inside = kFull ? first_lanes<T>(kLanes<T>) : lanes[step->tap];
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] = add_named<kFull>(sums[v], grad + v * kLanes<T>, offsets + v * kLanes<T>, step->name, inside);
+    }
+  }
 }
 
 template <class T>
-void store_columns(T* row, int64_t column, Vec<T> v, const Pool2dShape& s) {
-  store_in_stream(row + column, v, lanes_inside<T>(column, 1, s.in_w));
+inline void store_columns(T* row, int64_t column, Vec<T> v, int64_t size) {
+  if (column + kLanes<T> <= size) return store_in_stream(row + column, v);
+  if (column < size) store_lanes(row + column, v, first_lanes<T>(size - column));
 }
 
+// One vector of each phase.
+template <class T, class Offset, int kStride, bool kFull>
+inline void gather_phases(const Tables& t, Outputs<T, Offset> outputs, RowSteps steps, int64_t q, T* row, int64_t size) {
+  const LaneSet* lanes = t.lanes + q / kLanes<T> * t.tap_count;
+  Vec<T> even, odd;
+  gather_vectors<1, kFull>(outputs, steps.even, steps.odd, q, lanes, &even);
+  if constexpr (kStride == 1) return store_columns(row, q, even, size);
+  gather_vectors<1, kFull>(outputs, steps.odd, steps.end, q, lanes, &odd);
+  store_columns(row, 2 * q, interleave_lower<T>(even, odd), size);
+  store_columns(row, 2 * q + kLanes<T>, interleave_upper<T>(even, odd), size);
+}
+
+// With many taps, one sum waits for its addition: kTogether sums go on meanwhile.
 template <class T, class Offset, int kStride>
-void backward_row_by_phases(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input) {
-  const Cover* row = t.rows.covers + t.rows.begin[ih];
-  const Cover* last_row = t.rows.covers + t.rows.begin[ih + 1];
-  const VectorCover* covers = t.covers;
-  for (int64_t column = -s.pad_left; column < s.in_w; column += kLanes<T> * kStride, covers += s.kernel_w) {
-    const Vec<T> even = gather_columns(s, outputs, row, last_row, covers + t.begin[0], covers + t.begin[1]);
-    if constexpr (kStride == 1) {
-      store_columns(grad_input, column, even, s);
+void gather_row(const Tables& t, Outputs<T, Offset> outputs, RowSteps steps, T* row, int64_t size) {
+  constexpr int kTogether = 4;
+  int64_t q = 0;
+  for (; q * kStride < size && q < t.first_full; q += kLanes<T>) gather_phases<T, Offset, kStride, false>(t, outputs, steps, q, row, size);
+  if constexpr (kStride == 1) {
+    for (; q + kTogether * kLanes<T> <= smaller(size, t.end_full); q += kTogether * kLanes<T>) {
+      Vec<T> sums[kTogether];
+      gather_vectors<kTogether, true>(outputs, steps.even, steps.end, q, t.lanes, sums);
+      for (int v = 0; v < kTogether; ++v) store_in_stream(row + q + v * kLanes<T>, sums[v]);
+    }
+  }
+  for (; q < t.end_full; q += kLanes<T>) gather_phases<T, Offset, kStride, true>(t, outputs, steps, q, row, size);
+  for (; q * kStride < size; q += kLanes<T>) gather_phases<T, Offset, kStride, false>(t, outputs, steps, q, row, size);
+}
+
+// The rows [row, last) of one plane.
+template <class T, class Offset>
+void gather_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t row, int64_t last, T* grad_input) {
+  const int64_t size = row_size(s);
+  for (; row < last; ++row) {
+    const int64_t first = t.rows.begin[row], covers = t.rows.begin[row + 1] - first;
+    const Step* step = t.steps + first * t.tap_count;
+    const RowSteps steps{step, step + covers * t.begin[1], step + covers * t.tap_count};
+    if (s.stride_w == 1) {
+      gather_row<T, Offset, 1>(t, outputs, steps, grad_input + row * size, size);
     } else {
-      const Vec<T> odd = gather_columns(s, outputs, row, last_row, covers + t.begin[1], covers + t.begin[2]);
-      store_columns(grad_input, column, interleave_lower<T>(even, odd), s);
-      store_columns(grad_input, column + kLanes<T>, interleave_upper<T>(even, odd), s);
+      gather_row<T, Offset, 2>(t, outputs, steps, grad_input + row * size, size);
     }
   }
 }
 
 // The channels [channel, last_channel) of one row of one image.
 template <class T, class Offset>
-void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input, int64_t channel,
-                       int64_t last_channel) {
+void gather_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input, int64_t channel,
+                     int64_t last_channel) {
   for (int64_t iw = 0; iw < s.in_w; ++iw) {
     for (int64_t c = channel; c < last_channel; c += kLanes<T>) {
       const LaneSet lanes = first_lanes<T>(last_channel - c);
@@ -140,7 +242,7 @@ void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
         for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
           const Cover column = t.columns.covers[j];
           const int64_t at = (row.out * s.out_w + column.out) * s.channels + c;
-          sum = add_named(sum, outputs.grad + at, outputs.offsets + at, row.tap * s.kernel_w + column.tap, lanes);
+          sum = add_named<false>(sum, outputs.grad + at, outputs.offsets + at, name_of<Offset>(row.tap * s.kernel_w + column.tap), lanes);
         }
       }
       store_lanes(grad_input + iw * s.channels + c, sum, lanes);
@@ -148,40 +250,40 @@ void backward_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset>
   }
 }
 
-// The rows [ih, last) of one plane.
 template <class T, class Offset>
-void backward_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t last, T* grad_input,
-                   int64_t channel, int64_t last_channel) {
-  for (; ih < last; ++ih) {
-    T* row = grad_input + ih * s.in_w * pixel_of(s);
-    if (s.layout == Layout::nhwc) {
-      backward_row_nhwc(s, t, outputs, ih, row, channel, last_channel);
-    } else if (s.stride_w == 1) {
-      backward_row_by_phases<T, Offset, 1>(s, t, outputs, ih, row);
-    } else {
-      backward_row_by_phases<T, Offset, 2>(s, t, outputs, ih, row);
-    }
-  }
+void gather_rows_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t row, int64_t last, T* grad_input,
+                      int64_t channel, int64_t last_channel) {
+  for (; row < last; ++row) gather_row_nhwc(s, t, outputs, row, grad_input + row * s.in_w * s.channels, channel, last_channel);
 }
 
 template <class T>
 Split split_of(const Pool2dShape& s, int threads) {
-  return split_rows(s, s.in_h, s.in_w * pixel_of(s), kLanes<T>, threads);
+  const bool nchw = s.layout == Layout::nchw;
+  return split_rows(s, nchw ? rows_of_plane(s) : s.in_h, nchw ? row_size(s) : s.in_w * s.channels, kLanes<T>, threads);
+}
+
+template <class T, class Offset>
+Outputs<T, Offset> outputs_of(const Pool2dShape& s, const Pool2dBuffers& b, int64_t plane) {
+  const int64_t first = plane * s.out_h * s.out_w * pixel_of(s);
+  return {static_cast<const T*>(b.grad_output) + first, static_cast<const Offset*>(b.offsets) + first};
 }
 
 template <class T, class Offset>
 void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
   Carver carver(workspace);
   Tables tables = carve_tables<T>(s, carver);
-  fill_tables<T>(s, tables);
+  fill_tables<T, Offset>(s, tables);
+  const int64_t rows = s.layout == Layout::nchw ? rows_of_plane(s) : s.in_h, plane_elements = s.in_h * s.in_w * pixel_of(s);
   for_each_task(s, split_of<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t channel, int64_t last_channel) {
-    for (int64_t plane = row / s.in_h; row < last_row; ++plane) {
-      const int64_t first = row - plane * s.in_h, last = smaller(s.in_h, last_row - plane * s.in_h);
-      const int64_t plane_outputs = s.out_h * s.out_w * pixel_of(s);
-      const Outputs<T, Offset> outputs{static_cast<const T*>(b.grad_output) + plane * plane_outputs,
-                                       static_cast<const Offset*>(b.offsets) + plane * plane_outputs};
-      T* grad_input = static_cast<T*>(b.grad_input) + plane * s.in_h * s.in_w * pixel_of(s);
-      backward_rows(s, tables, outputs, first, last, grad_input, channel, last_channel);
+    for (int64_t plane = row / rows; row < last_row; ++plane) {
+      const int64_t first = row - plane * rows, last = smaller(rows, last_row - plane * rows);
+      const auto outputs = outputs_of<T, Offset>(s, b, plane);
+      T* grad_input = static_cast<T*>(b.grad_input) + plane * plane_elements;
+      if (s.layout == Layout::nchw) {
+        gather_rows(s, tables, outputs, first, last, grad_input);
+      } else {
+        gather_rows_nhwc(s, tables, outputs, first, last, grad_input, channel, last_channel);
+      }
       row += last - first;
     }
   });

@@ -8,13 +8,15 @@
 // pixel (nhwc).
 //
 // Every element adds up its gradients in ascending order of the outputs, wherever tasks and scratch begin.
-#include "cpu/kernels/pool2d.inl"
+#include "cpu/kernels/max_pool2d_backward.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 constexpr int64_t kPlanes = 8;
 constexpr int64_t kChannels = 32;
+// Steps of a gather in nchw that take as long as scattering five outputs: they are shorter where lanes are masked by instructions.
+constexpr int64_t kStepsOfFiveOutputs = kVectorBytes == 64 ? 8 : 3;
 constexpr int64_t kScratchBytes = 32768;  // of the 48 KB next to a core
 
 // What is summed side by side is a group of members: planes (nchw) or channels of an image (nhwc). Rows and columns count in the padded
@@ -54,8 +56,6 @@ struct Scratch {
   int32_t* distances;  // [taps], or one for every uint8
   T* sums;             // per worker
 };
-
-int64_t taps_of(const Pool2dShape& s) { return s.kernel_h * s.kernel_w; }
 
 template <class T>
 Scratch<T> carve_scratch(const Pool2dShape& s, const Grouping& g, Carver& carver, int threads) {
@@ -229,7 +229,7 @@ bool accepts(const Pool2dShape& s) {
   if (!accepts_float_and_double(s)) return false;
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
   if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > 3 * lanes * s.in_h * s.in_w;
-  return s.stride_w > 2 || 3 * taps_of(s) * ceil_div(s.out_w, lanes) > 2 * s.out_w;
+  return s.stride_w > 2 || 5 * taps_of(s) * output_vectors_of(s, lanes) > kStepsOfFiveOutputs * s.out_h * s.out_w;
 }
 
 template <class T>

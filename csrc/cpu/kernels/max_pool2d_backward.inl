@@ -1,0 +1,23 @@
+// What the rows of max pooling's backward share: how a plane is gathered, by whose steps they are chosen.
+#pragma once
+
+#include "cpu/kernels/pool2d.inl"
+
+namespace {
+
+inline int64_t taps_of(const Pool2dShape& s) { return s.kernel_h * s.kernel_w; }
+
+// Whether a plane can be gathered as one row: a tap that leaves a row of the input meets another one, but is no window's maximum.
+inline bool joins_rows(const Pool2dShape& s) {
+  constexpr int64_t kMostElements = 1024;
+  const bool moves_by_one = s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  const bool keeps_size = s.in_h == s.out_h && s.in_w == s.out_w && s.pad_top < s.kernel_h && s.pad_left < s.kernel_w;
+  return s.layout == Layout::nchw && moves_by_one && keeps_size && s.in_h * s.in_w <= kMostElements;
+}
+
+// Vectors of outputs in a plane.
+inline int64_t output_vectors_of(const Pool2dShape& s, int64_t lanes) {
+  return joins_rows(s) ? ceil_div(s.out_h * s.out_w, lanes) : s.out_h * ceil_div(s.out_w, lanes);
+}
+
+}  // namespace
