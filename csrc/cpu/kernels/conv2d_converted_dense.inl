@@ -54,6 +54,12 @@ class DenseCut {
   int64_t blocks() const { return divide_up(written_channels(), written_); }
   int64_t addends() const { return s.groups > 1 ? 1 : larger(1, divide_up(read_channels(), read_)); }
 
+  // Slab after slab, each for all blocks, the weights are converted for every slab; the other way round what is read, for every block.
+  bool goes_slab_by_slab() const {
+    const int64_t weights = (slabs() - 1) * s.kernel_h * s.kernel_w * written_channels() * read_channels();
+    return weights <= (blocks() - 1) * s.batch * read_channels() * read_plane() || s.groups > 1;
+  }
+
   Slab slab(int64_t index) const {
     const int64_t first = index % row_parts_ * rows_, end = smaller(height_, first + rows_), image = index / row_parts_ * images_;
     Slab slab{image, smaller(images_, s.batch - image), 0, s.in_h, 0, s.out_h, s.pad_top};
@@ -224,8 +230,10 @@ class DenseRun {
         for (int64_t k = 0; k < cut_.addends(); ++k) run_weights(cut_.block(j, k));
       }
     } else {
-      for (int64_t i = 0; i < cut_.slabs(); ++i) {
-        for (int64_t j = 0; j < cut_.blocks(); ++j) run_part(cut_.slab(i), j);
+      const int64_t slabs = cut_.slabs(), blocks = cut_.blocks();
+      const bool slab_by_slab = cut_.goes_slab_by_slab();
+      for (int64_t i = 0; i < slabs * blocks; ++i) {
+        slab_by_slab ? run_part(i / blocks, i % blocks, i % blocks > 0, false) : run_part(i % slabs, i / slabs, false, i % slabs > 0);
       }
     }
   }
@@ -248,29 +256,36 @@ class DenseRun {
     return place;
   }
 
-  // The sum of the addends of a block, rounded.
-  void run_part(const Slab& slab, int64_t index) const {
+  // The sum of the addends of a block, rounded. Same slab, same block: as of the part before.
+  void run_part(int64_t slab_index, int64_t index, bool same_slab, bool same_block) const {
+    const Slab slab = cut_.slab(slab_index);
     const int64_t addends = cut_.addends();
     float* const result = kForward ? output_ : input_;
     float* const sums = addends > 1 ? sums_ : result;
     const Slice written = kForward ? output_slice(slab, cut_.block(index, 0)) : input_slice(slab, cut_.block(index, 0));
     for (int64_t k = 0; k < addends; ++k) {
-      const bool is_widened = index > 0 && addends == 1 && cut_.s.groups == 1;  // what is read: all blocks read the same
-      run_addend(slab, cut_.block(index, k), is_widened, /*adds_bias=*/k == 0, k == 0 ? sums : result);
+      const Block block = cut_.block(index, k);
+      if (addends > 1 || !same_block) widened(b_.weight, block.weights, weight_);
+      if (addends > 1 || !same_slab || cut_.s.groups > 1) widen_read(slab, block);
+      run_addend(slab, block, /*adds_bias=*/k == 0, k == 0 ? sums : result);
       if (k > 0) add(result, written.size(), sums);
     }
     narrow(sums, written, static_cast<Element*>(kForward ? b_.output : b_.grad_input), threads_);
   }
 
-  void run_addend(const Slab& slab, const Block& block, bool is_widened, bool adds_bias, float* result) const {
+  void widen_read(const Slab& slab, const Block& block) const {
+    kForward ? widened(b_.input, input_slice(slab, block), input_) : widened(b_.grad_output, output_slice(slab, block), output_);
+  }
+
+  void run_addend(const Slab& slab, const Block& block, bool adds_bias, float* result) const {
     Conv2dBuffers part{};
-    part.weight = widened(b_.weight, block.weights, weight_);
+    part.weight = weight_;
     if constexpr (kForward) {
-      part.input = is_widened ? input_ : widened(b_.input, input_slice(slab, block), input_);
-      part.bias = adds_bias ? widened(b_.bias, {block.out_first, 1, block.out_channels, 0}, bias_) : nullptr, part.output = result;
+      part.input = input_, part.output = result;
+      part.bias = adds_bias ? widened(b_.bias, {block.out_first, 1, block.out_channels, 0}, bias_) : nullptr;
     } else {
-      part.grad_output = is_widened ? output_ : widened(b_.grad_output, output_slice(slab, block), output_);
-      part.bias = adds_bias ? widened(b_.bias, {block.in_first, 1, block.in_channels, 0}, bias_) : nullptr, part.grad_input = result;
+      part.grad_output = output_, part.grad_input = result;
+      part.bias = adds_bias ? widened(b_.bias, {block.in_first, 1, block.in_channels, 0}, bias_) : nullptr;
     }
     run_float_row(kDirection, cut_.part(slab, block), part, Isa::CNN_EXT_ISA, threads_, scratch_);
   }

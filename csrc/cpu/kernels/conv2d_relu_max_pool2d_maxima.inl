@@ -72,7 +72,7 @@ AddMaxima add_maxima_of(int64_t vectors) {
 inline bool has_listed_maxima(const Conv2dReluPoolShape& s) {
   const Conv2dShape& c = s.conv;
   return c.dtype == DType::float32 && has_pooling(s) && s.pool_h * s.pool_w <= kNoGradient && s.pool_stride_h * s.pool_stride_w > 1 &&
-         c.in_channels / c.groups % kWholeVectors == 0 && c.kernel_w > 1 && c.dilation_w == 1;
+         c.in_channels > 0 && c.in_channels / c.groups % kWholeVectors == 0 && c.kernel_w > 1 && c.dilation_w == 1;
 }
 
 }  // namespace
