@@ -102,7 +102,7 @@ constexpr int reduction_targets(Layout layout) {
 //   Acc term(Target, pixel)                what a pixel, a PlaneIndexOf<Integer>, adds to it
 //   int64_t offset(Target)                 where the result lies in memory
 template <class Terms, int kTargets, class Integer>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, /*blocks=*/1)  // with more, the assembler spills a register
     reduce_pixels(Terms terms, Conv2dGeometryOf<Integer> g, int64_t pixels, Splits splits, typename Terms::Acc* partials) {
   constexpr int kLanes = kBlockThreads / kTargets;
   __shared__ typename Terms::Acc sums[kBlockThreads];

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // The same of any window, a row at a time.
 template <class Op>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, /*blocks=*/1)  // with more, the assembler spills a register
     pool_window_chunks(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
   using Part = typename Op::Part;
   constexpr int kVector = kChunk<typename Op::T>;
