@@ -19,6 +19,9 @@ SHAPES = {
     "strided": dict(size=(2, 96, 71, 64), outputs=144, kernel=5, stride=2, padding=2, dilation=1, groups=1),
     "dilated": dict(size=(1, 80, 64, 64), outputs=112, kernel=3, stride=3, padding=4, dilation=2, groups=1),
     "reaching far": dict(size=(2, 192, 40, 40), outputs=160, kernel=3, stride=1, padding=12, dilation=12, groups=1),
+    "many parts, many weights": dict(
+        size=(6, 256, 20, 20), outputs=256, kernel=3, stride=1, padding=1, dilation=1, groups=1
+    ),
     "grouped": dict(size=(2, 96, 64, 64), outputs=192, kernel=5, stride=1, padding=0, dilation=1, groups=3),
 }
 
