@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 1  # a wrong kernel's speed is no figure
         failures = [
             failure
-            for benchmark in (BENCHMARKS[options.device] if options.command == "all" else [options.command])
-            for failure in runner.measure(benchmark, arguments[1:], options)
+            for benchmark, arguments_of_it, options_of_it in _measured(options, arguments[1:])
+            for failure in runner.measure(benchmark, arguments_of_it, options_of_it)
         ]
         print("".join(f"benchmarks: not measured: {failure}\n" for failure in failures), end="", file=sys.stderr)
         return 1 if failures else 0
@@ -114,7 +114,7 @@ def _measured(options: argparse.Namespace, arguments: list[str]) -> list[tuple[s
     """The benchmarks of a command, each with its arguments; ``all`` on a CPU: Winograd's algorithm, too."""
     if options.command != "all":
         return [(options.command, arguments, options)]
-    measured = [(benchmark, arguments, options) for benchmark in BENCHMARKS]
+    measured = [(benchmark, arguments, options) for benchmark in BENCHMARKS[options.device]]
     if options.device == "cpu" and not options.winograd:
         allowed = argparse.Namespace(**{**vars(options), "winograd": True, "dtype": ["float32"]})
         measured.append(("conv2d", [*arguments, "--winograd"], allowed))
