@@ -10,10 +10,10 @@ namespace cnn_ext::cuda {
 constexpr int kMostStages = 8;
 constexpr int64_t kMultiprocessors = 132;  // of the device that tiles and splits are chosen for
 
-// As many stages as fit a block; where narrow tiles run two to a multiprocessor, half of its shared memory.
-inline int pipeline_stages(int stage_bytes, bool two_blocks) {
+// As many stages as fit a block besides other_bytes; where narrow tiles run two to a multiprocessor, half of its shared memory.
+inline int pipeline_stages(int stage_bytes, bool two_blocks, int other_bytes = 0) {
   constexpr int kBlockBytes = 224 * 1024;
-  const int fitting = (two_blocks ? kBlockBytes / 2 : kBlockBytes) / stage_bytes;
+  const int fitting = ((two_blocks ? kBlockBytes / 2 : kBlockBytes) - other_bytes) / stage_bytes;
   return fitting < kMostStages ? fitting : kMostStages;
 }
 
