@@ -6,7 +6,7 @@
 // innermost and in whole chunks of 16 bytes: what lies otherwise (nchw; channels that are no multiple) is put in that order by a launch of
 // its own first (transposition.cuh), in the workspace: one pass over the tensor. Filters lie [k][r][s][c] for both directions: in forward
 // along the depth, in backward_input across it, which the matrix unit transposes in 16 bits; for TF32 they are transposed first. The result
-// is stored in its layout directly.
+// is stored in its layout directly: nhwc from registers, otherwise through shared memory.
 //
 // Tile: 128 pixels x 32, 64, 128 or 256 channels; a step of the depth is 128 bytes, of one tap or two. One stage is multiplied, one has
 // just been, the others are on their way. Narrow tiles run two to a multiprocessor. Where an image gives few tiles but a long depth, up to
@@ -30,6 +30,7 @@
 #include "cuda/relu_pool.cuh"
 #include "cuda/sm90a/overlap.cuh"
 #include "cuda/sm90a/pipeline.cuh"
+#include "cuda/sm90a/row_sums.cuh"
 #include "cuda/sm90a/tensor_map.cuh"
 #include "cuda/sm90a/wgmma.cuh"
 
@@ -141,6 +142,32 @@ __device__ __noinline__ void add_up_again(const WgmmaGather<T>& p, const PhaseDe
   }
 }
 
+// Where channel 0 of a pixel of this phase and group lies in the result; null where the pixel does not exist.
+template <class T>
+__device__ T* result_pixel(const WgmmaGather<T>& p, const PhaseDepth& phase, const GatherTile& place, int pixel) {
+  if (pixel >= p.pixels) return nullptr;
+  const PlaneIndex at = p.pixel_decoder.at(pixel);
+  const int h = phase.h.first_out + at.h * phase.h.out_step, w = phase.w.first_out + at.w * phase.w.out_step;
+  if (h >= p.result_h || w >= p.result_w) return nullptr;  // the larger phases' last row and column are missing in the others
+  return p.result + place.group * p.result_group + at.outer * p.result_strides.n + h * p.result_strides.h + w * p.result_strides.w;
+}
+
+template <class T>
+__device__ float bias_of(const WgmmaGather<T>& p, const GatherTile& place, int col) {
+  return p.bias == nullptr ? 0 : widen(p.bias[place.group * p.cols + col]);
+}
+
+// Replaces what is NaN among the stored lines of this warp's 16 pixels from `first` on.
+template <class T>
+__device__ __noinline__ void store_again(const WgmmaGather<T>& p, const PhaseDepth& phase, GatherTile place, int first, int cols) {
+  for (int index = threadIdx.x % 32; index < 16 * cols; index += 32) {
+    const int pixel = first + index / cols, col = place.first_col + index % cols;
+    T* line = result_pixel(p, phase, place, pixel);
+    if (line == nullptr || col >= p.cols || !isnan(widen(line[col]))) continue;
+    line[col] = narrow<T>(activated(sum_again(p, phase, place.group, pixel, col) + bias_of(p, place, col), p.relu));
+  }
+}
+
 // kBoxBytes: of the depth in a box, 128 or 64: then two boxes are a step. kAcross: whether filters lie across the depth.
 template <class T, int kCols, int kBoxBytes, bool kAcross>
 class WgmmaGatherGemm {
@@ -152,8 +179,9 @@ class WgmmaGatherGemm {
     const int steps = ceil_div(phase_.boxes, kBoxes), part_steps = ceil_div(steps, p_.parts);
     const int begin = smaller(place_.part * part_steps, steps), end = smaller(begin + part_steps, steps);
     accumulate(shared, barriers, begin, end);
-    float* sums = reinterpret_cast<float*>(shared);
     const bool by_rows = p_.result_strides.c == 1;  // whether a line of sums is a pixel or a channel
+    if (by_rows && p_.parts == 1) return store_rows();
+    float* sums = reinterpret_cast<float*>(shared);
     bool meets_nan = write_sums(sums, by_rows);
     const int lines = by_rows ? kGatherRows : kCols;
     const int part_lines = lines / p_.parts;
@@ -264,16 +292,18 @@ class WgmmaGatherGemm {
     return meets_nan;
   }
 
-  // Where a pixel of this phase lies in the result; null where it has none.
-  __device__ T* target(int pixel) const {
-    if (pixel >= p_.pixels) return nullptr;
-    const PlaneIndex at = p_.pixel_decoder.at(pixel);
-    const int h = phase_.h.first_out + at.h * phase_.h.out_step, w = phase_.w.first_out + at.w * phase_.w.out_step;
-    if (h >= p_.result_h || w >= p_.result_w) return nullptr;  // the larger phases' last row and column are missing in the others
-    return p_.result + place_.group * p_.result_group + at.outer * p_.result_strides.n + h * p_.result_strides.h + w * p_.result_strides.w;
+  // From registers to nhwc.
+  __device__ void store_rows() const {
+    const T* bias = p_.bias == nullptr ? nullptr : p_.bias + place_.group * p_.cols;
+    const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, p_.result_chunk > 1};
+    const int first = place_.first_row + threadIdx.x / 32 * 16, pixel = first + threadIdx.x % 32 / 4;
+    bool meets_nan = store_line<0>(target, result_pixel(p_, phase_, place_, pixel), sums_);
+    meets_nan |= store_line<1>(target, result_pixel(p_, phase_, place_, pixel + 8), sums_);
+    if (__any_sync(0xFFFFFFFF, meets_nan)) {
+      __syncwarp();
+      store_again(p_, phase_, place_, first, kCols);
+    }
   }
-
-  __device__ float bias(int col) const { return p_.bias == nullptr ? 0 : widen(p_.bias[place_.group * p_.cols + col]); }
 
   // Neighbouring threads take neighbours in memory: channels in nhwc, pixels in nchw.
   __device__ void store(const SumLines& own, bool by_rows) const {
@@ -282,17 +312,17 @@ class WgmmaGatherGemm {
     for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
       const int line = own.first + index / units, at = index % units * width;
       const int col = place_.first_col + (by_rows ? at : line);
-      T* pixel = target(place_.first_row + (by_rows ? line : at));
+      T* pixel = result_pixel(p_, phase_, place_, place_.first_row + (by_rows ? line : at));
       if (pixel == nullptr || col >= p_.cols) continue;
       pixel += col * p_.result_strides.c;
       const float* sums = own.sums + line * own.pitch + at;
       if (width == 1) {
-        *pixel = narrow<T>(activated(*sums + bias(col), p_.relu));
+        *pixel = narrow<T>(activated(*sums + bias_of(p_, place_, col), p_.relu));
         continue;
       }
       float values[kChunk<T>];
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) values[i] = activated(sums[i] + bias(by_rows ? col + i : col), p_.relu);
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = activated(sums[i] + bias_of(p_, place_, by_rows ? col + i : col), p_.relu);
       store_chunk(pixel, kChunk<T>, true, values);
     }
   }
@@ -305,7 +335,7 @@ class WgmmaGatherGemm {
 
 // Blocks are numbered by part, column tile, row tile, phase, group: those that read the same pixels run together.
 template <class T, int kCols, int kBoxBytes, bool kAcross>
-__global__ void __launch_bounds__(kBlockThreads, kCols <= 64 ? 2 : 1) gather_wgmma(const __grid_constant__ WgmmaGather<T> problem) {
+__global__ void __launch_bounds__(kBlockThreads, kCols <= 128 ? 2 : 1) gather_wgmma(const __grid_constant__ WgmmaGather<T> problem) {
   __shared__ __align__(8) uint64_t barriers[kMostStages];
   int index = blockIdx.x;
   const auto take = [&](int count) {

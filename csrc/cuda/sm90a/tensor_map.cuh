@@ -36,10 +36,12 @@ inline void require_map(CUresult result, const char* what) {
   }
 }
 
-constexpr CUtensorMapSwizzle swizzle_of(int row_bytes) { return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B; }
+constexpr CUtensorMapSwizzle swizzle_of(int row_bytes) {
+  return row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+}
 
 // A tensor of four axes, innermost first. strides: in elements, of the axes but the innermost; their bytes are multiples of 16, as is the
-// address. The innermost axis of a box has 64 or 128 bytes.
+// address. The innermost axis of a box has 32, 64 or 128 bytes.
 struct TensorAxes {
   int64_t sizes[4];
   int64_t strides[3];

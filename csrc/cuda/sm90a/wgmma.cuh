@@ -1,7 +1,8 @@
 // The instructions of sm_90a that the products of whole warpgroups need, one function each; compiled for that architecture alone.
 //
-// An operand tile in shared memory is a sequence of rows of 128 or 64 bytes, whose chunks of 16 bytes are swizzled as the copy engine does
-// it (tensor_map.cuh); eight rows are an atom, and a tile is aligned to one.
+// An operand tile in shared memory is a sequence of rows of 128, 64 or 32 bytes, whose chunks of 16 bytes are swizzled as the copy engine
+// does it (tensor_map.cuh); eight rows are an atom, and a tile is aligned to one. A product along the depth may begin at any row, for the
+// swizzle follows the address.
 //   along the depth    a row is a row or column of the product, its bytes are neighbours in depth
 //   across the depth   a row is a position of the depth, its bytes are neighbouring rows or columns (16-bit types only); further ones
 //                      follow in the next such panel
@@ -23,8 +24,8 @@ constexpr int kInstructionBytes = 32;  // of the depth that one instruction take
 // What the matrix unit is told of a tile with rows of kRowBytes: where it lies, the distance of panels (across the depth) and of atoms.
 template <int kRowBytes>
 __device__ uint64_t matrix_descriptor(const void* tile, int panel_bytes) {
-  static_assert(kRowBytes == 128 || kRowBytes == 64);
-  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
+  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3} << 62;
   return kSwizzle | static_cast<uint64_t>(kAtomRows * kRowBytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
          (shared_address(tile) & 0x3FFFF) >> 4;
 }

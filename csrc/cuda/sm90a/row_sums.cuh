@@ -1,0 +1,94 @@
+// From the sums of a warpgroup's products to lines of channels in memory, without shared memory between: what kernels use that write nhwc.
+#pragma once
+
+#include "cuda/chunk.cuh"
+#include "cuda/relu_pool.cuh"
+
+namespace cnn_ext::cuda {
+
+// Two neighbouring sums of a row in the result's type, as they lie in memory.
+template <class T>
+struct alignas(2 * sizeof(T)) ElementPair {
+  T first, second;
+};
+
+// What the four lanes of a row hold of four chunks of 16 bytes, a word of each, becomes a whole chunk of each lane: lane i's is chunk i.
+__device__ inline ChunkWords exchanged(ChunkWords words) {
+  const int pair = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = (pair & step) != 0;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & step) continue;
+      uint32_t &a = words.word[low], &b = words.word[low + step];
+      const uint32_t taken = __shfl_xor_sync(0xFFFFFFFF, upper ? a : b, step);
+      a = upper ? taken : a;
+      b = upper ? b : taken;
+    }
+  }
+  return words;
+}
+
+// What becomes of the sums of one tile: channels first_col and on, as far as there are.
+template <class T>
+struct RowTarget {
+  const T* bias;  // of channel 0; may be null
+  bool relu;
+  int first_col, cols;
+  bool whole_chunks;  // whether lines begin and end with whole aligned chunks
+
+  __device__ float finished(float sum, int col) const {
+    return activated(sum + (bias == nullptr || col >= cols ? 0 : widen(bias[col])), relu);
+  }
+  __device__ ElementPair<T> finished_pair(float first, float second, int col) const {
+    return {narrow<T>(finished(first, col)), narrow<T>(finished(second, col + 1))};
+  }
+};
+
+// Stores the line of one pixel, channel 0 of which lies at `line`; null: the pixel does not exist. All lanes of a warp come here, each with
+// the sums of its row: sums[4 * j + 2 * kHalf + 0..1] are columns 8 * j + 2 * (lane % 4) + 0..1 (wgmma.cuh). Whether one of them is NaN.
+template <int kHalf, class T, int kSums>
+__device__ bool store_line(const RowTarget<T>& target, T* line, const float (&sums)[kSums]) {
+  constexpr int kColumnBlocks = kSums / 4;  // of 8
+  const int pair = threadIdx.x % 4;
+  bool meets_nan = false;
+#pragma unroll
+  for (int j = 0; j < kColumnBlocks; ++j) {
+    meets_nan = meets_nan || isnan(sums[4 * j + 2 * kHalf]) || isnan(sums[4 * j + 2 * kHalf + 1]);
+  }
+  const auto pair_of = [&](int j) {
+    return target.finished_pair(sums[4 * j + 2 * kHalf], sums[4 * j + 2 * kHalf + 1], target.first_col + 8 * j + 2 * pair);
+  };
+  if (!target.whole_chunks) {
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      const int col = target.first_col + 8 * j + 2 * pair;
+      const ElementPair<T> elements = pair_of(j);
+      if (line != nullptr && col < target.cols) line[col] = elements.first;
+      if (line != nullptr && col + 1 < target.cols) line[col + 1] = elements.second;
+    }
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; j += 4) {
+      ChunkWords words;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const ElementPair<T> elements = pair_of(j + i);
+        __builtin_memcpy(&words.word[i], &elements, sizeof elements);
+      }
+      words = exchanged(words);
+      const int col = target.first_col + 8 * (j + pair);
+      if (line != nullptr && col < target.cols) *reinterpret_cast<ChunkWords*>(line + col) = words;
+    }
+  } else {  // the four lanes of a row write 32 bytes
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      const int col = target.first_col + 8 * j + 2 * pair;
+      if (line != nullptr && col < target.cols) *reinterpret_cast<ElementPair<T>*>(line + col) = pair_of(j);
+    }
+  }
+  return meets_nan && line != nullptr;
+}
+
+}  // namespace cnn_ext::cuda
