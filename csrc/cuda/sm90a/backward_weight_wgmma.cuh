@@ -7,8 +7,9 @@
 // to the matrix unit is the Gemm's affair. Tensors whose channels do not lie innermost in whole chunks of 16 bytes are put in that order by
 // a launch of its own first (transposition.cuh).
 //
-// There are few tiles and a long depth: the pixels are split among blocks, and a second launch adds up the partial sums in order. The
-// splits follow from the shape alone, so that every run has the same bits. With one split the tile is stored at once.
+// There are few tiles and a long depth: the pixels are split among blocks. Up to eight of them are a cluster, which adds up its partial
+// sums through each other's shared memory, in order; where there are more, a second launch adds up those of the clusters. The splits follow
+// from the shape alone, so that every run has the same bits.
 //
 // Padding never multiplies: see gather_wgmma.cuh. Not handled: float64; groups; strides above 8, padding of more than 128, windows of more
 // than 256.
@@ -45,13 +46,13 @@ struct WeightProblem {
   CUtensorMap grad_output_map, input_map;
   const T* grad_output;
   const T* input;
-  float* partials;  // [split][output channel][tap][channel, of whole panels]; null: one split, stored at once
+  float* partials;  // [cluster][output channel][tap][channel, of whole panels]; null: one cluster, stored at once
   T* grad_weight;
   Conv2dGeometry g;
   Strides in;
   int64_t out_pixel;  // from one pixel of grad_output to the next
   int panels_of_tap, panels, pixels, split_pixels;
-  int row_tiles, col_tiles, splits, stages;
+  int row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
   FastDivisor tap_decoder, width_decoder;
   PlaneDecoder pixel_decoder;
 };
@@ -69,6 +70,11 @@ __device__ Panel panel_at(const WeightProblem<T>& p, int panel, int panel_channe
 
 struct WeightBlock {
   int first_row, first_panel, begin, end;  // end: of the pixels
+};
+
+// The lines of a tile's sums that a block of a cluster finishes.
+struct WeightLines {
+  int first, last;
 };
 
 // Announces and fetches one step of both operands: boxes of the rows, then the panels.
@@ -94,8 +100,8 @@ __device__ void fetch_step(const WeightProblem<typename Tile::Element>& p, const
 
 // Replaces every sum that is NaN by that of the products that exist.
 template <class Tile>
-__device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Element>& p, WeightBlock b, float* sums) {
-  for (int index = threadIdx.x; index < Tile::kRows * Tile::kCols; index += kBlockThreads) {
+__device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Element>& p, WeightBlock b, WeightLines lines, float* sums) {
+  for (int index = lines.first * Tile::kCols + threadIdx.x; index < lines.last * Tile::kCols; index += kBlockThreads) {
     const int k = b.first_row + index / Tile::kCols, col = index % Tile::kCols;
     const Panel panel = panel_at(p, b.first_panel + col / Tile::kPanelChannels, Tile::kPanelChannels);
     const int channel = panel.first_channel + col % Tile::kPanelChannels;
@@ -119,22 +125,61 @@ __device__ void store_weight(const WeightProblem<T>& p, int k, const Panel& pane
   p.grad_weight[k * p.g.filter.n + channel * p.g.filter.c + panel.r * p.g.filter.h + panel.s * p.g.filter.w] = narrow<T>(sum);
 }
 
-// Shared memory -> this split's partial sums, or the result.
+// The partial sums of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
 template <class Tile>
-__device__ void store_tile(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, int split, const float* sums) {
+__device__ bool add_up_cluster(WeightLines lines, int cluster_blocks, float* sums) {
+  constexpr int kQuads = Tile::kCols / 4;
+  bool meets_nan = false;
+  for (int index = lines.first * kQuads + threadIdx.x; index < lines.last * kQuads; index += kBlockThreads) {
+    float* place = sums + index / kQuads * Tile::kSumPitch + index % kQuads * 4;
+    float4 total = read_of_block(place, 0);
+    for (int block = 1; block < cluster_blocks; ++block) {
+      const float4 more = read_of_block(place, block);
+      total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+    }
+    *reinterpret_cast<float4*>(place) = total;
+    meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
+  }
+  return meets_nan;
+}
+
+// Neighbours in memory, where channels are innermost.
+template <class T>
+struct alignas(4 * sizeof(T)) WeightQuad {
+  T values[4];
+};
+
+// Shared memory -> this cluster's partial sums, or the result.
+template <class Tile>
+__device__ void store_lines(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, int cluster, WeightLines lines,
+                            const float* sums) {
+  using T = typename Tile::Element;
+  constexpr int kQuads = Tile::kCols / 4;
   const int64_t line = static_cast<int64_t>(p.panels) * Tile::kPanelChannels;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kBlockThreads) {
-    const int k = b.first_row + i / Tile::kCols, col = i % Tile::kCols, panel = b.first_panel + col / Tile::kPanelChannels;
+  const bool whole_quads =
+      p.g.filter.c == 1 && p.g.group_in % 4 == 0 && reinterpret_cast<uintptr_t>(p.grad_weight) % sizeof(WeightQuad<T>) == 0;
+#pragma unroll 2
+  for (int i = lines.first * kQuads + threadIdx.x; i < lines.last * kQuads; i += kBlockThreads) {
+    const int k = b.first_row + i / kQuads, col = i % kQuads * 4, panel = b.first_panel + col / Tile::kPanelChannels;
     if (k >= p.g.group_out || panel >= p.panels) continue;
-    const float sum = sums[i / Tile::kCols * Tile::kSumPitch + col];
+    const float4 quad = *reinterpret_cast<const float4*>(sums + i / kQuads * Tile::kSumPitch + col);
     if (p.partials != nullptr) {
-      p.partials[(static_cast<int64_t>(split) * p.g.group_out + k) * line + b.first_panel * Tile::kPanelChannels + col] = sum;
+      float* target = p.partials + (static_cast<int64_t>(cluster) * p.g.group_out + k) * line + b.first_panel * Tile::kPanelChannels + col;
+      *reinterpret_cast<float4*>(target) = quad;
       continue;
     }
     const Panel at = panel_at(p, panel, Tile::kPanelChannels);
     const int channel = at.first_channel + col % Tile::kPanelChannels;
-    if (channel < p.g.group_in) store_weight(p, k, at, channel, sum);
+    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
+    if (!whole_quads) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (channel + e < p.g.group_in) store_weight(p, k, at, channel + e, values[e]);
+      }
+    } else if (channel < p.g.group_in) {
+      const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
+      *reinterpret_cast<WeightQuad<T>*>(p.grad_weight + k * p.g.filter.n + at.r * p.g.filter.h + at.s * p.g.filter.w + channel) = weights;
+    }
   }
 }
 
@@ -145,32 +190,45 @@ __device__ void store_tile(const WeightProblem<typename Tile::Element>& p, const
 //   accumulate(shared, barriers)           sums up the products of the block's pixels; afterwards shared memory is free
 //   bool write(sums)                       registers -> shared memory; whether there is a NaN among this thread's sums
 //
-// Blocks are numbered by row tile, column tile, split: those that read the same pixels run together.
+// Blocks are numbered by place in their cluster, row tile, column tile, cluster: those that read the same pixels run together.
 template <class Gemm>
 __global__ void __launch_bounds__(kBlockThreads, Gemm::kBlocks)
     backward_weight_wgmma(const __grid_constant__ WeightProblem<typename Gemm::Tile::Element> p) {
   using Tile = typename Gemm::Tile;
   __shared__ __align__(8) uint64_t barriers[kMostStages];
   init_pipeline(barriers, p.stages);
-  const int row_tile = blockIdx.x % p.row_tiles, rest = blockIdx.x / p.row_tiles;
-  const int col_tile = rest % p.col_tiles, split = rest / p.col_tiles;
-  const WeightBlock b{row_tile * Tile::kRows, col_tile * Tile::kPanels, split * p.split_pixels,
-                      smaller(p.pixels, (split + 1) * p.split_pixels)};
-  Gemm gemm(p, b);
+  const int place = blockIdx.x % p.cluster_blocks, tile = blockIdx.x / p.cluster_blocks, row_tile = tile % p.row_tiles;
+  const int rest = tile / p.row_tiles, col_tile = rest % p.col_tiles, cluster = rest / p.col_tiles;
+  const int first_split = cluster * p.cluster_blocks, split = first_split + place;
+  WeightBlock b{row_tile * Tile::kRows, col_tile * Tile::kPanels, split * p.split_pixels, smaller(p.pixels, (split + 1) * p.split_pixels)};
   unsigned char* shared = dynamic_shared<unsigned char>();
-  wait_for_launch_before();
-  gemm.accumulate(shared, barriers);
   float* sums = reinterpret_cast<float*>(shared);
-  if (__syncthreads_or(gemm.write(sums))) {
-    add_up_again<Tile>(p, b, sums);
+  wait_for_launch_before();
+  bool meets_nan;
+  {
+    Gemm gemm(p, b);
+    gemm.accumulate(shared, barriers);
+    meets_nan = gemm.write(sums);
+  }
+  WeightLines lines{0, Tile::kRows};
+  if (p.cluster_blocks > 1) {
+    cluster_barrier();
+    const int share = Tile::kRows / p.cluster_blocks;
+    lines = {place * share, (place + 1) * share};
+    meets_nan = add_up_cluster<Tile>(lines, p.cluster_blocks, sums);
+    b.begin = first_split * p.split_pixels, b.end = smaller(p.pixels, (first_split + p.cluster_blocks) * p.split_pixels);
+  }
+  if (__syncthreads_or(meets_nan)) {
+    add_up_again<Tile>(p, b, lines, sums);
     __syncthreads();
   }
-  store_tile<Tile>(p, b, split, sums);
+  store_lines<Tile>(p, b, cluster, lines, sums);
+  if (p.cluster_blocks > 1) cluster_barrier();  // the others read this block's shared memory
 }
 
-// A few threads to a sum share its splits where there are many (sum_lanes).
+// A few threads to a sum share its clusters where there are many (sum_lanes).
 template <class T, int kPanelChannels>
-__global__ void __launch_bounds__(kBlockThreads) sum_splits(const __grid_constant__ WeightProblem<T> p, int64_t sums, int lanes) {
+__global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_constant__ WeightProblem<T> p, int64_t sums, int lanes) {
   __shared__ float shares[kBlockThreads];
   const int width = kBlockThreads / lanes, lane = static_cast<int>(threadIdx.x) / width;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
@@ -178,7 +236,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_splits(const __grid_constan
   float sum = 0;
   if (index < sums) {
 #pragma unroll 8
-    for (int split = lane; split < p.splits; split += lanes) sum += p.partials[split * sums + index];
+    for (int cluster = lane; cluster < p.clusters; cluster += lanes) sum += p.partials[cluster * sums + index];
   }
   shares[threadIdx.x] = sum;
   __syncthreads();
@@ -194,13 +252,18 @@ __global__ void __launch_bounds__(kBlockThreads) sum_splits(const __grid_constan
 
 // A tile as the host sees it.
 struct WeightTileSizes {
-  int64_t rows, panels, panel_channels, step_pixels, blocks;  // blocks: that share a multiprocessor
+  int64_t rows, panels, panel_channels, step_pixels, stage_bytes, blocks;  // blocks: that share a multiprocessor
+};
+
+// How the pixels are shared. size: pixels of a block; the last may have fewer, or none.
+struct WeightSplits {
+  int64_t clusters, cluster_blocks, size;
 };
 
 template <class Gemm>
 constexpr WeightTileSizes tile_sizes() {
   using Tile = typename Gemm::Tile;
-  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Gemm::kBlocks};
+  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Tile::kStageBytes, Gemm::kBlocks};
 }
 
 // What the host works out of a shape.
@@ -220,32 +283,43 @@ struct WeightDivision {
         stages_grad((s.layout == Layout::nchw && s.out_h * s.out_w > 1) || padded_out != s.out_channels),
         input_bytes(stages_input ? aligned(s.batch * s.in_h * s.in_w * padded_in * element_bytes) : 0),
         grad_bytes(stages_grad ? aligned(s.batch * s.out_h * s.out_w * padded_out * element_bytes) : 0),
-        partial_bytes(splits.count > 1 ? static_cast<int64_t>(sizeof(float)) * splits.count * sums : 0) {}
+        partial_bytes(splits.clusters > 1 ? static_cast<int64_t>(sizeof(float)) * splits.clusters * sums : 0) {}
 
   static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
   int64_t whole_chunks(int64_t channels) const {
     return ceil_div(channels * element_bytes, int64_t{kChunkBytes}) * kChunkBytes / element_bytes;
   }
 
-  // As many blocks as 132 multiprocessors run at once, but at least eight steps to a split and at most 2^24 partial sums in all.
-  Splits split(int64_t pixels) const {
-    constexpr int64_t kLeastSteps = 8;
-    if (pixels == 0 || sums == 0) return {1, tile.step_pixels};
-    const int64_t tiles = std::max<int64_t>(row_tiles * col_tiles, 1);
-    const int64_t wanted = std::max<int64_t>(
-        1, std::min({tile.blocks * kMultiprocessors / tiles, ceil_div(pixels, kLeastSteps * tile.step_pixels), kMostPartials / sums}));
-    const int64_t size = ceil_div(ceil_div(pixels, wanted), tile.step_pixels) * tile.step_pixels;
-    return {ceil_div(pixels, size), size};
+  // The splits with the least time on 132 multiprocessors: what the second-level cache takes for the steps, what a block takes before and
+  // after them, and what a second launch takes, which reads the sums of every cluster.
+  WeightSplits split(int64_t pixels) const {
+    constexpr int64_t kBlockCycles = 3000, kClusterCycles = 800, kLaunchCycles = 4000, kCacheBytes = 39, kDeviceBytes = 1500;  // of a cycle
+    WeightSplits best{1, 1, std::max<int64_t>(pixels, 1)};
+    int64_t least = INT64_MAX;
+    for (const int64_t cluster_blocks : {1, 2, 4, 8}) {
+      for (const int64_t clusters : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
+        const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);
+        if (clusters > 1 && clusters * sums > kMostPartials) break;
+        const int64_t waves = ceil_div(row_tiles * col_tiles * count, kMultiprocessors * tile.blocks);
+        const int64_t cycles = waves * (tile.blocks * steps * tile.stage_bytes / kCacheBytes + kBlockCycles) +
+                               (cluster_blocks > 1 ? kClusterCycles : 0) +
+                               (clusters > 1 ? kLaunchCycles + 2 * clusters * sums * int64_t{sizeof(float)} / kDeviceBytes : 0);
+        if (cycles >= least) continue;
+        best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels};
+        least = cycles;
+      }
+    }
+    return best;
   }
 
-  int64_t blocks() const { return row_tiles * col_tiles * splits.count; }
+  int64_t blocks() const { return row_tiles * col_tiles * splits.clusters * splits.cluster_blocks; }
   Plan plan() const {
     return {tile.rows, tile.panels * tile.panel_channels, blocks(), static_cast<size_t>(input_bytes + grad_bytes + partial_bytes)};
   }
 
   WeightTileSizes tile;
   int64_t element_bytes, panels_of_tap, panels, row_tiles, col_tiles, sums;
-  Splits splits;
+  WeightSplits splits;
   int64_t padded_in, padded_out;
   bool stages_input, stages_grad;
   int64_t input_bytes, grad_bytes, partial_bytes;  // of the workspace
@@ -280,7 +354,7 @@ WeightProblem<typename Tile::Element> weight_problem(const Conv2dShape& s, const
                      {},
                      static_cast<const T*>(d.stages_grad ? staged_grad : b.grad_output),
                      static_cast<const T*>(d.stages_input ? staged_input : b.input),
-                     d.splits.count > 1 ? reinterpret_cast<float*>(staged_grad + d.grad_bytes) : nullptr,
+                     d.splits.clusters > 1 ? reinterpret_cast<float*>(staged_grad + d.grad_bytes) : nullptr,
                      static_cast<T*>(b.grad_weight),
                      g,
                      strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w),
@@ -291,7 +365,8 @@ WeightProblem<typename Tile::Element> weight_problem(const Conv2dShape& s, const
                      static_cast<int>(d.splits.size),
                      static_cast<int>(d.row_tiles),
                      static_cast<int>(d.col_tiles),
-                     static_cast<int>(d.splits.count),
+                     static_cast<int>(d.splits.clusters),
+                     static_cast<int>(d.splits.cluster_blocks),
                      0,
                      FastDivisor(static_cast<int>(d.panels_of_tap)),
                      FastDivisor(g.kernel_w),
@@ -313,11 +388,12 @@ void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightD
   auto problem = weight_problem<Tile>(s, b, d, workspace, stream);
   problem.stages = pipeline_stages(Tile::kStageBytes, two_blocks, Gemm::kOwnBytes);
   launch(backward_weight_wgmma<Gemm>,
-         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes))),
+         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
+                          problem.cluster_blocks)),
          stream, problem);
-  if (d.splits.count == 1) return;
-  const int lanes = sum_lanes(d.splits);
-  launch(sum_splits<typename Tile::Element, Tile::kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))),
+  if (problem.clusters == 1) return;
+  const int lanes = sum_lanes({problem.clusters, d.splits.size});
+  launch(sum_clusters<typename Tile::Element, Tile::kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))),
          stream, problem, d.sums, lanes);
 }
 
