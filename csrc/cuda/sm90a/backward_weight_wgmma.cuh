@@ -34,8 +34,9 @@ struct WeightTile {
   static constexpr int kRows = rows, kPanels = panels, kPanelChannels = panel_channels, kStepPixels = step_pixels;
   static constexpr int kCols = panels * panel_channels;
   static constexpr int kRowBox = 128 / static_cast<int>(sizeof(T)), kRowBoxBytes = step_pixels * 128;
-  static constexpr int kRowTileBytes = rows / kRowBox * kRowBoxBytes;
+  static constexpr int kRowBoxes = rows / kRowBox, kRowTileBytes = kRowBoxes * kRowBoxBytes;
   static constexpr int kPanelRowBytes = panel_channels * static_cast<int>(sizeof(T)), kPanelBytes = step_pixels * kPanelRowBytes;
+  static constexpr int kParts = kRowBoxes + panels;  // that the copy engine is asked for
   static constexpr int kStageBytes = kRowTileBytes + panels * kPanelBytes;
   static constexpr int kSumPitch = kCols + 4;
   static constexpr int kSumBytes = rows * kSumPitch * static_cast<int>(sizeof(float));
@@ -77,25 +78,22 @@ struct WeightLines {
   int first, last;
 };
 
-// Announces and fetches one step of both operands: boxes of the rows, then the panels.
+// Of a step of both operands: boxes of the rows, then the panels.
 template <class Tile>
-__device__ void fetch_step(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, unsigned char* stage, uint64_t* barrier,
-                           int pixel) {
-  announce(barrier, Tile::kStageBytes);
-#pragma unroll
-  for (int i = 0; i < Tile::kRows / Tile::kRowBox; ++i) {
-    fetch_box(stage + i * Tile::kRowBoxBytes, p.grad_output_map, b.first_row + i * Tile::kRowBox, pixel, 0, 0, barrier);
+__device__ void fetch_part(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, unsigned char* stage, uint64_t* barrier,
+                           int pixel, int part) {
+  if (part < Tile::kRowBoxes) {
+    fetch_box(stage + part * Tile::kRowBoxBytes, p.grad_output_map, b.first_row + part * Tile::kRowBox, pixel, 0, 0, barrier);
+    return;
   }
   const PlaneIndex out = p.pixel_decoder.at(pixel);
-#pragma unroll
-  for (int i = 0; i < Tile::kPanels; ++i) {
-    // A panel beyond the last one reads channels that do not exist.
-    const bool exists = b.first_panel + i < p.panels;
-    const Panel panel = panel_at(p, exists ? b.first_panel + i : 0, Tile::kPanelChannels);
-    fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
-                  exists ? panel.first_channel : p.panels_of_tap * Tile::kPanelChannels, out.w * p.g.stride_w - p.g.pad_left,
-                  out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w, panel.r * p.g.dilation_h, barrier);
-  }
+  const int i = part - Tile::kRowBoxes;
+  // A panel beyond the last one reads channels that do not exist.
+  const bool exists = b.first_panel + i < p.panels;
+  const Panel panel = panel_at(p, exists ? b.first_panel + i : 0, Tile::kPanelChannels);
+  fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
+                exists ? panel.first_channel : p.panels_of_tap * Tile::kPanelChannels, out.w * p.g.stride_w - p.g.pad_left,
+                out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w, panel.r * p.g.dilation_h, barrier);
 }
 
 // Replaces every sum that is NaN by that of the products that exist.

@@ -27,7 +27,11 @@ class HalfGemm {
     pipeline(
         barriers, p_.stages, ceil_div(b_.end - b_.begin, kHalfStepPixels),
         [&](int stage, int step) {
-          fetch_step<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kHalfStepPixels);
+          announce(barriers + stage, Tile::kStageBytes);
+#pragma unroll
+          for (int part = 0; part < Tile::kParts; ++part) {
+            fetch_part<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kHalfStepPixels, part);
+          }
         },
         [&](int stage) { multiply(shared + stage * Tile::kStageBytes); });
     pin(sums_);
@@ -41,7 +45,7 @@ class HalfGemm {
 #pragma unroll
     for (int i = 0; i < kWarpgroupCols / 2; ++i) {
       corner[i % 4 / 2 * 8 * Tile::kSumPitch + i / 4 * 8 + i % 2] = sums_[i];
-      meets_nan = meets_nan || isnan(sums_[i]);
+      meets_nan |= isnan(sums_[i]);
     }
     return meets_nan;
   }

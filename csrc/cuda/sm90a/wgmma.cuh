@@ -36,6 +36,10 @@ __device__ constexpr uint64_t descriptor_offset(int bytes) { return static_cast<
 // Orders this thread's accesses of its sums and of shared memory before the products that follow.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+// Makes what this thread has written to shared memory visible to the matrix unit, and lets the copy engine write where it has read; other
+// threads' products and copies after a barrier.
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Closes the group of the products queued since the last one.
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -54,7 +58,8 @@ __device__ void pin(float (&sums)[kCount]) {
 
 // D += A * B of one warpgroup, 64 rows by 32, 64, 128 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane % 4, a
 // lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
-// kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types).
+// kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types). Rows of TF32 may also come from registers, as words:
+//   a[0..3] = (row 16 * w + group, depth pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4)
 #define CNN_EXT_SUMS_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define CNN_EXT_SUMS_16(d, i) CNN_EXT_SUMS_8(d, i), CNN_EXT_SUMS_8(d, i + 8)
@@ -92,6 +97,13 @@ __device__ void pin(float (&sums)[kCount]) {
                  : CNN_EXT_SUMS_##COUNT(d, 0)                                                          \
                  : "l"(a), "l"(b), "r"(1));                                                            \
   }
+#define CNN_EXT_WGMMA_TF32_ROWS(COLS, COUNT, A0, A1, A2, A3, B, SCALE)                                              \
+  __device__ inline void wgmma(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b) {                             \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " SCALE ", 0; wgmma.mma_async.sync.aligned.m64n" #COLS              \
+                 "k8.f32.tf32.tf32 {" CNN_EXT_NAMES_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1;}" \
+                 : CNN_EXT_SUMS_##COUNT(d, 0)                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                                     \
+  }
 #define CNN_EXT_WGMMA(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B)                        \
   CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __half, "f16")         \
   CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __nv_bfloat16, "bf16") \
@@ -100,6 +112,10 @@ CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
 CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 CNN_EXT_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 CNN_EXT_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
+CNN_EXT_WGMMA_TF32_ROWS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+CNN_EXT_WGMMA_TF32_ROWS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+CNN_EXT_WGMMA_TF32_ROWS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+#undef CNN_EXT_WGMMA_TF32_ROWS
 #undef CNN_EXT_WGMMA
 #undef CNN_EXT_WGMMA_TF32
 #undef CNN_EXT_WGMMA_16BIT
