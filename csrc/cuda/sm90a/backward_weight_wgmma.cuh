@@ -171,9 +171,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
     const float values[4] = {quad.x, quad.y, quad.z, quad.w};
     if (!whole_quads) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (channel + e < p.g.group_in) store_weight(p, k, at, channel + e, values[e]);
-      }
+      for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) store_weight(p, k, at, channel + e, values[e]);
     } else if (channel < p.g.group_in) {
       const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
       *reinterpret_cast<WeightQuad<T>*>(p.grad_weight + k * p.g.filter.n + at.r * p.g.filter.h + at.s * p.g.filter.w + channel) = weights;
@@ -194,6 +192,10 @@ __global__ void __launch_bounds__(kBlockThreads, Gemm::kBlocks)
     backward_weight_wgmma(const __grid_constant__ WeightProblem<typename Gemm::Tile::Element> p) {
   using Tile = typename Gemm::Tile;
   __shared__ __align__(8) uint64_t barriers[kMostStages];
+  if (threadIdx.x == 0) {
+    prefetch_map(p.grad_output_map);
+    prefetch_map(p.input_map);
+  }
   init_pipeline(barriers, p.stages);
   const int place = blockIdx.x % p.cluster_blocks, tile = blockIdx.x / p.cluster_blocks, row_tile = tile % p.row_tiles;
   const int rest = tile / p.row_tiles, col_tile = rest % p.col_tiles, cluster = rest / p.col_tiles;

@@ -349,6 +349,10 @@ __global__ void __launch_bounds__(kBlockThreads, kCols <= 128 ? 2 : 1) gather_wg
   place.first_row = take(problem.row_tiles) * kGatherRows;
   place.phase = take(problem.phases);
   place.group = index;
+  if (threadIdx.x == 0) {
+    prefetch_map(problem.source_maps[place.group * problem.phases + place.phase]);
+    prefetch_map(problem.filter_map);
+  }
   init_pipeline(barriers, problem.stages);
   wait_for_launch_before();
   WgmmaGatherGemm<T, kCols, kBoxBytes, kAcross> gemm(problem, problem.phase[place.phase], place);

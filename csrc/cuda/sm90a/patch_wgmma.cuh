@@ -203,6 +203,10 @@ __device__ void fetch_filters(const PatchGather<T>& p, unsigned char* filters, i
 template <class T, int kCols, int kBoxBytes, bool kAcross>
 __global__ void __launch_bounds__(kBlockThreads, kCols <= 64 ? 2 : 1) patch_wgmma(const __grid_constant__ PatchGather<T> p) {
   __shared__ __align__(8) uint64_t barriers[1 + 2 * kPatchWorkers];
+  if (threadIdx.x == 0) {
+    prefetch_map(p.patch_map);
+    prefetch_map(p.gather.filter_map);
+  }
   init_pipeline(barriers, 1 + 2 * kPatchWorkers);
   wait_for_launch_before();
   const int col_tile = blockIdx.x % p.gather.col_tiles, block = blockIdx.x / p.gather.col_tiles, blocks = gridDim.x / p.gather.col_tiles;

@@ -100,6 +100,9 @@ CUtensorMap window_map(const void* images, const TensorAxes& axes, const WindowA
   return map;
 }
 
+// Asks for a description before it is used.
+__device__ inline void prefetch_map(const CUtensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // A barrier in shared memory, passed when one thread has announced how many bytes will land and they have.
 __device__ inline void init_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
