@@ -124,6 +124,8 @@ struct Pool2dBuffers {
   void* offsets;  // written by forward (null: not asked for), read by backward and gather
   void* output;
   void* grad_input;
+  // CUDA's max pooling forward alone: of relu(input), with the offset kNoGradient where the output is not above zero.
+  bool relu = false;
 };
 
 }  // namespace cnn_ext

@@ -7,10 +7,8 @@
 
 #include "cuda/chunk_loaders.cuh"
 #include "cuda/limits.h"
-#include "cuda/masked_chunks.cuh"
 #include "cuda/mma_gemm.cuh"
 #include "cuda/pixel_reduction.cuh"
-#include "cuda/relu_pool.cuh"
 
 namespace cnn_ext::cuda {
 
@@ -68,35 +66,12 @@ struct GradOutputChunks {
   const PlaneDecoder& pixel_decoder;
 };
 
-// Places of the same, of a fused convolution, for MaskedChunks.
-template <class Tile, class T>
-struct PooledGradientChunks {
-  using Element = T;
-  static constexpr bool kAlongDepth = false;
-
-  __device__ Place at_extent(int col) const {
-    const int k = Tile::col_member(col), group = Tile::col_group(col);
-    if (k >= group_out || !Tile::has_group(group, groups)) return {0, kNowhere, 0, 0};
-    return {(group * group_out + k) * planes.c, 0, 0, group_out - k};
-  }
-  __device__ Place at_depth(int pixel) const {
-    if (pixel >= pixels_end) return {0, kNowhere, 0, 0};
-    const PlaneIndex p = pixel_decoder.at(pixel);
-    return {p.outer * planes.n, p.h, p.w, 0};
-  }
-
-  Strides planes;
-  int height, width, group_out, groups, pixels_end;
-  const PlaneDecoder& pixel_decoder;
-};
-
 template <class Tile, class Sum>
 struct PartialStore {
   static constexpr bool kChunks = false;
 
   __device__ bool along_rows() const { return true; }
-  __device__ static constexpr int taps() { return 1; }
-  __device__ void store(int row, int col, const Sum* sum, int) const {
+  __device__ void store(int row, int col, const Sum* sum) const {
     const int weight = Tile::row_member(row), k = Tile::col_member(col), group = Tile::col_group(col);
     if (weight >= weights || k >= g.group_out || !Tile::has_group(group, groups)) return;
     const Tap tap = tap_decoder.at(weight);
@@ -110,24 +85,11 @@ struct PartialStore {
   const TapDecoder<Layout::nhwc>& tap_decoder;
 };
 
-// How a plain convolution's gradient is read: as it lies.
-struct AsItLies {};
-
 // The tensors, and the numbers that the host works out.
-template <class T, bool kFused = false>
+template <class T>
 struct WeightProblem {
-  using Mask = std::conditional_t<kFused, MaskedGradient<T>, AsItLies>;
-  template <class Tile>
-  using Gradient = std::conditional_t<kFused, MaskedChunks<PooledGradientChunks<Tile, T>>, GradOutputChunks<Tile, T>>;
-
-  WeightProblem(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace) : WeightProblem(s, b, Mask{}, workspace) {}
-  WeightProblem(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace)
-      : WeightProblem(s.conv, b, Mask(s, b), workspace) {}
-
-  template <class Buffers>
-  WeightProblem(const Conv2dShape& s, const Buffers& b, const Mask& mask_, void* workspace)
+  WeightProblem(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace)
       : g(s),
-        mask(mask_),
         grad_output(static_cast<const T*>(b.grad_output)),
         input(static_cast<const T*>(b.input)),
         partials(static_cast<Accumulate<T>*>(workspace)),
@@ -140,27 +102,10 @@ struct WeightProblem {
   // Whether every chunk is 16 aligned bytes.
   bool has_vectors() const {
     return g.in.c == 1 && g.out.c == 1 && g.group_in % kChunk<T> == 0 && g.group_out % kChunk<T> == 0 && is_aligned(grad_output) &&
-           is_aligned(input) && has_aligned_mask();
-  }
-  bool has_aligned_mask() const {
-    if constexpr (kFused) return is_aligned(mask.offsets) && is_aligned(mask.output);
-    return true;
-  }
-
-  // Of the groups from `group` on.
-  template <class Tile>
-  __device__ Gradient<Tile> gradient_chunks(int group, int pixels_end, bool is_whole) const {
-    const int groups = g.groups - group;
-    if constexpr (kFused) {
-      const int64_t first_plane = group * g.group_out * mask.strides.c;
-      return {{mask.planes(), g.out_h, g.out_w, g.group_out, groups, pixels_end, pixel_decoder}, mask, first_plane, is_whole};
-    } else {
-      return {grad_output + group * g.group_out * g.out.c, static_cast<int>(g.out.c), g, groups, pixels_end, pixel_decoder};
-    }
+           is_aligned(input);
   }
 
   Conv2dGeometry g;
-  Mask mask;
   const T* grad_output;
   const T* input;
   Accumulate<T>* partials;  // [splits][the weights in memory order]
@@ -170,9 +115,9 @@ struct WeightProblem {
 };
 
 // Blocks are numbered by row tile, column tile, groups, split: those that read the same pixels run together.
-template <class Tile, bool kVector, class T, bool kFused>
+template <class Tile, bool kVector, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
-    backward_weight_mma(WeightProblem<T, kFused> problem, int row_tiles, int col_tiles, int split_size) {
+    backward_weight_mma(WeightProblem<T> problem, int row_tiles, int col_tiles, int split_size) {
   const Conv2dGeometry& g = problem.g;
   const int row_tile = blockIdx.x % row_tiles, tiles = blockIdx.x / row_tiles;
   const int group_tiles = ceil_div(g.groups, Tile::kGroups);
@@ -181,7 +126,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
   const int begin = split * split_size, end = smaller(problem.pixels, begin + split_size);
 
   using Input = InputChunks<Tile, T>;
-  using GradOutput = typename WeightProblem<T, kFused>::template Gradient<Tile>;
+  using GradOutput = GradOutputChunks<Tile, T>;
   const Input rows{problem.input + group * g.group_in * g.in.c,
                    static_cast<int>(g.in.c),
                    g.in_h,
@@ -192,13 +137,14 @@ __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
                    end,
                    problem.tap_decoder,
                    problem.pixel_decoder};
-  const GradOutput cols = problem.template gradient_chunks<Tile>(group, end, kVector);
+  const GradOutput cols{
+      problem.grad_output + group * g.group_out * g.out.c, static_cast<int>(g.out.c), g, groups, end, problem.pixel_decoder};
   const PartialStore<Tile, Accumulate<T>> store{
       problem.partials + (static_cast<int64_t>(split) * g.groups + group) * g.group_out * g.filter.n, g, groups, problem.weights,
       problem.tap_decoder};
 
   using RowLoader = std::conditional_t<kVector, VectorLoader<Input, Tile::kRows>, ElementLoader<Input, Tile::kRows>>;
-  using ColLoader = std::conditional_t<kVector && !kFused, VectorLoader<GradOutput, Tile::kCols>, ElementLoader<GradOutput, Tile::kCols>>;
+  using ColLoader = std::conditional_t<kVector, VectorLoader<GradOutput, Tile::kCols>, ElementLoader<GradOutput, Tile::kCols>>;
   MmaGemm<Tile, RowLoader, ColLoader> gemm(rows, cols, row_tile * Tile::kRows, col_tile * Tile::kCols, g.in.c == 1);
   gemm.run(begin, end, store);
 }
@@ -229,25 +175,21 @@ Plan backward_weight_mma_plan(const Conv2dShape& s) {
           partials_bytes(s.dtype, division.splits, weight_elements(s))};
 }
 
-template <class Tile, bool kVector, class T, bool kFused>
-void launch_backward_weight_mma(const Conv2dShape& s, const WeightProblem<T, kFused>& problem, const Splits& splits, cudaStream_t stream) {
+template <class Tile, bool kVector, class T>
+void launch_backward_weight_mma(const Conv2dShape& s, const WeightProblem<T>& problem, const Splits& splits, cudaStream_t stream) {
   const WeightDivision<Tile> division(s);
-  launch(backward_weight_mma<Tile, kVector, T, kFused>, Grid(division.tiles * splits.count, kBlockThreads, Tile::template kSharedBytes<T>),
-         stream, problem, static_cast<int>(division.row_tiles), static_cast<int>(division.col_tiles), static_cast<int>(splits.size));
+  launch(backward_weight_mma<Tile, kVector, T>, Grid(division.tiles * splits.count, kBlockThreads, Tile::template kSharedBytes<T>), stream,
+         problem, static_cast<int>(division.row_tiles), static_cast<int>(division.col_tiles), static_cast<int>(splits.size));
 }
 
 // With the one tile, whichever loader runs.
-template <class Tile, class T, bool kFused>
-void run_backward_weight_problem(const Conv2dShape& s, const WeightProblem<T, kFused>& problem, void* grad_weight, cudaStream_t stream) {
+template <class Tile, class T>
+void run_backward_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
+  const WeightProblem<T> problem(s, b, workspace);
   const Splits splits = WeightDivision<Tile>(s).splits;
   problem.has_vectors() ? launch_backward_weight_mma<Tile, true>(s, problem, splits, stream)
                         : launch_backward_weight_mma<Tile, false>(s, problem, splits, stream);
-  launch_sum_partials<T>(problem.partials, splits, weight_elements(s), grad_weight, stream);
-}
-
-template <class Tile, class T>
-void run_backward_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  run_backward_weight_problem<Tile>(s, WeightProblem<T>(s, b, workspace), b.grad_weight, stream);
+  launch_sum_partials<T>(workspace, splits, weight_elements(s), b.grad_weight, stream);
 }
 
 }  // namespace cnn_ext::cuda

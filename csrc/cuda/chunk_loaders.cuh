@@ -40,8 +40,7 @@ __device__ int chunk_channels(const Place& extent, const Place& depth) {
   return Operand::kAlongDepth ? depth.channels : extent.channels;
 }
 
-// The chunk at a place, of which `channels` elements exist; the others are zeros. Overloaded for operands that do not lie in memory as they
-// are.
+// The chunk at a place, of which `channels` elements exist; the others are zeros.
 template <class Operand>
 __device__ void fetch_chunk(const Operand& operand, const Place& extent, const Place& depth, int channels, ChunkWords& chunk) {
   using T = typename Operand::Element;

@@ -14,13 +14,4 @@ extern const Conv2dKernel conv2d_backward_input_mma_sm80 = {"conv2d_backward_inp
                                                             /*needs_proof=*/true,
                                                             /*adds_bias=*/true};
 
-// Through the ReLU and the pooling: grad_output is the pooled gradient, read through the mask (relu_pool.cuh).
-extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_input_mma_sm80 = {"conv2d_relu_max_pool2d_backward_input_mma_sm80",
-                                                                                    80,
-                                                                                    Conv2dDirection::backward_input,
-                                                                                    suits_fused_mma,
-                                                                                    plan_fused_gather_mma<false>,
-                                                                                    run_fused_gather_mma<false>,
-                                                                                    /*needs_proof=*/true};
-
 }  // namespace cnn_ext::cuda

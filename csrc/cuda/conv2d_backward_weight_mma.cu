@@ -29,27 +29,9 @@ void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStre
   });
 }
 
-// Through the ReLU and the pooling: grad_output is the pooled gradient, read through the mask (relu_pool.cuh). It passes through registers,
-// of which the wide tile has none to spare.
-Plan plan_masked(const Conv2dReluPoolShape& s) { return backward_weight_mma_plan<NarrowMmaTile>(s.conv); }
-
-void run_masked(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace, cudaStream_t stream) {
-  with_single_type(s.conv.dtype, [&](auto element) {
-    const WeightProblem<decltype(element), true> problem(s, b, workspace);
-    run_backward_weight_problem<NarrowMmaTile>(s.conv, problem, b.grad_weight, stream);
-  });
-}
-
 }  // namespace
 
 extern const Conv2dKernel conv2d_backward_weight_mma_sm80 = {
     "conv2d_backward_weight_mma_sm80", 80, Conv2dDirection::backward_weight, suits_mma, plan, run, /*needs_proof=*/true};
-extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_backward_weight_mma_sm80 = {"conv2d_relu_max_pool2d_backward_weight_mma_sm80",
-                                                                                     80,
-                                                                                     Conv2dDirection::backward_weight,
-                                                                                     suits_fused_mma,
-                                                                                     plan_masked,
-                                                                                     run_masked,
-                                                                                     /*needs_proof=*/true};
 
 }  // namespace cnn_ext::cuda

@@ -8,15 +8,21 @@ namespace cnn_ext::cuda {
 extern const Conv2dKernel conv2d_forward_mma_sm80 = {
     "conv2d_forward_mma_sm80", 80, Conv2dDirection::forward, suits_mma, plan_gather_mma<true>, run_gather_mma<true>, /*needs_proof=*/true};
 
-// With the ReLU and the pooling: windows of few taps that do not overlap, numbered one after the other (relu_pool.cuh).
-static bool accepts_windows(const Conv2dReluPoolShape& s) { return suits_fused_mma(s) && has_stored_windows(s); }
+// With the ReLU.
+static bool accepts_relu(const Conv2dReluPoolShape& s) { return !has_pooling(s) && suits_mma(s.conv); }
+
+static Plan plan_relu(const Conv2dReluPoolShape& s) { return plan_gather_mma<true>(s.conv); }
+
+static void run_relu(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void*, cudaStream_t stream) {
+  run_activated_gather_mma<true>(s.conv, unpooled_buffers(b), true, stream);
+}
 
 extern const Conv2dReluPoolKernel conv2d_relu_max_pool2d_forward_mma_sm80 = {"conv2d_relu_max_pool2d_forward_mma_sm80",
                                                                              80,
                                                                              Conv2dDirection::forward,
-                                                                             accepts_windows,
-                                                                             plan_fused_gather_mma<true>,
-                                                                             run_fused_gather_mma<true>,
+                                                                             accepts_relu,
+                                                                             plan_relu,
+                                                                             run_relu,
                                                                              /*needs_proof=*/true};
 
 }  // namespace cnn_ext::cuda

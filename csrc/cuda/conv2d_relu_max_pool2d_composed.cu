@@ -1,7 +1,8 @@
 // Max pooling of relu(convolution + bias) made of the rows of its parts, by way of the convolution's output or its gradient in the
 // workspace: it serves every shape that no fused kernel does.
 //
-// forward applies the ReLU last, in place: it is monotonic, so that the maximum and its place are the same, and there are fewer elements.
+// forward applies the ReLU to the maxima: it is monotonic. Without pooling it is a pass over the output, in place: rows that have it in
+// their stores come before this one.
 // backward scatters through the pooling by the offsets; where the ReLU stops a gradient the offset names no tap, and nothing is scattered.
 // Without pooling the gradient is masked by the output. Then it goes on as the convolution.
 #include "core/fused_pool.h"
@@ -13,23 +14,16 @@
 namespace cnn_ext::cuda {
 namespace {
 
-// values = relu(values), and kNoGradient for the offsets (null: none) of what is not above zero. A NaN stays. A thread takes a chunk.
+// values = relu(values). A NaN stays. A thread takes a chunk.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads) apply_relu(T* values, uint8_t* offsets, int64_t count, bool is_whole) {
+__global__ void __launch_bounds__(kBlockThreads) apply_relu(T* values, int64_t count, bool is_whole) {
   const int64_t first = element_index() * kChunk<T>;
   if (first >= count) return;
   const int taken = count - first < kChunk<T> ? static_cast<int>(count - first) : kChunk<T>;
   Vector<T, kChunk<T>> value = load_some<kChunk<T>>(values + first, taken, is_whole);
-  Vector<uint8_t, kChunk<T>> offset = {};
-  if (offsets != nullptr) offset = load_some<kChunk<T>>(offsets + first, taken, is_whole);
 #pragma unroll
-  for (int i = 0; i < kChunk<T>; ++i) {
-    const bool stops = widen(value.element[i]) <= 0;
-    value.element[i] = stops ? narrow<T>(0) : value.element[i];
-    offset.element[i] = stops ? kNoGradient : offset.element[i];
-  }
+  for (int i = 0; i < kChunk<T>; ++i) value.element[i] = widen(value.element[i]) <= 0 ? narrow<T>(0) : value.element[i];
   store_some(values + first, value, taken, is_whole);
-  if (offsets != nullptr) store_some(offsets + first, offset, taken, is_whole);
 }
 
 // The gradient where the output says that the ReLU passed it, else zero.
@@ -48,8 +42,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <class T>
 void launch_relu(const Conv2dReluPoolBuffers& b, int64_t count, cudaStream_t stream) {
-  launch_elementwise(apply_relu<T>, ceil_div<int64_t>(count, kChunk<T>), stream, static_cast<T*>(b.output), b.offsets, count,
-                     is_aligned(b.output) && is_aligned(b.offsets));
+  launch_elementwise(apply_relu<T>, ceil_div<int64_t>(count, kChunk<T>), stream, static_cast<T*>(b.output), count, is_aligned(b.output));
 }
 
 template <class T>
@@ -81,10 +74,11 @@ void run_forward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, v
   run_conv2d(Conv2dDirection::forward, s.conv, conv, has_pooling(s) ? behind(workspace, between_bytes(s)) : workspace, stream);
   if (has_pooling(s)) {
     Pool2dBuffers pool{};
-    pool.input = conv.output, pool.output = b.output, pool.offsets = b.offsets;
+    pool.input = conv.output, pool.output = b.output, pool.offsets = b.offsets, pool.relu = true;
     run_pool2d(Pool2dOp::max, Pool2dDirection::forward, pool_shape(s), pool, stream);
+  } else {
+    with_element_type(s.conv.dtype, [&](auto element) { launch_relu<decltype(element)>(b, pooled_elements(s), stream); });
   }
-  with_element_type(s.conv.dtype, [&](auto element) { launch_relu<decltype(element)>(b, pooled_elements(s), stream); });
 }
 
 template <Conv2dDirection direction>

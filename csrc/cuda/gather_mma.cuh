@@ -10,7 +10,6 @@
 #include "cuda/chunk_loaders.cuh"
 #include "cuda/gather_axis.h"
 #include "cuda/limits.h"
-#include "cuda/masked_chunks.cuh"
 #include "cuda/mma_gemm.cuh"
 #include "cuda/relu_pool.cuh"
 
@@ -23,8 +22,7 @@ struct GatherTaps {
   TapDecoder<Layout::nhwc> decoder;
 };
 
-// Decoder: how the pixels of the result are numbered.
-template <class Tile, class T, class Decoder>
+template <class Tile, class T>
 struct SourceChunks {
   using Element = T;
   static constexpr bool kAlongDepth = true;
@@ -49,7 +47,7 @@ struct SourceChunks {
   Strides strides;
   const GatherTaps& taps;
   int groups, pixels;
-  Decoder pixel_decoder;
+  PlaneDecoder pixel_decoder;
 };
 
 // The filters. A chunk is 16 bytes of their channels c: forward adds them up, in backward_input they are columns.
@@ -79,14 +77,13 @@ struct FilterChunks {
   int groups, cols;
 };
 
-// Rounds the sums, with the bias where there is one, and stores them.
+// Rounds the sums, with the bias and the ReLU where they are asked for, and stores them.
 template <class Tile, class T, bool kVector>
 struct PixelStore {
   static constexpr bool kChunks = kVector;
 
   __device__ bool along_rows() const { return strides.c != 1; }
-  __device__ static constexpr int taps() { return 1; }
-  __device__ void store(int row, int col, const Accumulate<T>* sums, int) const {
+  __device__ void store(int row, int col, const Accumulate<T>* sums) const {
     const int pixel = Tile::row_member(row), group = Tile::col_group(col), member = Tile::col_member(col);
     if (pixel >= pixels || member >= channels || group >= groups) return;
     const int channel = group * channels + member;
@@ -97,13 +94,15 @@ struct PixelStore {
     if constexpr (kVector) {
       Accumulate<T> values[kChunk<T>];
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) values[i] = with_bias(sums[i], channel + i);
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = finished(sums[i], channel + i);
       store_chunk(target, kChunk<T>, true, values);
     } else {
-      *target = narrow<T>(with_bias(*sums, channel));
+      *target = narrow<T>(finished(*sums, channel));
     }
   }
-  __device__ Accumulate<T> with_bias(Accumulate<T> sum, int channel) const { return bias == nullptr ? sum : sum + widen(bias[channel]); }
+  __device__ Accumulate<T> finished(Accumulate<T> sum, int channel) const {
+    return activated(bias == nullptr ? sum : sum + widen(bias[channel]), relu);
+  }
 
   T* result;
   const T* bias;
@@ -111,29 +110,8 @@ struct PixelStore {
   const GatherTaps& phase;
   int height, width, groups, pixels, channels;  // channels of a group
   PlaneDecoder pixel_decoder;
+  bool relu;
 };
-
-// Pools them.
-template <class Tile, class T, bool kVector>
-struct WindowPixelStore {
-  static constexpr bool kChunks = kVector;
-
-  __device__ bool along_rows() const { return windows.strides.c != 1; }
-  __device__ int taps() const { return windows.decoder.taps(); }
-  __device__ void store(int row, int col, const Accumulate<T>* sums, int pitch) const {
-    const int pixel = Tile::row_member(row), group = Tile::col_group(col), member = Tile::col_member(col);
-    if (pixel >= windows.pixels || member >= channels || group >= groups) return;
-    windows.template store_window<kVector ? kChunk<T> : 1>(pixel, first_channel + group * channels + member, sums, pitch);
-  }
-
-  const WindowStore<T>& windows;
-  int first_channel, groups, channels;  // channels of a group
-};
-
-// The ends of a fused convolution, or none: what becomes of the sums of forward, and where backward_input finds its source.
-struct PlainEnds {};
-template <class T, bool kForward, bool kFused>
-using GatherEnds = std::conditional_t<!kFused, PlainEnds, std::conditional_t<kForward, WindowStore<T>, MaskedGradient<T>>>;
 
 // The pixels of a result; of the largest phase.
 template <bool kForward>
@@ -150,18 +128,21 @@ int64_t gather_pixels(const Conv2dShape& s) {
 }
 
 // The tensors of a gathering convolution, and the numbers that the host works out.
-template <class T, bool kForward, bool kFused = false>
+template <class T, bool kForward>
 struct GatherProblem {
-  static constexpr bool kPools = kFused && kForward, kMasks = kFused && !kForward;
-  using Ends = GatherEnds<T, kForward, kFused>;
-  using Decoder = std::conditional_t<kPools, WindowDecoder, PlaneDecoder>;
-  template <class Tile>
-  using Chunks = SourceChunks<Tile, T, Decoder>;
-  template <class Tile>
-  using Source = std::conditional_t<kMasks, MaskedChunks<Chunks<Tile>>, Chunks<Tile>>;
-
-  GatherProblem(const Conv2dShape& s, const Conv2dBuffers& b) : GatherProblem(s, b, Ends{}) {}
-  GatherProblem(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b) : GatherProblem(s.conv, b, Ends(s, b)) {}
+  GatherProblem(const Conv2dShape& s, const Conv2dBuffers& b, bool relu_ = false)
+      : g(s),
+        source(static_cast<const T*>(kForward ? b.input : b.grad_output)),
+        weight(static_cast<const T*>(b.weight)),
+        bias(static_cast<const T*>(b.bias)),
+        result(static_cast<T*>(kForward ? b.output : b.grad_input)),
+        relu(relu_),
+        phases(kForward ? 1 : g.stride_h * g.stride_w),
+        depth_channels(kForward ? g.group_in : g.group_out),
+        cols(kForward ? g.group_out : g.group_in),
+        pixel_decoder(static_cast<int>(gather_height<kForward>(s)), static_cast<int>(gather_width<kForward>(s))),
+        pixels(static_cast<int>(gather_pixels<kForward>(s))),
+        first_phase(taps_of(0)) {}
 
   CNN_EXT_HOST_DEVICE GatherTaps taps_of(int phase) const {
     const GatherAxis h = kForward ? forward_axis(g.kernel_h, g.stride_h, g.pad_top, g.dilation_h)
@@ -174,34 +155,24 @@ struct GatherProblem {
   // Whether every chunk is 16 aligned bytes.
   bool has_vectors() const {
     return source_strides().c == 1 && g.filter.c == 1 && g.group_in % kChunk<T> == 0 && g.group_out % kChunk<T> == 0 &&
-           is_aligned(source) && is_aligned(weight) && is_aligned(result) && has_aligned_ends();
-  }
-  bool has_aligned_ends() const {
-    if constexpr (kFused) return is_aligned(ends.offsets) && is_aligned(ends.output);
-    return true;
+           is_aligned(source) && is_aligned(weight) && is_aligned(result);
   }
   CNN_EXT_HOST_DEVICE const Strides& source_strides() const { return kForward ? g.in : g.out; }
   CNN_EXT_HOST_DEVICE const Strides& result_strides() const { return kForward ? g.out : g.in; }
 
   // The operands and the store of the groups from `group` on.
   template <class Tile>
-  __device__ Source<Tile> source_chunks(int group, const GatherTaps& taps, bool is_whole) const {
-    const int height = kForward ? g.in_h : g.out_h, width = kForward ? g.in_w : g.out_w, groups = g.groups - group;
-    if constexpr (kMasks) {
-      const int64_t first_plane = group * depth_channels * ends.strides.c;
-      return {{nullptr, 0, height, width, ends.planes(), taps, groups, pixels, pixel_decoder}, ends, first_plane, is_whole};
-    } else {
-      const Strides& strides = source_strides();
-      return {source + group * depth_channels * strides.c,
-              static_cast<int>(strides.c),
-              height,
-              width,
-              strides,
-              taps,
-              groups,
-              pixels,
-              pixel_decoder};
-    }
+  __device__ SourceChunks<Tile, T> source_chunks(int group, const GatherTaps& taps) const {
+    const Strides& strides = source_strides();
+    return {source + group * depth_channels * strides.c,
+            static_cast<int>(strides.c),
+            kForward ? g.in_h : g.out_h,
+            kForward ? g.in_w : g.out_w,
+            strides,
+            taps,
+            g.groups - group,
+            pixels,
+            pixel_decoder};
   }
   template <class Tile>
   __device__ FilterChunks<Tile, T, kForward> filter_chunks(int group, const GatherTaps& taps) const {
@@ -209,72 +180,36 @@ struct GatherProblem {
     return {weight + group * of_group, static_cast<int>(g.filter.c), g.filter, of_group, taps, g.groups - group, cols};
   }
   template <class Tile, bool kVector>
-  __device__ auto store(int group, const GatherTaps& taps) const {
-    if constexpr (kPools) {
-      return WindowPixelStore<Tile, T, kVector>{ends, group * cols, g.groups - group, cols};
-    } else {
-      const Strides& strides = result_strides();
-      return PixelStore<Tile, T, kVector>{result + group * cols * strides.c,
-                                          bias == nullptr ? nullptr : bias + group * cols,
-                                          strides,
-                                          taps,
-                                          kForward ? g.out_h : g.in_h,
-                                          kForward ? g.out_w : g.in_w,
-                                          g.groups - group,
-                                          pixels,
-                                          cols,
-                                          pixel_decoder};
-    }
+  __device__ PixelStore<Tile, T, kVector> store(int group, const GatherTaps& taps) const {
+    const Strides& strides = result_strides();
+    return {result + group * cols * strides.c,
+            bias == nullptr ? nullptr : bias + group * cols,
+            strides,
+            taps,
+            kForward ? g.out_h : g.in_h,
+            kForward ? g.out_w : g.in_w,
+            g.groups - group,
+            pixels,
+            cols,
+            pixel_decoder,
+            relu};
   }
 
   Conv2dGeometry g;
-  Ends ends;
   const T* source;
   const T* weight;
   const T* bias;
   T* result;
+  bool relu;
   int phases, depth_channels, cols;
-  Decoder pixel_decoder;
+  PlaneDecoder pixel_decoder;
   int pixels;
   GatherTaps first_phase;
-
- private:
-  template <class Buffers>
-  GatherProblem(const Conv2dShape& s, const Buffers& b, const Ends& ends_)
-      : g(s),
-        ends(ends_),
-        source(static_cast<const T*>(kForward ? b.input : b.grad_output)),
-        weight(static_cast<const T*>(b.weight)),
-        bias(static_cast<const T*>(b.bias)),
-        result(static_cast<T*>(kForward ? b.output : b.grad_input)),
-        phases(kForward ? 1 : g.stride_h * g.stride_w),
-        depth_channels(kForward ? g.group_in : g.group_out),
-        cols(kForward ? g.group_out : g.group_in),
-        pixel_decoder(decoder_of(s, ends_)),
-        pixels(pixels_of(s, ends_)),
-        first_phase(taps_of(0)) {}
-
-  static Decoder decoder_of(const Conv2dShape& s, const Ends& ends) {
-    if constexpr (kPools) {
-      return ends.decoder;
-    } else {
-      return PlaneDecoder(static_cast<int>(gather_height<kForward>(s)), static_cast<int>(gather_width<kForward>(s)));
-    }
-  }
-  static int pixels_of(const Conv2dShape& s, const Ends& ends) {
-    if constexpr (kPools) {
-      return ends.pixels;
-    } else {
-      return static_cast<int>(gather_pixels<kForward>(s));
-    }
-  }
 };
 
 // Blocks are numbered by column tile, groups, phase, row tile: those that read the same pixels run together.
-template <class Tile, bool kVector, bool kForward, class T, bool kFused>
-__global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
-    gather_mma(GatherProblem<T, kForward, kFused> problem, int col_tiles) {
-  using Problem = GatherProblem<T, kForward, kFused>;
+template <class Tile, bool kVector, bool kForward, class T>
+__global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>) gather_mma(GatherProblem<T, kForward> problem, int col_tiles) {
   const Conv2dGeometry& g = problem.g;
   const int col_tile = blockIdx.x % col_tiles, tiles = blockIdx.x / col_tiles;
   const int group_tiles = ceil_div(g.groups, Tile::kGroups), group = tiles % group_tiles * Tile::kGroups;
@@ -285,35 +220,30 @@ __global__ void __launch_bounds__(kBlockThreads, kMmaBlocks<Tile, T>)
   __syncthreads();
   const GatherTaps& taps = kForward ? problem.first_phase : *reinterpret_cast<const GatherTaps*>(phase_taps);
 
-  using Source = typename Problem::template Source<Tile>;
+  using Source = SourceChunks<Tile, T>;
   using Filter = FilterChunks<Tile, T, kForward>;
-  const Source rows = problem.template source_chunks<Tile>(group, taps, kVector);
+  const Source rows = problem.template source_chunks<Tile>(group, taps);
   const Filter cols = problem.template filter_chunks<Tile>(group, taps);
-  const auto store = problem.template store<Tile, kVector>(group, taps);
+  const PixelStore<Tile, T, kVector> store = problem.template store<Tile, kVector>(group, taps);
 
-  using RowLoader = std::conditional_t<kVector && !Problem::kMasks, VectorLoader<Source, Tile::kRows>, ElementLoader<Source, Tile::kRows>>;
+  using RowLoader = std::conditional_t<kVector, VectorLoader<Source, Tile::kRows>, ElementLoader<Source, Tile::kRows>>;
   using ColLoader = std::conditional_t<kVector, VectorLoader<Filter, Tile::kCols>, ElementLoader<Filter, Tile::kCols>>;
   MmaGemm<Tile, RowLoader, ColLoader> gemm(rows, cols, row_tile * Tile::kRows, col_tile * Tile::kCols, problem.source_strides().c == 1);
   gemm.run(0, taps.terms, store);
 }
 
 template <class Tile, bool kForward>
-Plan gather_tile_plan(const Conv2dShape& s, int64_t pixels) {
+Plan gather_mma_plan(const Conv2dShape& s) {
   const int64_t cols = (kForward ? s.out_channels : s.in_channels) / s.groups, phases = kForward ? 1 : s.stride_h * s.stride_w;
   const int64_t blocks = ceil_div<int64_t>(cols, Tile::kGroupCols) * ceil_div<int64_t>(s.groups, Tile::kGroups) * phases *
-                         ceil_div<int64_t>(pixels, Tile::kGroupRows);
+                         ceil_div<int64_t>(gather_pixels<kForward>(s), Tile::kGroupRows);
   return {Tile::kCols, Tile::kGroupRows, blocks, 0};
 }
 
-template <class Tile, bool kForward>
-Plan gather_mma_plan(const Conv2dShape& s) {
-  return gather_tile_plan<Tile, kForward>(s, gather_pixels<kForward>(s));
-}
-
-template <class Tile, bool kVector, bool kForward, class T, bool kFused>
-void launch_gather_mma(const Conv2dShape& s, const GatherProblem<T, kForward, kFused>& problem, cudaStream_t stream) {
-  launch(gather_mma<Tile, kVector, kForward, T, kFused>,
-         Grid(gather_tile_plan<Tile, kForward>(s, problem.pixels).blocks, kBlockThreads, Tile::template kSharedBytes<T>), stream, problem,
+template <class Tile, bool kVector, class T, bool kForward>
+void launch_gather_mma(const Conv2dShape& s, const GatherProblem<T, kForward>& problem, cudaStream_t stream) {
+  launch(gather_mma<Tile, kVector, kForward, T>,
+         Grid(gather_mma_plan<Tile, kForward>(s).blocks, kBlockThreads, Tile::template kSharedBytes<T>), stream, problem,
          ceil_div(problem.cols, Tile::kGroupCols));
 }
 
@@ -324,50 +254,34 @@ void run_gather_tile(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaSt
   problem.has_vectors() ? launch_gather_mma<Tile, true>(s, problem, stream) : launch_gather_mma<Tile, false>(s, problem, stream);
 }
 
-// What is masked passes through registers, of which the wide tile has none to spare.
-template <bool kForward, bool kFused>
+template <bool kForward>
 bool is_narrow_gather(const Conv2dShape& s) {
-  return has_few_cols((kForward ? s.out_channels : s.in_channels) / s.groups) || (!kForward && (kFused || reads_words_across(s.dtype)));
-}
-
-template <bool kForward, bool kFused>
-Plan plan_gather_of(const Conv2dShape& s, int64_t pixels) {
-  return (is_narrow_gather<kForward, kFused>(s) ? gather_tile_plan<NarrowMmaTile, kForward>
-                                                : gather_tile_plan<WideMmaTile, kForward>)(s, pixels);
-}
-
-template <class T, bool kForward, bool kFused>
-void run_gather_of(const Conv2dShape& s, const GatherProblem<T, kForward, kFused>& problem, cudaStream_t stream) {
-  if (!problem.has_vectors()) {
-    launch_gather_mma<NarrowMmaTile, false>(s, problem, stream);
-  } else if (is_narrow_gather<kForward, kFused>(s)) {
-    launch_gather_mma<NarrowMmaTile, true>(s, problem, stream);
-  } else if constexpr (kForward || !(kFused || std::is_same_v<T, float>)) {
-    launch_gather_mma<WideMmaTile, true>(s, problem, stream);
-  }
+  return has_few_cols((kForward ? s.out_channels : s.in_channels) / s.groups) || (!kForward && reads_words_across(s.dtype));
 }
 
 template <bool kForward>
 Plan plan_gather_mma(const Conv2dShape& s) {
-  return plan_gather_of<kForward, false>(s, gather_pixels<kForward>(s));
+  return (is_narrow_gather<kForward>(s) ? gather_mma_plan<NarrowMmaTile, kForward> : gather_mma_plan<WideMmaTile, kForward>)(s);
+}
+
+template <bool kForward>
+void run_activated_gather_mma(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, cudaStream_t stream) {
+  with_single_type(s.dtype, [&](auto element) {
+    using T = decltype(element);
+    const GatherProblem<T, kForward> problem(s, b, relu);
+    if (!problem.has_vectors()) {
+      launch_gather_mma<NarrowMmaTile, false>(s, problem, stream);
+    } else if (is_narrow_gather<kForward>(s)) {
+      launch_gather_mma<NarrowMmaTile, true>(s, problem, stream);
+    } else if constexpr (kForward || !std::is_same_v<T, float>) {
+      launch_gather_mma<WideMmaTile, true>(s, problem, stream);
+    }
+  });
 }
 
 template <bool kForward>
 void run_gather_mma(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
-  with_single_type(s.dtype, [&](auto element) { run_gather_of(s, GatherProblem<decltype(element), kForward>(s, b), stream); });
-}
-
-// The same of a fused convolution.
-template <bool kForward>
-Plan plan_fused_gather_mma(const Conv2dReluPoolShape& s) {
-  const int64_t windows = s.conv.batch * s.pooled_h * s.pooled_w;
-  return plan_gather_of<kForward, true>(s.conv, kForward ? windows * s.pool_h * s.pool_w : gather_pixels<false>(s.conv));
-}
-
-template <bool kForward>
-void run_fused_gather_mma(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void*, cudaStream_t stream) {
-  with_single_type(s.conv.dtype,
-                   [&](auto element) { run_gather_of(s.conv, GatherProblem<decltype(element), kForward, true>(s, b), stream); });
+  run_activated_gather_mma<kForward>(s, b, false, stream);
 }
 
 }  // namespace cnn_ext::cuda

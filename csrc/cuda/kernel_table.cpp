@@ -65,10 +65,8 @@ namespace cnn_ext::cuda {
   ROW(conv2d_relu_max_pool2d_forward_mma_sm80)                   \
   ROW(conv2d_relu_max_pool2d_forward_implicit_gemm_sm80)         \
   ROW(conv2d_relu_max_pool2d_forward_composed_sm80)              \
-  ROW(conv2d_relu_max_pool2d_backward_input_mma_sm80)            \
   ROW(conv2d_relu_max_pool2d_backward_input_implicit_gemm_sm80)  \
   ROW(conv2d_relu_max_pool2d_backward_input_composed_sm80)       \
-  ROW(conv2d_relu_max_pool2d_backward_weight_mma_sm80)           \
   ROW(conv2d_relu_max_pool2d_backward_weight_implicit_gemm_sm80) \
   ROW(conv2d_relu_max_pool2d_backward_weight_composed_sm80)      \
   ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)       \

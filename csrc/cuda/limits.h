@@ -98,9 +98,6 @@ inline bool has_mma_channels(const Conv2dShape& s) {
 inline bool suits_mma(const Conv2dShape& s) { return has_mma_type(s) && has_mma_channels(s); }
 inline bool suits_split_mma(const Conv2dShape& s) { return s.dtype == DType::float32 && s.allow_tf32 == 0 && has_mma_channels(s); }
 inline bool suits_double_mma(const Conv2dShape& s) { return s.dtype == DType::float64 && has_mma_channels(s); }
-inline bool suits_fused_mma(const Conv2dReluPoolShape& s) {
-  return suits_mma(s.conv) && has_disjoint_windows(s) && all_below(kMaxExtent, {s.pool_stride_h, s.pool_stride_w});
-}
 
 // Several groups of `least` to 16 channels on both sides: they are numbered together.
 constexpr int64_t kMostGroupChannels = 16, kMostTileGroups = 4;

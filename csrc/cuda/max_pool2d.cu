@@ -1,7 +1,7 @@
 // Max pooling: one thread per element of the result, in memory order. backward gathers: an input looks at the windows that cover it, in
 // order, and adds up the gradients of those whose offset names it. Bound by memory; overlapping windows are read from the caches. Ties go
-// to the first tap, NaNs to the last one; a window of -inf alone takes its first tap inside the input. wide: the same where an int does not
-// hold an extent.
+// to the first tap, NaNs to the last one; a window of -inf alone takes its first tap inside the input. A ReLU is applied to the maximum: it
+// is monotonic. wide: the same where an int does not hold an extent.
 #include "cuda/common.cuh"
 #include "cuda/limits.h"
 
@@ -9,8 +9,8 @@ namespace cnn_ext::cuda {
 namespace {
 
 template <class T, class Offset, class Integer>
-__global__ void max_forward(Pool2dGeometryOf<Integer> g, const T* __restrict__ input, T* __restrict__ output,
-                            Offset* __restrict__ offsets) {
+__global__ void max_forward(Pool2dGeometryOf<Integer> g, const T* __restrict__ input, T* __restrict__ output, Offset* __restrict__ offsets,
+                            bool relu) {
   const int64_t index = element_index();
   if (index >= g.out_elements) return;
   const ElementOf<Integer> o = element_at(g.layout, index, g.channels, g.out_h, g.out_w);
@@ -30,8 +30,9 @@ __global__ void max_forward(Pool2dGeometryOf<Integer> g, const T* __restrict__ i
       }
     }
   }
-  output[index] = narrow<T>(best);
-  if (offsets != nullptr) offsets[index] = static_cast<Offset>(offset < 0 ? 0 : offset);
+  const bool stops = relu && best <= 0;
+  output[index] = narrow<T>(stops ? Accumulate<T>{0} : best);
+  if (offsets != nullptr) offsets[index] = static_cast<Offset>(stops ? kNoGradient : offset < 0 ? 0 : offset);
 }
 
 template <class T, class Offset, class Integer>
@@ -91,7 +92,7 @@ void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stre
     using Offset = decltype(offset);
     const Pool2dGeometryOf<Integer> g(s);
     launch_elementwise(max_forward<T, Offset, Integer>, g.out_elements, stream, g, static_cast<const T*>(b.input),
-                       static_cast<T*>(b.output), static_cast<Offset*>(b.offsets));
+                       static_cast<T*>(b.output), static_cast<Offset*>(b.offsets), b.relu);
   });
 }
 

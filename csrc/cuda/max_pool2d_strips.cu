@@ -1,5 +1,6 @@
 // Max pooling at memory bandwidth (pooling_forward.cuh, pooling_backward.cuh). Ties go to the first tap, NaNs to the last one, in a row of
-// a window as in the window; a window of -inf alone takes its first tap inside the input.
+// a window as in the window; a window of -inf alone takes its first tap inside the input. A ReLU is applied to the maximum: it is
+// monotonic.
 //
 // Not handled: dilation; windows of more than 256 taps.
 #include "cuda/pooling_backward.cuh"
@@ -41,8 +42,9 @@ struct MaxForward {
     Vector<uint8_t, kCount> taps;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      values.element[i] = narrow<T>(parts[i].value);
-      taps.element[i] = static_cast<uint8_t>(parts[i].tap);
+      const bool stops = relu && parts[i].value <= 0;
+      values.element[i] = narrow<T>(stops ? Accumulate<T>{0} : parts[i].value);
+      taps.element[i] = static_cast<uint8_t>(stops ? kNoGradient : parts[i].tap);
     }
     store_some(output + index, values, count, is_whole);
     if (offsets != nullptr) store_some(offsets + index, taps, count, is_whole);
@@ -50,6 +52,7 @@ struct MaxForward {
 
   T* output;
   uint8_t* offsets;  // null: not asked for
+  bool relu;
 };
 
 template <class Element>
@@ -74,7 +77,8 @@ bool accepts(const Pool2dShape& s) { return suits_pool_strips(s) && s.kernel_h *
 void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
   with_element_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    run_pool_forward(MaxForward<T>{static_cast<T*>(b.output), static_cast<uint8_t*>(b.offsets)}, s, static_cast<const T*>(b.input), stream);
+    const MaxForward<T> op{static_cast<T*>(b.output), static_cast<uint8_t*>(b.offsets), b.relu};
+    run_pool_forward(op, s, static_cast<const T*>(b.input), stream);
   });
 }
 

@@ -76,9 +76,7 @@ inline bool reads_words_across(DType dtype) { return dtype == DType::float32; }
 // Stores offer
 //   kChunks                                       whether they take chunks of kChunk neighbouring columns, or single sums
 //   bool along_rows()                             single sums: whether neighbouring rows are neighbours in memory
-//   int taps()                                    how many neighbouring rows it takes at once: divides the tile's
-//   void store(int row, int col, const Sum*, int pitch)   takes a sum of each of these rows, `pitch` apart, or kChunk of them; ignores what
-//                                                 lies beyond the last row or column
+//   void store(int row, int col, const Sum*)      takes a sum, or kChunk of them; ignores what lies beyond the last row or column
 template <class Tile, class RowLoader, class ColLoader>
 class MmaGemm {
  public:
@@ -229,18 +227,18 @@ class MmaGemm {
     if constexpr (Store::kChunks) {
       constexpr int kChunkCols = Tile::kGroupCols / kChunk<T>;
 #pragma unroll 1
-      for (int index = threadIdx.x; index * store.taps() < Tile::kRows * kChunkCols; index += kBlockThreads) {
-        const int row = index / kChunkCols * store.taps(), col = index % kChunkCols * kChunk<T>;
-        store.store(first_row_ + row, col_of(row, col), sums + row * Tile::kRowPitch + col, Tile::kRowPitch);
+      for (int index = threadIdx.x; index < Tile::kRows * kChunkCols; index += kBlockThreads) {
+        const int row = index / kChunkCols, col = index % kChunkCols * kChunk<T>;
+        store.store(first_row_ + row, col_of(row, col), sums + row * Tile::kRowPitch + col);
       }
     } else {
-      const int taken_rows = Tile::kRows / store.taps(), inner = along_rows ? taken_rows : Tile::kGroupCols;
+      const int inner = along_rows ? Tile::kRows : Tile::kGroupCols;
       const int row_pitch = along_rows ? 1 : Tile::kRowPitch, col_pitch = along_rows ? Tile::kColPitch : 1;
 #pragma unroll 1
-      for (int index = threadIdx.x; index < taken_rows * Tile::kGroupCols; index += kBlockThreads) {
+      for (int index = threadIdx.x; index < Tile::kRows * Tile::kGroupCols; index += kBlockThreads) {
         const int across = index / inner, along = index % inner;
-        const int row = (along_rows ? along : across) * store.taps(), col = along_rows ? across : along;
-        store.store(first_row_ + row, col_of(row, col), sums + row * row_pitch + col * col_pitch, row_pitch);
+        const int row = along_rows ? along : across, col = along_rows ? across : along;
+        store.store(first_row_ + row, col_of(row, col), sums + row * row_pitch + col * col_pitch);
       }
     }
   }

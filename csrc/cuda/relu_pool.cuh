@@ -120,22 +120,6 @@ struct WindowStore {
       maximum = {};
     }
   }
-  // Of one window, whose taps lie `pitch` apart, and kCount neighbouring channels, aligned together.
-  template <int kCount>
-  __device__ void store_window(int index, int channel, const Acc* sums, int pitch) const {
-    Vector<T, kCount> values;
-    Vector<uint8_t, kCount> taps;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      WindowMaximum<Acc> maximum;
-      for (int tap = 0; tap < decoder.taps(); ++tap) maximum.take(finished(sums[tap * pitch + i], channel + i), tap);
-      values.element[i] = narrow<T>(maximum.value);
-      taps.element[i] = static_cast<uint8_t>(maximum.tap);
-    }
-    const int64_t target = place(index, channel);
-    store_vector(output + target, values);
-    if (offsets != nullptr) store_vector(offsets + target, taps);
-  }
 
   T* output;
   uint8_t* offsets;  // null: there is no pooling, or they are not asked for
@@ -172,9 +156,6 @@ struct MaskedGradient {
         pooled_h(static_cast<int>(s.pooled_h)),
         pooled_w(static_cast<int>(s.pooled_w)) {}
 
-  // The strides that tell planes apart, for what adds places of the convolution's output up.
-  CNN_EXT_HOST_DEVICE Strides planes() const { return {strides.n, strides.c, 0, 0}; }
-
   // Of an output of the convolution: where its window lies in a plane, and which of its taps it is. place -1: it has no window.
   struct Window {
     int64_t place;
@@ -191,32 +172,6 @@ struct MaskedGradient {
     const Window window = window_of(h, w);
     const int64_t place = plane + window.place;
     return window.place >= 0 && passes(place, window.tap) ? widen(gradient[place]) : Accumulate<T>{0};
-  }
-  // `count` neighbouring channels from a plane on; the others are zeros. is_whole: they are kChunk, and 16 aligned bytes.
-  __device__ Vector<T, kChunk<T>> chunk_at(int64_t plane, int h, int w, int count, bool is_whole) const {
-    Vector<T, kChunk<T>> chunk = {};
-    const Window window = window_of(h, w);
-    if (window.place < 0) return chunk;
-    const int64_t first = plane + window.place;
-    if (is_whole) {
-      chunk = load_vector<kChunk<T>>(gradient + first);
-      if (offsets != nullptr) {
-        const Vector<uint8_t, kChunk<T>> taps = load_vector<kChunk<T>>(offsets + first);
-#pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) chunk.element[i] = taps.element[i] == window.tap ? chunk.element[i] : narrow<T>(0);
-      } else {
-        const Vector<T, kChunk<T>> outputs = load_vector<kChunk<T>>(output + first);
-#pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) chunk.element[i] = widen(outputs.element[i]) <= 0 ? narrow<T>(0) : chunk.element[i];
-      }
-      return chunk;
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
-      const int64_t place = first + i * strides.c;
-      if (i < count && passes(place, window.tap)) chunk.element[i] = gradient[place];
-    }
-    return chunk;
   }
 
   const T* gradient;
