@@ -182,6 +182,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
 // Gemm offers
 //   Tile, kBlocks                          its tile, and how many blocks share a multiprocessor
 //   kOwnBytes                              of shared memory in front of the stages
+//   kStepCycles                            that a step takes of a multiprocessor
 //   Gemm(problem, block)
 //   accumulate(shared, barriers)           sums up the products of the block's pixels; afterwards shared memory is free
 //   bool write(sums)                       registers -> shared memory; whether there is a NaN among this thread's sums
@@ -252,18 +253,18 @@ __global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_const
 
 // A tile as the host sees it.
 struct WeightTileSizes {
-  int64_t rows, panels, panel_channels, step_pixels, stage_bytes, blocks;  // blocks: that share a multiprocessor
+  int64_t rows, panels, panel_channels, step_pixels, step_cycles, blocks;  // blocks: that share a multiprocessor
 };
 
-// How the pixels are shared. size: pixels of a block; the last may have fewer, or none.
+// How the pixels are shared. size: pixels of a block; the last may have fewer, or none. cycles: that all of it is expected to take.
 struct WeightSplits {
-  int64_t clusters, cluster_blocks, size;
+  int64_t clusters, cluster_blocks, size, cycles;
 };
 
 template <class Gemm>
 constexpr WeightTileSizes tile_sizes() {
   using Tile = typename Gemm::Tile;
-  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Tile::kStageBytes, Gemm::kBlocks};
+  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Gemm::kStepCycles, Gemm::kBlocks};
 }
 
 // What the host works out of a shape.
@@ -290,23 +291,19 @@ struct WeightDivision {
     return ceil_div(channels * element_bytes, int64_t{kChunkBytes}) * kChunkBytes / element_bytes;
   }
 
-  // The splits with the least time on 132 multiprocessors: what the second-level cache takes for the steps, what a block takes before and
-  // after them, and what a second launch takes, which reads the sums of every cluster.
+  // The splits with the least time on 132 multiprocessors: what the steps take, what a block takes before and after them, and what a second
+  // launch takes, which reads the sums of every cluster.
   WeightSplits split(int64_t pixels) const {
-    constexpr int64_t kBlockCycles = 3000, kClusterCycles = 800, kLaunchCycles = 4000, kCacheBytes = 39, kDeviceBytes = 1500;  // of a cycle
-    WeightSplits best{1, 1, std::max<int64_t>(pixels, 1)};
-    int64_t least = INT64_MAX;
+    constexpr int64_t kBlockCycles = 3000, kClusterCycles = 800, kLaunchCycles = 4000, kDeviceBytes = 1500;  // of a cycle
+    WeightSplits best{1, 1, std::max<int64_t>(pixels, 1), INT64_MAX};
     for (const int64_t cluster_blocks : {1, 2, 4, 8}) {
       for (const int64_t clusters : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
         const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);
         if (clusters > 1 && clusters * sums > kMostPartials) break;
         const int64_t waves = ceil_div(row_tiles * col_tiles * count, kMultiprocessors * tile.blocks);
-        const int64_t cycles = waves * (tile.blocks * steps * tile.stage_bytes / kCacheBytes + kBlockCycles) +
-                               (cluster_blocks > 1 ? kClusterCycles : 0) +
+        const int64_t cycles = waves * (tile.blocks * steps * tile.step_cycles + kBlockCycles) + (cluster_blocks > 1 ? kClusterCycles : 0) +
                                (clusters > 1 ? kLaunchCycles + 2 * clusters * sums * int64_t{sizeof(float)} / kDeviceBytes : 0);
-        if (cycles >= least) continue;
-        best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels};
-        least = cycles;
+        if (cycles < best.cycles) best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels, cycles};
       }
     }
     return best;
@@ -380,13 +377,12 @@ WeightProblem<typename Tile::Element> weight_problem(const Conv2dShape& s, const
   return p;
 }
 
-// All launches. two_blocks: whether two share the memory of a multiprocessor.
+// All launches.
 template <class Gemm>
-void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, bool two_blocks, void* workspace,
-                     cudaStream_t stream) {
+void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace, cudaStream_t stream) {
   using Tile = typename Gemm::Tile;
   auto problem = weight_problem<Tile>(s, b, d, workspace, stream);
-  problem.stages = pipeline_stages(Tile::kStageBytes, two_blocks, Gemm::kOwnBytes);
+  problem.stages = pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > kMultiprocessors, Gemm::kOwnBytes);
   launch(backward_weight_wgmma<Gemm>,
          overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
                           problem.cluster_blocks)),

@@ -18,7 +18,7 @@ template <class T, int kRows, int kPanelChannels>
 class HalfGemm {
  public:
   using Tile = WeightTile<T, kRows, kHalfPanels, kPanelChannels, kHalfStepPixels>;
-  static constexpr int kBlocks = kRows == kPanelRows ? 2 : 1, kOwnBytes = 0;
+  static constexpr int kBlocks = kRows == kPanelRows ? 2 : 1, kOwnBytes = 0, kStepCycles = Tile::kStageBytes / kCacheBytes;
 
   __device__ HalfGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -98,8 +98,7 @@ template <class T>
 void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   with_tile<T>(s, [&](auto* gemm) {
     using Gemm = std::decay_t<decltype(*gemm)>;
-    const WeightDivision d(s, tile_sizes<Gemm>());
-    run_weight_tile<Gemm>(s, b, d, Gemm::kBlocks == 2 && d.blocks() > kMultiprocessors, workspace, stream);
+    run_weight_tile<Gemm>(s, b, WeightDivision(s, tile_sizes<Gemm>()), workspace, stream);
   });
 }
 

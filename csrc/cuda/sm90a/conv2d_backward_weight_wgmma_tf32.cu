@@ -3,14 +3,17 @@
 // TF32: it takes the rows from registers, which are read from grad_output as it lies, and the columns from a second tile, to which the
 // threads transpose the windows of the input while the step before is multiplied.
 //
-// Tile: 128 output channels (64 where there are no more) x four panels of 32 channels (two where there are no more); a step of the depth is
-// 32 pixels. Two blocks run on a multiprocessor: one waits and loads registers while the other multiplies.
+// Tile: 128 or 256 output channels (64 where there are no more) x four or eight panels of 32 channels (two where there are no more),
+// whatever takes the least time; a step of the depth is 32 pixels. Up to 128 x 128 two blocks run on a multiprocessor: one waits and loads
+// registers while the other multiplies.
 //
 // Within eight pixels the depth is taken as 0, 2, 4, 6, 1, 3, 5, 7, and within 16 output channels rows group and group + 8 are neighbours:
 // so a thread's registers are four pairs of words in a bank each, and nobody waits for a bank.
 //
-// Bound by shared memory: a step of 128 x 128 moves 112 KB in it, in 896 cycles for 512 of the matrix unit; and by the second-level cache,
-// of which it reads 32 KB.
+// Bound by shared memory: a step of 128 x 128 takes 896 cycles of it for 512 of the matrix unit, one of 256 x 128 takes 1408 for 1024; and
+// nearly so by the second-level cache, of which they read 32 and 48 KB.
+#include <optional>
+
 #include "cuda/sm90a/backward_weight_wgmma.cuh"
 
 namespace cnn_ext::cuda {
@@ -25,9 +28,12 @@ template <class T, int kRows, int kPanels>
 class TransposingGemm {
  public:
   using Tile = WeightTile<T, kRows, kPanels, kPanelChannels, kStepPixels>;
-  static constexpr int kBlocks = kRows <= 128 ? 2 : 1;
+  static constexpr int kBlocks = kRows <= 128 && kPanels <= 4 ? 2 : 1;
   static constexpr int kTransposedBytes = Tile::kCols * kTransposedRowBytes;
   static constexpr int kOwnBytes = 2 * kTransposedBytes;
+  // Shared memory moves 128 bytes in one: the copies, the rows to registers, the transposition, the columns to the matrix unit.
+  static constexpr int kRowReads = kRows == kWarpgroupRows ? 2 : 1, kColReads = kRows / kWarpgroupRows;
+  static constexpr int kStepCycles = (Tile::kStageBytes + kRowReads * Tile::kRowTileBytes + (2 + kColReads) * kTransposedBytes) / 128;
 
   __device__ TransposingGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -103,15 +109,24 @@ class TransposingGemm {
   // The panels [pixel][channel] -> columns [channel][pixel in the order of the depth], both swizzled. A thread takes four channels of the
   // four even or odd pixels of eight; the eight threads that access memory at once meet eight different chunks of both tiles.
   __device__ static void transpose_panels(const unsigned char* panels, unsigned char* cols) {
-    if (threadIdx.x >= kPanels * 64) return;
-    const int panel = threadIdx.x / 64, quad = threadIdx.x % 8, pixels = quad / 2 ^ threadIdx.x / 8 % 8, odd = pixels % 2;
-    const unsigned char* source = panels + panel * Tile::kPanelBytes + (pixels / 2 * 8 + odd) * Tile::kPanelRowBytes;
+    constexpr int kPanelThreads = kPanelChannels * kStepPixels / 16, kAtOnce = kBlockThreads / kPanelThreads;
+    const int own = threadIdx.x / kPanelThreads;
+    if (own >= kPanels) return;
+#pragma unroll
+    for (int first = 0; first < kPanels; first += kAtOnce) {
+      transpose_quads(panels + (first + own) * Tile::kPanelBytes, cols + (first + own) * kPanelChannels * kTransposedRowBytes);
+    }
+  }
+
+  __device__ static void transpose_quads(const unsigned char* panel, unsigned char* cols) {
+    const int quad = threadIdx.x % 8, pixels = quad / 2 ^ threadIdx.x / 8 % 8, odd = pixels % 2;
+    const unsigned char* source = panel + (pixels / 2 * 8 + odd) * Tile::kPanelRowBytes;
     float4 read[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       read[i] = *reinterpret_cast<const float4*>(source + i * 2 * Tile::kPanelRowBytes + (quad ^ odd ^ i * 2) * kChunkBytes);
     }
-    unsigned char* target = cols + (panel * kPanelChannels + quad * 4) * kTransposedRowBytes;
+    unsigned char* target = cols + quad * 4 * kTransposedRowBytes;
     const auto write = [&](int channel, float x, float y, float z, float w) {
       const int chunk = pixels ^ quad % 2 * 4 ^ channel;
       *reinterpret_cast<float4*>(target + channel * kTransposedRowBytes + chunk * kChunkBytes) = make_float4(x, y, z, w);
@@ -161,30 +176,50 @@ class TransposingGemm {
   uint32_t rows_[kRowTiles][kInstructions][4];
 };
 
-// Calls function(Gemm*) with the tile that suits a shape.
-template <class Function>
-auto with_tile(const Conv2dShape& s, const Function& function) {
-  const bool few_panels = ceil_div<int64_t>(s.in_channels, kPanelChannels) * s.kernel_h * s.kernel_w <= 2;
-  if (s.out_channels <= kWarpgroupRows) {
-    return few_panels ? function(static_cast<TransposingGemm<float, kWarpgroupRows, 2>*>(nullptr))
-                      : function(static_cast<TransposingGemm<float, kWarpgroupRows, 4>*>(nullptr));
+struct Candidate {
+  WeightTileSizes tile;
+  void (*run)(const Conv2dShape&, const Conv2dBuffers&, const WeightDivision&, void*, cudaStream_t);
+};
+
+template <int kRows, int kPanels>
+constexpr Candidate candidate() {
+  using Gemm = TransposingGemm<float, kRows, kPanels>;
+  return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
+}
+
+constexpr Candidate kCandidates[] = {candidate<64, 2>(),  candidate<64, 4>(),  candidate<64, 8>(), candidate<128, 2>(),
+                                     candidate<128, 4>(), candidate<128, 8>(), candidate<256, 4>()};
+
+// Whether a tile of `size` is worth trying: the smallest where it covers the extent alone, of the others those that are filled by half.
+bool suits(int64_t size, int64_t smallest, int64_t extent) {
+  return size == smallest ? extent <= smallest : extent > smallest && 2 * extent > size;
+}
+
+struct Choice {
+  WeightDivision division;
+  Candidate candidate;
+};
+
+// The tile that is expected to take the least time.
+Choice choose(const Conv2dShape& s) {
+  std::optional<Choice> best;
+  const int64_t panels = ceil_div<int64_t>(s.in_channels, kPanelChannels) * s.kernel_h * s.kernel_w;
+  for (const Candidate& candidate : kCandidates) {
+    if (!suits(candidate.tile.rows, kCandidates[0].tile.rows, s.out_channels)) continue;
+    if (!suits(candidate.tile.panels, kCandidates[0].tile.panels, panels)) continue;
+    const WeightDivision division(s, candidate.tile);
+    if (!best || division.splits.cycles < best->division.splits.cycles) best = Choice{division, candidate};
   }
-  return few_panels ? function(static_cast<TransposingGemm<float, 2 * kWarpgroupRows, 2>*>(nullptr))
-                    : function(static_cast<TransposingGemm<float, 2 * kWarpgroupRows, 4>*>(nullptr));
+  return *best;
 }
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 && suits_weight_wgmma(s); }
 
-Plan plan(const Conv2dShape& s) {
-  return with_tile(s, [&](auto* gemm) { return WeightDivision(s, tile_sizes<std::decay_t<decltype(*gemm)>>()).plan(); });
-}
+Plan plan(const Conv2dShape& s) { return choose(s).division.plan(); }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  with_tile(s, [&](auto* gemm) {
-    using Gemm = std::decay_t<decltype(*gemm)>;
-    const WeightDivision d(s, tile_sizes<Gemm>());
-    run_weight_tile<Gemm>(s, b, d, d.blocks() > kMultiprocessors, workspace, stream);
-  });
+  const Choice choice = choose(s);
+  choice.candidate.run(s, b, choice.division, workspace, stream);
 }
 
 }  // namespace
