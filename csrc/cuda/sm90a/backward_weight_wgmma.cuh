@@ -130,11 +130,7 @@ __device__ bool add_up_cluster(WeightLines lines, int cluster_blocks, float* sum
   bool meets_nan = false;
   for (int index = lines.first * kQuads + threadIdx.x; index < lines.last * kQuads; index += kBlockThreads) {
     float* place = sums + index / kQuads * Tile::kSumPitch + index % kQuads * 4;
-    float4 total = read_of_block(place, 0);
-    for (int block = 1; block < cluster_blocks; ++block) {
-      const float4 more = read_of_block(place, block);
-      total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
-    }
+    const float4 total = sum_of_blocks(place, cluster_blocks);
     *reinterpret_cast<float4*>(place) = total;
     meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
   }
@@ -291,17 +287,19 @@ struct WeightDivision {
     return ceil_div(channels * element_bytes, int64_t{kChunkBytes}) * kChunkBytes / element_bytes;
   }
 
-  // The splits with the least time on 132 multiprocessors: what the steps take, what a block takes before and after them, and what a second
-  // launch takes, which reads the sums of every cluster.
+  // The splits with the least time on 132 multiprocessors: what the second-level cache takes for the steps, what a block takes before and
+  // after them, what clusters take to start and to add up, and what a second launch takes, which reads the sums of every cluster.
   WeightSplits split(int64_t pixels) const {
-    constexpr int64_t kBlockCycles = 3000, kClusterCycles = 800, kLaunchCycles = 4000, kDeviceBytes = 1500;  // of a cycle
+    constexpr int64_t kBlockCycles = 3000, kDeviceBytes = 1500;  // of a cycle
+    constexpr int64_t kClusterCycles = 4000, kClusterBlockCycles = 600, kLaunchCycles = 4000;
+    const int64_t tiles = row_tiles * col_tiles, slots = kMultiprocessors * tile.blocks;
     WeightSplits best{1, 1, std::max<int64_t>(pixels, 1), INT64_MAX};
-    for (const int64_t cluster_blocks : {1, 2, 4, 8}) {
-      for (const int64_t clusters : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
+    for (int64_t cluster_blocks = 1; cluster_blocks <= kMostClusterBlocks; cluster_blocks *= 2) {
+      const int64_t most = std::max<int64_t>(1, std::min(kMostPartials / std::max<int64_t>(sums, 1), 2 * slots / cluster_blocks));
+      for (int64_t clusters = 1; clusters <= most; clusters += 1 + clusters / 16) {
         const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);
-        if (clusters > 1 && clusters * sums > kMostPartials) break;
-        const int64_t waves = ceil_div(row_tiles * col_tiles * count, kMultiprocessors * tile.blocks);
-        const int64_t cycles = waves * (tile.blocks * steps * tile.step_cycles + kBlockCycles) + (cluster_blocks > 1 ? kClusterCycles : 0) +
+        const int64_t cycles = ceil_div(tiles * count, slots) * (tile.blocks * steps * tile.step_cycles + kBlockCycles) +
+                               (cluster_blocks > 1 ? kClusterCycles + kClusterBlockCycles * cluster_blocks : 0) +
                                (clusters > 1 ? kLaunchCycles + 2 * clusters * sums * int64_t{sizeof(float)} / kDeviceBytes : 0);
         if (cycles < best.cycles) best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels, cycles};
       }

@@ -57,7 +57,7 @@ struct PatchPlan {
     fetched_bytes = lines * tile.pitch * box_bytes;
     const int64_t read = std::max(lines * tile.pitch, kPatchRows + reach_h * tile.pitch + reach_w);
     patch_box_bytes = ceil_div<int64_t>(read * box_bytes, 1024) * 1024;
-    for (cols = 128; cols >= 32; cols /= 2) {
+    for (cols = side.taps == 1 ? 64 : 128; cols >= 32; cols /= 2) {  // with few products more, smaller blocks hide each other's stores
       if (cols > 32 && side.cols <= cols / 2) continue;
       for (buffers = 2; buffers >= 1; --buffers) {
         if (shared_bytes() <= kMostSharedBytes) return;
@@ -75,12 +75,14 @@ struct PatchPlan {
     return std::min(std::max<int64_t>(at_once / col_tiles(), 1), ceil_div<int64_t>(tiles, kPatchWorkers)) * col_tiles();
   }
   // Of a multiprocessor: the products, by what they read of shared memory or by the matrix unit; what is not hidden of a tile's other work;
-  // and filling shared memory with the filters.
+  // and filling shared memory first.
   int64_t cycles() const {
     constexpr int64_t kTileCycles = 400, kBytesPerCycle = 40;
-    const int64_t instructions = 2 * side.taps * channel_boxes * (box_bytes / kInstructionBytes);
-    const int64_t tile_cycles = instructions * std::max(cols / 2, 16 + cols / 4) + kTileCycles;
-    return ceil_div(tiles * col_tiles(), kMultiprocessors) * tile_cycles + filter_bytes() / kBytesPerCycle;
+    const int64_t instructions = 2 * side.taps * channel_boxes * (box_bytes / kInstructionBytes),
+                  patch_bytes = channel_boxes * fetched_bytes;
+    const int64_t exposed = buffers == 2 ? 0 : patch_bytes / kBytesPerCycle / kPatchWorkers;
+    const int64_t tile_cycles = instructions * std::max(cols / 2, 16 + cols / 4) + kTileCycles + exposed;
+    return ceil_div(tiles * col_tiles(), kMultiprocessors) * tile_cycles + (filter_bytes() + kPatchWorkers * patch_bytes) / kBytesPerCycle;
   }
 
   Side<kForward> side;

@@ -281,11 +281,7 @@ class WgmmaGatherGemm {
     const int quads = own.length / 4;
     for (int index = threadIdx.x; index < (own.last - own.first) * quads; index += kBlockThreads) {
       float* place = own.sums + (own.first + index / quads) * own.pitch + index % quads * 4;
-      float4 total = read_of_block(place, 0);
-      for (int part = 1; part < p_.parts; ++part) {
-        const float4 more = read_of_block(place, part);
-        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
-      }
+      const float4 total = sum_of_blocks(place, p_.parts);
       *reinterpret_cast<float4*>(place) = total;
       meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
     }
@@ -293,10 +289,11 @@ class WgmmaGatherGemm {
   }
 
   // From registers to nhwc.
-  __device__ void store_rows() const {
+  __device__ void store_rows() {
     const T* bias = p_.bias == nullptr ? nullptr : p_.bias + place_.group * p_.cols;
     const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, p_.result_chunk > 1};
     const int first = place_.first_row + threadIdx.x / 32 * 16, pixel = first + threadIdx.x % 32 / 4;
+    finish_sums(target, sums_);
     bool meets_nan = store_line<0>(target, result_pixel(p_, phase_, place_, pixel), sums_);
     meets_nan |= store_line<1>(target, result_pixel(p_, phase_, place_, pixel + 8), sums_);
     if (__any_sync(0xFFFFFFFF, meets_nan)) {

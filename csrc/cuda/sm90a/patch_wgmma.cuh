@@ -152,7 +152,7 @@ class PatchWorker {
     return g.result + corner.outer * g.result_strides.n + h * g.result_strides.h + w * g.result_strides.w;
   }
 
-  __device__ void store(const PlaneIndex& tile) const {
+  __device__ void store(const PlaneIndex& tile) {
     const WgmmaGather<T>& g = p_.gather;
     const RowTarget<T> target{g.bias, g.relu, first_col_, g.cols, g.result_chunk > 1};
     const PlaneIndex corner = corner_of(tile);
@@ -160,6 +160,7 @@ class PatchWorker {
     bool meets_nan = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      finish_sums(target, sums_[half]);
       meets_nan |= store_line<0>(target, line_of(corner, half * kWarpgroupRows + row), sums_[half]);
       meets_nan |= store_line<1>(target, line_of(corner, half * kWarpgroupRows + row + 8), sums_[half]);
     }

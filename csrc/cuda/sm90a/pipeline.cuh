@@ -10,7 +10,7 @@ namespace cnn_ext::cuda {
 constexpr int kMostStages = 8;
 // Of the device that tiles and splits are chosen for; the bytes that the second-level cache gives one of its multiprocessors in a cycle.
 constexpr int64_t kMultiprocessors = 132;
-constexpr int kCacheBytes = 39;
+constexpr int kCacheBytes = 31;
 
 // As many stages as fit a block besides other_bytes; where narrow tiles run two to a multiprocessor, half of its shared memory.
 inline int pipeline_stages(int stage_bytes, bool two_blocks, int other_bytes = 0) {

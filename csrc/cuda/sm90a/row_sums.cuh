@@ -37,14 +37,19 @@ struct RowTarget {
   bool relu;
   int first_col, cols;
   bool whole_chunks;  // whether lines begin and end with whole aligned chunks
-
-  __device__ float finished(float sum, int col) const {
-    return activated(sum + (bias == nullptr || col >= cols ? 0 : widen(bias[col])), relu);
-  }
-  __device__ ElementPair<T> finished_pair(float first, float second, int col) const {
-    return {narrow<T>(finished(first, col)), narrow<T>(finished(second, col + 1))};
-  }
 };
+
+// Adds the bias and applies the ReLU, where there are.
+template <class T, int kSums>
+__device__ void finish_sums(const RowTarget<T>& target, float (&sums)[kSums]) {
+  if (target.bias == nullptr && !target.relu) return;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const int col = target.first_col + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    const float bias = target.bias == nullptr || col >= target.cols ? 0 : widen(target.bias[col]);
+    sums[i] = activated(sums[i] + bias, target.relu);
+  }
+}
 
 // Stores the line of one pixel, channel 0 of which lies at `line`; null: the pixel does not exist. All lanes of a warp come here, each with
 // the sums of its row: sums[4 * j + 2 * kHalf + 0..1] are columns 8 * j + 2 * (lane % 4) + 0..1 (wgmma.cuh). Whether one of them is NaN.
@@ -54,12 +59,8 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
   const int pair = threadIdx.x % 4;
   bool meets_nan = false;
 #pragma unroll
-  for (int j = 0; j < kColumnBlocks; ++j) {
-    meets_nan = meets_nan || isnan(sums[4 * j + 2 * kHalf]) || isnan(sums[4 * j + 2 * kHalf + 1]);
-  }
-  const auto pair_of = [&](int j) {
-    return target.finished_pair(sums[4 * j + 2 * kHalf], sums[4 * j + 2 * kHalf + 1], target.first_col + 8 * j + 2 * pair);
-  };
+  for (int j = 0; j < kColumnBlocks; ++j) meets_nan |= isnan(sums[4 * j + 2 * kHalf]) | isnan(sums[4 * j + 2 * kHalf + 1]);
+  const auto pair_of = [&](int j) { return ElementPair<T>{narrow<T>(sums[4 * j + 2 * kHalf]), narrow<T>(sums[4 * j + 2 * kHalf + 1])}; };
   if (!target.whole_chunks) {
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {

@@ -145,4 +145,22 @@ __device__ inline float4 read_of_block(const float* shared, int rank) {
   return values;
 }
 
+constexpr int kMostClusterBlocks = 8;
+
+// The sums of four floats of all blocks of the cluster, in order; all are read before the first is added.
+__device__ inline float4 sum_of_blocks(const float* shared, int blocks) {
+  float4 values[kMostClusterBlocks];
+#pragma unroll
+  for (int block = 0; block < kMostClusterBlocks; ++block) {
+    if (block < blocks) values[block] = read_of_block(shared, block);
+  }
+  float4 total = values[0];
+#pragma unroll
+  for (int block = 1; block < kMostClusterBlocks; ++block) {
+    if (block >= blocks) break;
+    total.x += values[block].x, total.y += values[block].y, total.z += values[block].z, total.w += values[block].w;
+  }
+  return total;
+}
+
 }  // namespace cnn_ext::cuda
