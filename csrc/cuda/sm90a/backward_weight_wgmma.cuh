@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "cuda/chunk.cuh"
 #include "cuda/limits.h"
@@ -50,8 +51,7 @@ struct WeightProblem {
   float* partials;  // [cluster][output channel][tap][channel, of whole panels]; null: one cluster, stored at once
   T* grad_weight;
   Conv2dGeometry g;
-  Strides in;
-  int64_t out_pixel;  // from one pixel of grad_output to the next
+  Strides in, out;
   int panels_of_tap, panels, pixels, split_pixels;
   int row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
   FastDivisor tap_decoder, width_decoder;
@@ -111,8 +111,9 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
       const int h = out.h * p.g.stride_h - p.g.pad_top + panel.r * p.g.dilation_h;
       const int w = out.w * p.g.stride_w - p.g.pad_left + panel.s * p.g.dilation_w;
       if (h < 0 || h >= p.g.in_h || w < 0 || w >= p.g.in_w) continue;
-      const auto* input = p.input + channel + out.outer * p.in.n + h * p.in.h + w * p.in.w;
-      exact = fmaf(widen(p.grad_output[k + pixel * p.out_pixel]), widen(*input), exact);
+      const auto* grad_output = p.grad_output + k * p.out.c + out.outer * p.out.n + out.h * p.out.h + out.w * p.out.w;
+      const auto* input = p.input + channel * p.in.c + out.outer * p.in.n + h * p.in.h + w * p.in.w;
+      exact = fmaf(widen(*grad_output), widen(*input), exact);
     }
     *sum = exact;
   }
@@ -121,6 +122,19 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
 template <class T>
 __device__ void store_weight(const WeightProblem<T>& p, int k, const Panel& panel, int channel, float sum) {
   p.grad_weight[k * p.g.filter.n + channel * p.g.filter.c + panel.r * p.g.filter.h + panel.s * p.g.filter.w] = narrow<T>(sum);
+}
+
+// This thread's sums of one warpgroup product, whose first lies at `corner` of a tile in shared memory. kNextRow: from the row of its first
+// two sums to that of the other two. Whether there is a NaN among them.
+template <class Tile, int kNextRow, int kCount>
+__device__ bool write_sums(const float (&sums)[kCount], float* corner) {
+  bool meets_nan = false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    corner[i % 4 / 2 * kNextRow * Tile::kSumPitch + i / 4 * 8 + i % 2] = sums[i];
+    meets_nan |= isnan(sums[i]);
+  }
+  return meets_nan;
 }
 
 // The partial sums of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
@@ -265,7 +279,8 @@ constexpr WeightTileSizes tile_sizes() {
 
 // What the host works out of a shape.
 struct WeightDivision {
-  WeightDivision(const Conv2dShape& s, const WeightTileSizes& sizes)
+  // in_place: the operands are read as they lie.
+  WeightDivision(const Conv2dShape& s, const WeightTileSizes& sizes, bool in_place = false)
       : tile(sizes),
         element_bytes(s.dtype == DType::float32 ? 4 : 2),
         panels_of_tap(ceil_div(s.in_channels, tile.panel_channels)),
@@ -276,8 +291,8 @@ struct WeightDivision {
         splits(split(pixels_of(s))),
         padded_in(whole_chunks(s.in_channels)),
         padded_out(whole_chunks(s.out_channels)),
-        stages_input((s.layout == Layout::nchw && s.in_h * s.in_w > 1) || padded_in != s.in_channels),
-        stages_grad((s.layout == Layout::nchw && s.out_h * s.out_w > 1) || padded_out != s.out_channels),
+        stages_input(!in_place && ((s.layout == Layout::nchw && s.in_h * s.in_w > 1) || padded_in != s.in_channels)),
+        stages_grad(!in_place && ((s.layout == Layout::nchw && s.out_h * s.out_w > 1) || padded_out != s.out_channels)),
         input_bytes(stages_input ? aligned(s.batch * s.in_h * s.in_w * padded_in * element_bytes) : 0),
         grad_bytes(stages_grad ? aligned(s.batch * s.out_h * s.out_w * padded_out * element_bytes) : 0),
         partial_bytes(splits.clusters > 1 ? static_cast<int64_t>(sizeof(float)) * splits.clusters * sums : 0) {}
@@ -328,12 +343,62 @@ inline bool suits_weight_wgmma(const Conv2dShape& s) {
          fits_copy_engine(w, static_cast<int>(s.in_w), static_cast<int>((s.kernel_w - 1) * s.dilation_w));
 }
 
-// Puts channels innermost where they are not, and describes both tensors to the copy engine.
-template <class Tile>
-WeightProblem<typename Tile::Element> weight_problem(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace,
-                                                     cudaStream_t stream) {
-  using T = typename Tile::Element;
+struct WeightOperand {
+  const void* data;
+  Strides strides;
+};
+
+// All of a problem but its maps and stages.
+template <class T>
+WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, const WeightOperand& input, const WeightOperand& grad_output,
+                                void* partials, void* grad_weight) {
   const Conv2dGeometry g(s);
+  if (!is_aligned(input.data) || !is_aligned(grad_output.data)) {
+    throw std::invalid_argument("this kernel wants tensors aligned to 16 bytes");
+  }
+  return {{},
+          {},
+          static_cast<const T*>(grad_output.data),
+          static_cast<const T*>(input.data),
+          d.splits.clusters > 1 ? static_cast<float*>(partials) : nullptr,
+          static_cast<T*>(grad_weight),
+          g,
+          input.strides,
+          grad_output.strides,
+          static_cast<int>(d.panels_of_tap),
+          static_cast<int>(d.panels),
+          static_cast<int>(pixels_of(s)),
+          static_cast<int>(d.splits.size),
+          static_cast<int>(d.row_tiles),
+          static_cast<int>(d.col_tiles),
+          static_cast<int>(d.splits.clusters),
+          static_cast<int>(d.splits.cluster_blocks),
+          0,
+          FastDivisor(static_cast<int>(d.panels_of_tap)),
+          FastDivisor(g.kernel_w),
+          PlaneDecoder(g.out_h, g.out_w)};
+}
+
+// The sums, and where there are several clusters, theirs.
+template <class Gemm>
+void launch_weight_tile(WeightProblem<typename Gemm::Tile::Element>& problem, const WeightDivision& d, cudaStream_t stream) {
+  using Tile = typename Gemm::Tile;
+  problem.stages = pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > kMultiprocessors, Gemm::kOwnBytes);
+  launch(backward_weight_wgmma<Gemm>,
+         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
+                          problem.cluster_blocks)),
+         stream, problem);
+  if (problem.clusters == 1) return;
+  const int lanes = sum_lanes({problem.clusters, d.splits.size});
+  launch(sum_clusters<typename Tile::Element, Tile::kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))),
+         stream, problem, d.sums, lanes);
+}
+
+// Puts channels innermost where they are not first.
+template <class Gemm>
+void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace, cudaStream_t stream) {
+  using Tile = typename Gemm::Tile;
+  using T = typename Tile::Element;
   auto* staged_input = static_cast<unsigned char*>(workspace);
   auto* staged_grad = staged_input + d.input_bytes;
   if (d.stages_input) {
@@ -344,51 +409,49 @@ WeightProblem<typename Tile::Element> weight_problem(const Conv2dShape& s, const
     launch_transposition<T>(channels_innermost(s.layout, s.batch, s.out_channels, d.padded_out, s.out_h * s.out_w), b.grad_output,
                             staged_grad, stream);
   }
+  const WeightOperand input{d.stages_input ? staged_input : b.input, strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w)};
+  const WeightOperand grad_output{d.stages_grad ? staged_grad : b.grad_output, strides_of(Layout::nhwc, d.padded_out, s.out_h, s.out_w)};
+  auto problem = weight_problem<T>(s, d, input, grad_output, staged_grad + d.grad_bytes, b.grad_weight);
+  const Conv2dGeometry& g = problem.g;
   const int64_t pixels = pixels_of(s);
-  WeightProblem<T> p{{},
-                     {},
-                     static_cast<const T*>(d.stages_grad ? staged_grad : b.grad_output),
-                     static_cast<const T*>(d.stages_input ? staged_input : b.input),
-                     d.splits.clusters > 1 ? reinterpret_cast<float*>(staged_grad + d.grad_bytes) : nullptr,
-                     static_cast<T*>(b.grad_weight),
-                     g,
-                     strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w),
-                     d.padded_out,
-                     static_cast<int>(d.panels_of_tap),
-                     static_cast<int>(d.panels),
-                     static_cast<int>(pixels),
-                     static_cast<int>(d.splits.size),
-                     static_cast<int>(d.row_tiles),
-                     static_cast<int>(d.col_tiles),
-                     static_cast<int>(d.splits.clusters),
-                     static_cast<int>(d.splits.cluster_blocks),
-                     0,
-                     FastDivisor(static_cast<int>(d.panels_of_tap)),
-                     FastDivisor(g.kernel_w),
-                     PlaneDecoder(g.out_h, g.out_w)};
-  if (!is_aligned(p.grad_output) || !is_aligned(p.input)) throw std::invalid_argument("this kernel wants tensors aligned to 16 bytes");
   const TensorAxes out_axes{{s.out_channels, pixels, 1, 1}, {d.padded_out, d.padded_out * pixels, d.padded_out * pixels}};
-  p.grad_output_map = tile_map<T>(p.grad_output, out_axes, {Tile::kRowBox, Tile::kStepPixels, 1, 1});
-  const TensorAxes in_axes{{s.in_channels, s.in_w, s.in_h, s.batch}, {p.in.w, p.in.h, p.in.n}};
-  p.input_map = window_map<T>(p.input, in_axes, {-g.pad_top, g.stride_h, g.out_h}, {-g.pad_left, g.stride_w, g.out_w}, Tile::kPanelChannels,
-                              Tile::kStepPixels);
-  return p;
+  problem.grad_output_map = tile_map<T>(problem.grad_output, out_axes, {Tile::kRowBox, Tile::kStepPixels, 1, 1});
+  const TensorAxes in_axes{{s.in_channels, s.in_w, s.in_h, s.batch}, {problem.in.w, problem.in.h, problem.in.n}};
+  problem.input_map = window_map<T>(problem.input, in_axes, {-g.pad_top, g.stride_h, g.out_h}, {-g.pad_left, g.stride_w, g.out_w},
+                                    Tile::kPanelChannels, Tile::kStepPixels);
+  launch_weight_tile<Gemm>(problem, d, stream);
 }
 
-// All launches.
-template <class Gemm>
-void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace, cudaStream_t stream) {
-  using Tile = typename Gemm::Tile;
-  auto problem = weight_problem<Tile>(s, b, d, workspace, stream);
-  problem.stages = pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > kMultiprocessors, Gemm::kOwnBytes);
-  launch(backward_weight_wgmma<Gemm>,
-         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
-                          problem.cluster_blocks)),
-         stream, problem);
-  if (problem.clusters == 1) return;
-  const int lanes = sum_lanes({problem.clusters, d.splits.size});
-  launch(sum_clusters<typename Tile::Element, Tile::kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))),
-         stream, problem, d.sums, lanes);
+// A tile, and what runs it.
+struct WeightCandidate {
+  WeightTileSizes tile;
+  void (*run)(const Conv2dShape&, const Conv2dBuffers&, const WeightDivision&, void*, cudaStream_t);
+};
+
+// Whether a tile of `size` is worth trying: the smallest where it covers the extent alone, of the others those that are filled by half.
+inline bool suits_extent(int64_t size, int64_t smallest, int64_t extent) {
+  return size == smallest ? extent <= smallest : extent > smallest && 2 * extent > size;
+}
+
+struct WeightChoice {
+  WeightDivision division;
+  WeightCandidate candidate;
+};
+
+// The tile that is expected to take the least time, of candidates for the smallest and for all larger extents; the first one is the
+// smallest.
+template <int kCount>
+WeightChoice choose_tile(const Conv2dShape& s, const WeightCandidate (&candidates)[kCount], bool in_place = false) {
+  std::optional<WeightChoice> best;
+  const WeightTileSizes& smallest = candidates[0].tile;
+  const int64_t panels = ceil_div(s.in_channels, smallest.panel_channels) * s.kernel_h * s.kernel_w;
+  for (const WeightCandidate& candidate : candidates) {
+    if (!suits_extent(candidate.tile.rows, smallest.rows, s.out_channels)) continue;
+    if (!suits_extent(candidate.tile.panels, smallest.panels, panels)) continue;
+    const WeightDivision division(s, candidate.tile, in_place);
+    if (!best || division.splits.cycles < best->division.splits.cycles) best = WeightChoice{division, candidate};
+  }
+  return *best;
 }
 
 }  // namespace cnn_ext::cuda

@@ -41,13 +41,7 @@ class HalfGemm {
     const int warp = threadIdx.x % kWarpgroupThreads / 32, lane = threadIdx.x % 32;
     float* corner = sums + (row_panel() * kPanelRows + warp * 16 + lane / 4) * Tile::kSumPitch +
                     (kSharesRows ? warpgroup() * kPanelChannels : 0) + lane % 4 * 2;
-    bool meets_nan = false;
-#pragma unroll
-    for (int i = 0; i < kWarpgroupCols / 2; ++i) {
-      corner[i % 4 / 2 * 8 * Tile::kSumPitch + i / 4 * 8 + i % 2] = sums_[i];
-      meets_nan |= isnan(sums_[i]);
-    }
-    return meets_nan;
+    return write_sums<Tile, 8>(sums_, corner);
   }
 
  private:

@@ -12,8 +12,6 @@
 //
 // Bound by shared memory: a step of 128 x 128 takes 896 cycles of it for 512 of the matrix unit, one of 256 x 128 takes 1408 for 1024; and
 // nearly so by the second-level cache, of which they read 32 and 48 KB.
-#include <optional>
-
 #include "cuda/sm90a/backward_weight_wgmma.cuh"
 
 namespace cnn_ext::cuda {
@@ -69,11 +67,7 @@ class TransposingGemm {
     bool meets_nan = false;
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        corner[(tile * kWarpgroupRows + i % 4 / 2) * Tile::kSumPitch + i / 4 * 8 + i % 2] = sums_[tile][i];
-        meets_nan |= isnan(sums_[tile][i]);
-      }
+      meets_nan |= write_sums<Tile, 1>(sums_[tile], corner + tile * kWarpgroupRows * Tile::kSumPitch);
     }
     return meets_nan;
   }
@@ -176,49 +170,21 @@ class TransposingGemm {
   uint32_t rows_[kRowTiles][kInstructions][4];
 };
 
-struct Candidate {
-  WeightTileSizes tile;
-  void (*run)(const Conv2dShape&, const Conv2dBuffers&, const WeightDivision&, void*, cudaStream_t);
-};
-
 template <int kRows, int kPanels>
-constexpr Candidate candidate() {
+constexpr WeightCandidate candidate() {
   using Gemm = TransposingGemm<float, kRows, kPanels>;
   return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
 }
 
-constexpr Candidate kCandidates[] = {candidate<64, 2>(),  candidate<64, 4>(),  candidate<64, 8>(), candidate<128, 2>(),
-                                     candidate<128, 4>(), candidate<128, 8>(), candidate<256, 4>()};
-
-// Whether a tile of `size` is worth trying: the smallest where it covers the extent alone, of the others those that are filled by half.
-bool suits(int64_t size, int64_t smallest, int64_t extent) {
-  return size == smallest ? extent <= smallest : extent > smallest && 2 * extent > size;
-}
-
-struct Choice {
-  WeightDivision division;
-  Candidate candidate;
-};
-
-// The tile that is expected to take the least time.
-Choice choose(const Conv2dShape& s) {
-  std::optional<Choice> best;
-  const int64_t panels = ceil_div<int64_t>(s.in_channels, kPanelChannels) * s.kernel_h * s.kernel_w;
-  for (const Candidate& candidate : kCandidates) {
-    if (!suits(candidate.tile.rows, kCandidates[0].tile.rows, s.out_channels)) continue;
-    if (!suits(candidate.tile.panels, kCandidates[0].tile.panels, panels)) continue;
-    const WeightDivision division(s, candidate.tile);
-    if (!best || division.splits.cycles < best->division.splits.cycles) best = Choice{division, candidate};
-  }
-  return *best;
-}
+constexpr WeightCandidate kCandidates[] = {candidate<64, 2>(),  candidate<64, 4>(),  candidate<64, 8>(), candidate<128, 2>(),
+                                           candidate<128, 4>(), candidate<128, 8>(), candidate<256, 4>()};
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 && suits_weight_wgmma(s); }
 
-Plan plan(const Conv2dShape& s) { return choose(s).division.plan(); }
+Plan plan(const Conv2dShape& s) { return choose_tile(s, kCandidates).division.plan(); }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  const Choice choice = choose(s);
+  const WeightChoice choice = choose_tile(s, kCandidates);
   choice.candidate.run(s, b, choice.division, workspace, stream);
 }
 
