@@ -33,10 +33,8 @@ inline size_t partials_bytes(DType dtype, const Splits& splits, int64_t targets)
   return static_cast<size_t>(splits.count * targets) * (dtype == DType::float64 ? sizeof(double) : sizeof(float));
 }
 
-// A few threads to a sum share its splits where there are many: they wait for memory one after the other otherwise.
-constexpr int kSumLanes = 8;
-
-inline int sum_lanes(const Splits& splits) { return splits.count < 4 * kSumLanes ? 1 : kSumLanes; }
+// Threads that share a sum's splits where there are many: they wait for memory one after the other otherwise.
+inline int sum_lanes(const Splits& splits) { return splits.count < 32 ? 1 : splits.count < 128 ? 8 : 32; }
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
@@ -52,6 +50,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (lane > 0 || target >= targets) return;
+#pragma unroll 8
   for (int other = 1; other < lanes; ++other) sum += sums[other * width + threadIdx.x];
   result[target] = narrow<T>(sum);
 }
