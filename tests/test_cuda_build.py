@@ -137,7 +137,8 @@ def test_hopper_kernels_have_the_intended_instructions(hopper_opcodes):
         assert any(
             op.startswith("HGMMA") and op.endswith(WARPGROUP_INSTRUCTIONS[element_type(name)]) for op in found
         ), name
-        assert {"UTMALDG.4D.IM2COL", "UTMALDG.4D"} <= found, name
+        assert "UTMALDG.4D" in found, name
+        assert "UTMALDG.4D.IM2COL" in found or "patch_wgmma" in name or "PlanesGemm" in name, name
         assert not any(op.startswith(("HMMA", "LDL", "STL")) for op in found), name
 
 

@@ -4,12 +4,13 @@ namespace cnn_ext::cuda {
 
 // Rows that need instructions of one architecture alone: where the build is for it.
 #ifdef CNN_EXT_HAS_SM90A
-#define CNN_EXT_CONV2D_SM90A_ROWS(ROW)         \
-  ROW(conv2d_forward_patch_wgmma_sm90a)        \
-  ROW(conv2d_forward_wgmma_sm90a)              \
-  ROW(conv2d_backward_input_patch_wgmma_sm90a) \
-  ROW(conv2d_backward_input_wgmma_sm90a)       \
-  ROW(conv2d_backward_weight_wgmma_sm90a)      \
+#define CNN_EXT_CONV2D_SM90A_ROWS(ROW)           \
+  ROW(conv2d_forward_patch_wgmma_sm90a)          \
+  ROW(conv2d_forward_wgmma_sm90a)                \
+  ROW(conv2d_backward_input_patch_wgmma_sm90a)   \
+  ROW(conv2d_backward_input_wgmma_sm90a)         \
+  ROW(conv2d_backward_weight_planes_wgmma_sm90a) \
+  ROW(conv2d_backward_weight_wgmma_sm90a)        \
   ROW(conv2d_backward_weight_wgmma_tf32_sm90a)
 #define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)        \
   ROW(conv2d_relu_max_pool2d_forward_patch_wgmma_sm90a) \
