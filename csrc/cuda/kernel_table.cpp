@@ -22,6 +22,9 @@ namespace cnn_ext::cuda {
 
 // The most special first.
 #define CNN_EXT_CONV2D_ROWS(ROW)                     \
+  ROW(conv2d_forward_dot_sm80)                       \
+  ROW(conv2d_backward_input_dot_sm80)                \
+  ROW(conv2d_backward_weight_dot_sm80)               \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                     \
   ROW(conv2d_forward_columns_sm80)                   \
   ROW(conv2d_forward_depthwise_channels_sm80)        \
@@ -52,6 +55,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_weight_depthwise_large_sm80)   \
   ROW(conv2d_backward_weight_depthwise_sm80)         \
   ROW(conv2d_backward_weight_patch_mma_sm80)         \
+  ROW(conv2d_backward_weight_slab_mma_sm80)          \
   ROW(conv2d_backward_weight_groups_mma_sm80)        \
   ROW(conv2d_backward_weight_mma_sm80)               \
   ROW(conv2d_backward_weight_mma_tf32x3_sm80)        \

@@ -88,16 +88,17 @@ inline bool fits_mma(const Conv2dShape& s) {
                                 product({group_out + kMostPadding, s.kernel_h, s.kernel_w})});
 }
 
-// The general ones take groups of at least 16 channels on both sides.
+// The general ones take groups of at least 16 input channels. Few outputs leave most of a tile empty, which costs less than to do without
+// tensor cores: not so in strict float32 and float64.
 constexpr int64_t kLeastMmaChannels = 16;
 
-inline bool has_mma_channels(const Conv2dShape& s) {
+inline bool suits_mma(const Conv2dShape& s) { return has_mma_type(s) && s.in_channels / s.groups >= kLeastMmaChannels && fits_mma(s); }
+
+inline bool has_strict_channels(const Conv2dShape& s) {
   return s.in_channels / s.groups >= kLeastMmaChannels && s.out_channels / s.groups >= kLeastMmaChannels && fits_mma(s);
 }
-
-inline bool suits_mma(const Conv2dShape& s) { return has_mma_type(s) && has_mma_channels(s); }
-inline bool suits_split_mma(const Conv2dShape& s) { return s.dtype == DType::float32 && s.allow_tf32 == 0 && has_mma_channels(s); }
-inline bool suits_double_mma(const Conv2dShape& s) { return s.dtype == DType::float64 && has_mma_channels(s); }
+inline bool suits_split_mma(const Conv2dShape& s) { return s.dtype == DType::float32 && s.allow_tf32 == 0 && has_strict_channels(s); }
+inline bool suits_double_mma(const Conv2dShape& s) { return s.dtype == DType::float64 && has_strict_channels(s); }
 
 // Several groups of `least` to 16 channels on both sides: they are numbered together.
 constexpr int64_t kMostGroupChannels = 16, kMostTileGroups = 4;

@@ -36,9 +36,14 @@ inline size_t partials_bytes(DType dtype, const Splits& splits, int64_t targets)
 // Threads that share a sum's splits where there are many: they wait for memory one after the other otherwise.
 inline int sum_lanes(const Splits& splits) { return splits.count < 32 ? 1 : splits.count < 128 ? 8 : 32; }
 
-template <class T>
+// Where a result lies: as the partial sums are numbered.
+struct SameOrder {
+  __device__ int64_t operator()(int64_t index) const { return index; }
+};
+
+template <class T, class Order>
 __global__ void __launch_bounds__(kBlockThreads)
-    sum_partials(const Accumulate<T>* partials, int64_t splits, int64_t targets, int lanes, T* result) {
+    sum_partials(const Accumulate<T>* partials, int64_t splits, int64_t targets, int lanes, T* result, Order order) {
   __shared__ Accumulate<T> sums[kBlockThreads];
   const int width = kBlockThreads / lanes, lane = static_cast<int>(threadIdx.x) / width;
   const int64_t target = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
@@ -52,14 +57,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (lane > 0 || target >= targets) return;
 #pragma unroll 8
   for (int other = 1; other < lanes; ++other) sum += sums[other * width + threadIdx.x];
-  result[target] = narrow<T>(sum);
+  result[order(target)] = narrow<T>(sum);
 }
 
-template <class T>
-void launch_sum_partials(const void* partials, const Splits& splits, int64_t targets, void* result, cudaStream_t stream) {
+template <class T, class Order = SameOrder>
+void launch_sum_partials(const void* partials, const Splits& splits, int64_t targets, void* result, cudaStream_t stream,
+                         const Order& order = {}) {
   const int lanes = sum_lanes(splits);
-  launch(sum_partials<T>, ceil_div<int64_t>(targets, kBlockThreads / lanes), stream, static_cast<const Accumulate<T>*>(partials),
-         splits.count, targets, lanes, static_cast<T*>(result));
+  launch(sum_partials<T, Order>, ceil_div<int64_t>(targets, kBlockThreads / lanes), stream, static_cast<const Accumulate<T>*>(partials),
+         splits.count, targets, lanes, static_cast<T*>(result), order);
 }
 
 // Walks over pixels at a fixed distance without a division.
