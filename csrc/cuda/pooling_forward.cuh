@@ -63,12 +63,11 @@ __device__ void take_row(const T* input, const RowOfTaps& taps, int pitch, int i
   }
 }
 
-// A thread takes a window for a chunk of channels. kKernel: of a square window.
-template <class Op, int kKernel>
+// A thread takes a window for kVector channels. kKernel: of a square window.
+template <class Op, int kKernel, int kVector>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_chunks(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
   using Part = typename Op::Part;
-  constexpr int kVector = kChunk<typename Op::T>;
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
@@ -99,12 +98,12 @@ __global__ void __launch_bounds__(kBlockThreads)
   op.write(output, window, kVector, true);
 }
 
-// The same of any window, a row at a time.
+// The same of any window for two channels, a row at a time: for more, few maps have enough threads.
 template <class Op>
 __global__ void __launch_bounds__(kBlockThreads, /*blocks=*/1)  // with more, the assembler spills a register
-    pool_window_chunks(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
+    pool_window_pairs(Op op, Pool2dGeometry g, ThreadPlaces places, const typename Op::T* __restrict__ input) {
   using Part = typename Op::Part;
-  constexpr int kVector = kChunk<typename Op::T>;
+  constexpr int kVector = 2;
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
@@ -167,9 +166,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// In nchw, where rows of the input are whole chunks: a thread takes the windows that begin in a chunk of 16 bytes, kPad columns earlier.
-// One column before the chunk or behind it may belong to them, too.
-template <class Op, int kKernel, int kStride, int kPad>
+// In nchw: a thread takes the windows that begin in a chunk of a row, kPad columns earlier. One column before the chunk or behind it may
+// belong to them, too. A chunk is read kUnit elements at a time, of which rows hold a whole number.
+template <class Op, int kKernel, int kStride, int kPad, int kUnit>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_row_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool is_whole, const typename Op::T* __restrict__ input) {
   using T = typename Op::T;
@@ -190,12 +189,10 @@ __global__ void __launch_bounds__(kBlockThreads)
     windows[o] = Part(first_tap(rows, cols, kKernel));
     first_column[o] = cols.begin;
   }
-  const bool has_chunk = first_w + kPad < g.in_w;
 #pragma unroll
   for (int r = 0; r < kKernel; ++r) {
     const int h = first_h + r;
     const T* row = input + (place.image * g.in_h + clamp(h, 0, g.in_h)) * g.in_w;
-    const Vector<T, kInputs> chunk = load_vector<kInputs>(row + (has_chunk ? first_w + kPad : 0));
     Accumulate<T> values[kPad + kInputs + kBehind];
     if constexpr (kPad != 0) values[0] = first_w >= 0 ? widen(row[first_w]) : Part::nothing();
     if constexpr (kBehind != 0) {
@@ -203,7 +200,13 @@ __global__ void __launch_bounds__(kBlockThreads)
       values[kPad + kInputs] = behind < g.in_w ? widen(row[behind]) : Part::nothing();
     }
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) values[kPad + i] = has_chunk ? widen(chunk.element[i]) : Part::nothing();
+    for (int i = 0; i < kInputs; i += kUnit) {
+      const int column = first_w + kPad + i;
+      const bool exists = column < g.in_w;
+      const Vector<T, kUnit> unit = load_vector<kUnit>(row + (exists ? column : 0));
+#pragma unroll
+      for (int u = 0; u < kUnit; ++u) values[kPad + i + u] = exists ? widen(unit.element[u]) : Part::nothing();
+    }
     if (h < 0 || h >= g.in_h) continue;
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
@@ -218,13 +221,17 @@ __global__ void __launch_bounds__(kBlockThreads)
   op.write((place.image * g.out_h + place.row) * g.out_w + out_w, windows, g.out_w - out_w, is_whole);
 }
 
-template <class Op>
+template <class Op, int kVector>
 void launch_pool_chunks(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
-  const ThreadPlaces places(s.batch, s.out_h, s.out_w, s.channels / kChunk<typename Op::T>);
-  const auto kernel = has_square_windows(s, 2)   ? pool_chunks<Op, 2>
-                      : has_square_windows(s, 3) ? pool_chunks<Op, 3>
-                                                 : pool_window_chunks<Op>;
-  launch_elementwise(kernel, places.count(), stream, op, Pool2dGeometry(s), places, input);
+  const ThreadPlaces places(s.batch, s.out_h, s.out_w, s.channels / kVector);
+  launch_elementwise(has_square_windows(s, 2) ? pool_chunks<Op, 2, kVector> : pool_chunks<Op, 3, kVector>, places.count(), stream, op,
+                     Pool2dGeometry(s), places, input);
+}
+
+template <class Op>
+void launch_pool_window_pairs(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
+  const ThreadPlaces places(s.batch, s.out_h, s.out_w, s.channels / 2);
+  launch_elementwise(pool_window_pairs<Op>, places.count(), stream, op, Pool2dGeometry(s), places, input);
 }
 
 template <class Op, Layout kLayout, int kKernel>
@@ -235,24 +242,30 @@ void launch_pool_columns(const Op& op, const Pool2dShape& s, const typename Op::
 
 template <class Op, int kKernel, int kStride, int kPad>
 void launch_pool_row_strips(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
-  constexpr int kOutputs = kChunk<typename Op::T> / kStride;
+  using T = typename Op::T;
+  constexpr int kOutputs = kChunk<T> / kStride;
   const ThreadPlaces places(pool_images(s), s.out_h, ceil_div<int64_t>(s.out_w, kOutputs), 1);
-  launch_elementwise(pool_row_strips<Op, kKernel, kStride, kPad>, places.count(), stream, op, Pool2dGeometry(s), places,
-                     op.template is_whole<kOutputs>(s.out_w), input);
+  const auto kernel = has_whole_vectors<kChunk<T>>(input, s.in_w) ? pool_row_strips<Op, kKernel, kStride, kPad, kChunk<T>>
+                      : has_whole_vectors<2>(input, s.in_w)       ? pool_row_strips<Op, kKernel, kStride, kPad, 2>
+                                                                  : pool_row_strips<Op, kKernel, kStride, kPad, 1>;
+  launch_elementwise(kernel, places.count(), stream, op, Pool2dGeometry(s), places, op.template is_whole<kOutputs>(s.out_w), input);
 }
 
 template <class Op>
 void run_pool_forward(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
   using T = typename Op::T;
   if (s.layout == Layout::nhwc) {
-    const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.channels) && op.template is_whole<kChunk<T>>(s.channels);
-    if (is_whole) return launch_pool_chunks<Op>(op, s, input, stream);
+    const bool has_chunks = has_whole_vectors<kChunk<T>>(input, s.channels) && op.template is_whole<kChunk<T>>(s.channels);
+    const bool has_pairs = has_whole_vectors<2>(input, s.channels) && op.template is_whole<2>(s.channels);
+    if (has_square_windows(s, 2) || has_square_windows(s, 3)) {
+      return (has_chunks ? launch_pool_chunks<Op, kChunk<T>> : launch_pool_chunks<Op, 1>)(op, s, input, stream);
+    }
+    if (has_pairs) return launch_pool_window_pairs<Op>(op, s, input, stream);
     return launch_pool_columns<Op, Layout::nhwc, 0>(op, s, input, stream);
   }
-  const bool is_whole = has_whole_vectors<kChunk<T>>(input, s.in_w);
-  if (is_whole && has_windows(s, 2, 2, 0)) return launch_pool_row_strips<Op, 2, 2, 0>(op, s, input, stream);
-  if (is_whole && has_windows(s, 3, 2, 0)) return launch_pool_row_strips<Op, 3, 2, 0>(op, s, input, stream);
-  if (is_whole && has_windows(s, 3, 2, 1)) return launch_pool_row_strips<Op, 3, 2, 1>(op, s, input, stream);
+  if (has_windows(s, 2, 2, 0)) return launch_pool_row_strips<Op, 2, 2, 0>(op, s, input, stream);
+  if (has_windows(s, 3, 2, 0)) return launch_pool_row_strips<Op, 3, 2, 0>(op, s, input, stream);
+  if (has_windows(s, 3, 2, 1)) return launch_pool_row_strips<Op, 3, 2, 1>(op, s, input, stream);
   if (has_square_windows(s, 3)) return launch_pool_columns<Op, Layout::nchw, 3>(op, s, input, stream);
   launch_pool_columns<Op, Layout::nchw, 0>(op, s, input, stream);
 }
