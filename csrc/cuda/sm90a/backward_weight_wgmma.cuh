@@ -306,10 +306,11 @@ struct WeightDivision {
   // after them, what clusters take to start and to add up, and what a second launch takes, which reads the sums of every cluster.
   WeightSplits split(int64_t pixels) const {
     constexpr int64_t kBlockCycles = 3000, kDeviceBytes = 1500;  // of a cycle
-    constexpr int64_t kClusterCycles = 4000, kClusterBlockCycles = 600, kLaunchCycles = 4000;
-    const int64_t tiles = row_tiles * col_tiles, slots = kMultiprocessors * tile.blocks;
+    constexpr int64_t kClusterCycles = 1600, kClusterBlockCycles = 300, kLaunchCycles = 6000;
+    const int64_t tiles = row_tiles * col_tiles;
     WeightSplits best{1, 1, std::max<int64_t>(pixels, 1), INT64_MAX};
     for (int64_t cluster_blocks = 1; cluster_blocks <= kMostClusterBlocks; cluster_blocks *= 2) {
+      const int64_t slots = blocks_at_once(cluster_blocks) * tile.blocks;
       const int64_t most = std::max<int64_t>(1, std::min(kMostPartials / std::max<int64_t>(sums, 1), 2 * slots / cluster_blocks));
       for (int64_t clusters = 1; clusters <= most; clusters += 1 + clusters / 16) {
         const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);

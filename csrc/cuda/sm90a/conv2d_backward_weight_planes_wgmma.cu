@@ -30,7 +30,7 @@ class PlanesGemm {
     pipeline(
         barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels<T>),
         [&](int stage, int step) { fetch(shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels<T>); },
-        [&](int stage) { multiply(shared + stage * Tile::kStageBytes); });
+        [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
     pin(sums_);
   }
 

@@ -33,7 +33,7 @@ class HalfGemm {
             fetch_part<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kHalfStepPixels, part);
           }
         },
-        [&](int stage) { multiply(shared + stage * Tile::kStageBytes); });
+        [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
     pin(sums_);
   }
 

@@ -52,28 +52,35 @@ struct Side {
     return count;
   }
 
-  // Columns of the tile, on which the sums do not depend: those with the least time, by the cycles that a step of theirs takes when all
-  // multiprocessors read the second-level cache, and those of a block before and after its steps, less where blocks run side by side.
-  struct TileCols {
+  // Columns of the tile and who sums up the parts, on which the sums do not depend: what takes the least time, by the cycles that a step
+  // takes when all multiprocessors read the second-level cache, and those of a block before and after its steps, less where blocks run side
+  // by side.
+  struct Tile {
     int cols;
-    int64_t cycles, block_cycles;
+    int64_t step_cycles, block_cycles;
+    int cluster_blocks;  // all parts, or one
+    int64_t cycles;      // of all tiles
   };
-  TileCols best_tile(const Conv2dShape& s) const {
-    constexpr TileCols kTiles[] = {{32, 550, 1000}, {64, 630, 1200}, {128, 840, 1600}, {256, 1260, 4500}};
-    TileCols best{};
-    for (const TileCols& tile : kTiles) {
+  Tile best_tile(const Conv2dShape& s) const {
+    constexpr int64_t kClusterCycles = 1600, kClusterBlockCycles = 300, kPartCycles = 1000;
+    constexpr int kManyPartsCols = 128;  // whose sums and totals a thread can hold
+    Tile best{0, 0, 0, 1, INT64_MAX};
+    for (Tile tile : {Tile{32, 550, 1000, 1, 0}, Tile{64, 630, 1200, 1, 0}, Tile{128, 840, 1600, 1, 0}, Tile{256, 1260, 4500, 1, 0}}) {
       if (tile.cols == 32 && (cols > 32 || filters_across)) continue;
-      if (best.cols == 0 || cycles(s, tile) < cycles(s, best)) best = tile;
+      const int64_t tiles = ceil_div<int64_t>(rows, kGatherRows) * ceil_div<int64_t>(cols, tile.cols) * phases * s.groups;
+      const int64_t part_steps = ceil_div<int64_t>(ceil_div(depth_channels, 8 * chunk) * taps, phases * parts);
+      const int64_t block_cycles = parts * (tile.step_cycles * part_steps + (parts > 1 ? kPartCycles : 0)) + tile.block_cycles;
+      tile.cycles = ceil_div(tiles, kMultiprocessors) * block_cycles;
+      if ((parts == 1 || tile.cols <= kManyPartsCols) && tile.cycles < best.cycles) best = tile;
+      if (parts == 1) continue;
+      tile.cluster_blocks = parts;
+      tile.cycles = ceil_div(tiles * parts, blocks_at_once(parts)) * (tile.step_cycles * part_steps + tile.block_cycles) + kClusterCycles +
+                    kClusterBlockCycles * parts;
+      if (tile.cycles < best.cycles) best = tile;
     }
     return best;
   }
-  int64_t cycles(const Conv2dShape& s, const TileCols& tile) const {
-    const int64_t blocks = ceil_div<int64_t>(rows, kGatherRows) * ceil_div<int64_t>(cols, tile.cols) * phases * s.groups * parts;
-    const int64_t steps = ceil_div<int64_t>(ceil_div(depth_channels, 8 * chunk) * taps, phases * parts);
-    return ceil_div(blocks, kMultiprocessors) * (tile.cycles * steps + tile.block_cycles);
-  }
-  int64_t cycles(const Conv2dShape& s) const { return cycles(s, best_tile(s)); }
-  int tile_cols(const Conv2dShape& s) const { return best_tile(s).cols; }
+  int64_t cycles(const Conv2dShape& s) const { return best_tile(s).cycles; }
 
   bool is_16_bit;
   int64_t chunk, depth_channels, cols, taps, source_h, source_w, result_plane, phases, pixel_h, pixel_w, rows;

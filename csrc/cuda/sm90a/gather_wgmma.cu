@@ -10,19 +10,21 @@ namespace {
 template <bool kForward>
 Plan plan(const Conv2dShape& s) {
   const Side<kForward> side(s);
-  const int64_t cols = side.tile_cols(s);
+  const auto tile = side.best_tile(s);
+  const int64_t cols = tile.cols;
   const int64_t blocks =
-      ceil_div<int64_t>(side.rows, kGatherRows) * ceil_div<int64_t>(side.cols, cols) * side.phases * s.groups * side.parts;
+      ceil_div<int64_t>(side.rows, kGatherRows) * ceil_div<int64_t>(side.cols, cols) * side.phases * s.groups * tile.cluster_blocks;
   return {cols, kGatherRows, blocks, static_cast<size_t>(side.source_bytes + side.filter_bytes)};
 }
 
 template <class T, bool kForward>
 WgmmaGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, const Side<kForward>& side, void* workspace) {
-  const int box = static_cast<int>(side.box_channels), cols = side.tile_cols(s);
+  const auto tile = side.best_tile(s);
+  const int box = static_cast<int>(side.box_channels), cols = tile.cols;
   WgmmaGather<T> p = operands_of<T>(s, b, relu, side, box, workspace);
   p.row_tiles = static_cast<int>(ceil_div<int64_t>(side.rows, kGatherRows)),
   p.col_tiles = static_cast<int>(ceil_div<int64_t>(side.cols, cols));
-  p.parts = side.parts;
+  p.parts = side.parts, p.cluster_blocks = tile.cluster_blocks;
   const TensorAxes axes{{side.depth_channels, side.source_w, side.source_h, s.batch},
                         {p.source_strides.w, p.source_strides.h, p.source_strides.n}};
   for (int group = 0; group < s.groups; ++group) {
@@ -37,27 +39,31 @@ WgmmaGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool rel
   return p;
 }
 
-template <class T, int kCols, int kBoxBytes, bool kAcross>
+template <class T, int kCols, int kBoxBytes, bool kAcross, bool kManyParts>
 void launch_tile(WgmmaGather<T>& problem, int64_t blocks, cudaStream_t stream) {
   constexpr int kSumBytes = static_cast<int>(sizeof(float)) * std::max(kGatherRows * gather_row_pitch(kCols), kCols * kGatherColPitch);
   problem.stages = pipeline_stages(gather_stage_bytes(kCols), kCols <= 64 && blocks > kMultiprocessors);
-  const bool stores_rows = problem.result_strides.c == 1 && problem.parts == 1;
+  const bool stores_rows = problem.result_strides.c == 1 && problem.cluster_blocks == 1;
   int boxes = 0;
   for (int phase = 0; phase < problem.phases; ++phase) boxes = std::max(boxes, problem.phase[phase].boxes);
-  const int steps = ceil_div(ceil_div(boxes, kGatherStepBytes / kBoxBytes), problem.parts);
+  const int steps = ceil_div(ceil_div(boxes, kGatherStepBytes / kBoxBytes), problem.cluster_blocks);
   const int stage_bytes = std::min(problem.stages, steps) * gather_stage_bytes(kCols);  // stages that no step comes to need no memory
-  launch(gather_wgmma<T, kCols, kBoxBytes, kAcross>,
-         overlapping(Grid(blocks, kBlockThreads, stores_rows ? stage_bytes : std::max(stage_bytes, kSumBytes), problem.parts)), stream,
-         problem);
+  launch(gather_wgmma<T, kCols, kBoxBytes, kAcross, kManyParts>,
+         overlapping(Grid(blocks, kBlockThreads, stores_rows ? stage_bytes : std::max(stage_bytes, kSumBytes), problem.cluster_blocks)),
+         stream, problem);
 }
 
 template <class T, int kCols, bool kAcross>
 void launch_boxes(WgmmaGather<T>& problem, int64_t box_channels, int64_t blocks, cudaStream_t stream) {
-  if (box_channels == kGatherStepBytes / static_cast<int>(sizeof(T))) {
-    launch_tile<T, kCols, kGatherStepBytes, kAcross>(problem, blocks, stream);
-  } else {
-    launch_tile<T, kCols, kGatherStepBytes / 2, kAcross>(problem, blocks, stream);
+  const bool whole = box_channels == kGatherStepBytes / static_cast<int>(sizeof(T));
+  if constexpr (kCols <= 128) {
+    if (problem.cluster_blocks < problem.parts) {
+      return whole ? launch_tile<T, kCols, kGatherStepBytes, kAcross, true>(problem, blocks, stream)
+                   : launch_tile<T, kCols, kGatherStepBytes / 2, kAcross, true>(problem, blocks, stream);
+    }
   }
+  return whole ? launch_tile<T, kCols, kGatherStepBytes, kAcross, false>(problem, blocks, stream)
+               : launch_tile<T, kCols, kGatherStepBytes / 2, kAcross, false>(problem, blocks, stream);
 }
 
 template <class T, bool kForward>
@@ -67,7 +73,7 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, void* wo
   WgmmaGather<T> problem = problem_of<T>(s, b, relu, side, workspace);
   const int64_t blocks = plan<kForward>(s).blocks;
   constexpr bool kAcross = !kForward && sizeof(T) == 2;
-  const int cols = side.tile_cols(s);
+  const int cols = side.best_tile(s).cols;
   if (cols == 256) return launch_boxes<T, 256, kAcross>(problem, side.box_channels, blocks, stream);
   if (cols == 128) return launch_boxes<T, 128, kAcross>(problem, side.box_channels, blocks, stream);
   if (cols == 64) return launch_boxes<T, 64, kAcross>(problem, side.box_channels, blocks, stream);

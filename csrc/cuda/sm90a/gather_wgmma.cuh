@@ -9,9 +9,9 @@
 // is stored in its layout directly: nhwc from registers, otherwise through shared memory.
 //
 // Tile: 128 pixels x 32, 64, 128 or 256 channels; a step of the depth is 128 bytes, of one tap or two. One stage is multiplied, one has
-// just been, the others are on their way. Narrow tiles run two to a multiprocessor. Where an image gives few tiles but a long depth, up to
-// eight blocks of a cluster share a tile: each sums up a part of the depth, and they add up the parts through each other's shared memory,
-// in order.
+// just been, the others are on their way. Narrow tiles run two to a multiprocessor. Where an image gives few tiles but a long depth, that
+// is summed up in up to eight parts, and these in order: by the blocks of a cluster, each of which sums up a part and reads the others'
+// from their shared memory, or, where the batch gives tiles enough, by one block.
 //
 // Order of additions: the parts and what each of them sums up follow from the shape of one image, never from the batch, the tile or the
 // device; the matrix unit adds up a part in order.
@@ -93,7 +93,8 @@ struct WgmmaGather {
   int depth_channels, channel_boxes, cols, pixels;
   PlaneDecoder pixel_decoder;
   int result_chunk;  // neighbouring elements of the result that are stored at once: channels in nhwc, pixels in nchw
-  int phases, row_tiles, col_tiles, parts, stages;
+  int phases, row_tiles, col_tiles, stages;
+  int parts, cluster_blocks;  // of the depth; that share them: all or one
 };
 
 // This block's part of the work.
@@ -168,8 +169,9 @@ __device__ __noinline__ void store_again(const WgmmaGather<T>& p, const PhaseDep
   }
 }
 
-// kBoxBytes: of the depth in a box, 128 or 64: then two boxes are a step. kAcross: whether filters lie across the depth.
-template <class T, int kCols, int kBoxBytes, bool kAcross>
+// kBoxBytes: of the depth in a box, 128 or 64: then two boxes are a step. kAcross: whether filters lie across the depth. kManyParts:
+// whether this block sums up more than one part.
+template <class T, int kCols, int kBoxBytes, bool kAcross, bool kManyParts>
 class WgmmaGatherGemm {
  public:
   __device__ WgmmaGatherGemm(const WgmmaGather<T>& problem, const PhaseDepth& phase, const GatherTile& place)
@@ -177,17 +179,25 @@ class WgmmaGatherGemm {
 
   __device__ void run(unsigned char* shared, uint64_t* barriers) {
     const int steps = ceil_div(phase_.boxes, kBoxes), part_steps = ceil_div(steps, p_.parts);
-    const int begin = smaller(place_.part * part_steps, steps), end = smaller(begin + part_steps, steps);
-    accumulate(shared, barriers, begin, end);
+    if constexpr (kManyParts) {
+      accumulate(shared, barriers, 0, steps, part_steps);
+      add_part();
+      const bool ends_empty = part_steps * (p_.parts - 1) >= steps;  // a part without a step adds a zero
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums_[i] = ends_empty ? totals_[i] + 0.0F : totals_[i];
+    } else {
+      const int begin = smaller(place_.part * part_steps, steps);
+      accumulate(shared, barriers, begin, smaller(begin + part_steps, steps), part_steps);
+    }
     const bool by_rows = p_.result_strides.c == 1;  // whether a line of sums is a pixel or a channel
-    if (by_rows && p_.parts == 1) return store_rows();
+    if (by_rows && p_.cluster_blocks == 1) return store_rows();
     float* sums = reinterpret_cast<float*>(shared);
     bool meets_nan = write_sums(sums, by_rows);
     const int lines = by_rows ? kGatherRows : kCols;
-    const int part_lines = lines / p_.parts;
+    const int part_lines = lines / p_.cluster_blocks;
     const SumLines own{sums, place_.part * part_lines, (place_.part + 1) * part_lines, by_rows ? kCols : kGatherRows,
                        by_rows ? gather_row_pitch(kCols) : kGatherColPitch};
-    if (p_.parts > 1) {
+    if (p_.cluster_blocks > 1) {
       cluster_barrier();
       meets_nan = add_up_parts(own);
     }
@@ -196,7 +206,7 @@ class WgmmaGatherGemm {
       __syncthreads();
     }
     store(own, by_rows);
-    if (p_.parts > 1) cluster_barrier();  // the others read this block's shared memory
+    if (p_.cluster_blocks > 1) cluster_barrier();  // the others read this block's shared memory
   }
 
  private:
@@ -233,14 +243,34 @@ class WgmmaGatherGemm {
     }
   }
 
-  __device__ void accumulate(unsigned char* shared, uint64_t* barriers, int begin, int end) {
+  __device__ void accumulate(unsigned char* shared, uint64_t* barriers, int begin, int end, int part_steps) {
     const PlaneIndex first = p_.pixel_decoder.at(place_.first_row);
+    int part_end = part_steps;
     pin(sums_);
     pipeline(
         barriers, p_.stages, end - begin,
         [&](int stage, int step) { fetch(shared + stage * gather_stage_bytes(kCols), barriers + stage, begin + step, first); },
-        [&](int stage) { multiply(shared + stage * gather_stage_bytes(kCols)); });
+        [&](int stage, int step) {
+          if (kManyParts && step == part_end) {
+            wgmma_wait<0>();
+            pin(sums_);
+            add_part();
+            pin(sums_);
+            part_end += part_steps;
+          }
+          multiply(shared + stage * gather_stage_bytes(kCols));
+        });
     pin(sums_);
+  }
+
+  // Adds the part to those before it.
+  __device__ void add_part() {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      totals_[i] = part_ == 0 ? sums_[i] : totals_[i] + sums_[i];
+      sums_[i] = 0;
+    }
+    ++part_;
   }
 
   __device__ void multiply(const unsigned char* stage) {
@@ -281,7 +311,7 @@ class WgmmaGatherGemm {
     const int quads = own.length / 4;
     for (int index = threadIdx.x; index < (own.last - own.first) * quads; index += kBlockThreads) {
       float* place = own.sums + (own.first + index / quads) * own.pitch + index % quads * 4;
-      const float4 total = sum_of_blocks(place, p_.parts);
+      const float4 total = sum_of_blocks(place, p_.cluster_blocks);
       *reinterpret_cast<float4*>(place) = total;
       meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
     }
@@ -328,11 +358,14 @@ class WgmmaGatherGemm {
   const PhaseDepth& phase_;
   const GatherTile place_;
   float sums_[kSums] = {};
+  float totals_[kManyParts ? kSums : 1];
+  int part_ = 0;
 };
 
 // Blocks are numbered by part, column tile, row tile, phase, group: those that read the same pixels run together.
-template <class T, int kCols, int kBoxBytes, bool kAcross>
-__global__ void __launch_bounds__(kBlockThreads, kCols <= 128 ? 2 : 1) gather_wgmma(const __grid_constant__ WgmmaGather<T> problem) {
+template <class T, int kCols, int kBoxBytes, bool kAcross, bool kManyParts>
+__global__ void __launch_bounds__(kBlockThreads, kCols <= (kManyParts ? 64 : 128) ? 2 : 1)
+    gather_wgmma(const __grid_constant__ WgmmaGather<T> problem) {
   __shared__ __align__(8) uint64_t barriers[kMostStages];
   int index = blockIdx.x;
   const auto take = [&](int count) {
@@ -341,7 +374,7 @@ __global__ void __launch_bounds__(kBlockThreads, kCols <= 128 ? 2 : 1) gather_wg
     return taken;
   };
   GatherTile place;
-  place.part = take(problem.parts);
+  place.part = take(problem.cluster_blocks);
   place.first_col = take(problem.col_tiles) * kCols;
   place.first_row = take(problem.row_tiles) * kGatherRows;
   place.phase = take(problem.phases);
@@ -352,7 +385,7 @@ __global__ void __launch_bounds__(kBlockThreads, kCols <= 128 ? 2 : 1) gather_wg
   }
   init_pipeline(barriers, problem.stages);
   wait_for_launch_before();
-  WgmmaGatherGemm<T, kCols, kBoxBytes, kAcross> gemm(problem, problem.phase[place.phase], place);
+  WgmmaGatherGemm<T, kCols, kBoxBytes, kAcross, kManyParts> gemm(problem, problem.phase[place.phase], place);
   gemm.run(dynamic_shared<unsigned char>(), barriers);
 }
 

@@ -8,9 +8,14 @@
 namespace cnn_ext::cuda {
 
 constexpr int kMostStages = 8;
-// Of the device that tiles and splits are chosen for; the bytes that the second-level cache gives one of its multiprocessors in a cycle.
+// Of the device that tiles and splits are chosen for.
 constexpr int64_t kMultiprocessors = 132;
-constexpr int kCacheBytes = 31;
+// Blocks in clusters that it runs at once, one to a multiprocessor: a cluster lies within a group of 16 or 18 of them, some of which are
+// taken.
+inline int64_t blocks_at_once(int64_t cluster_blocks) {
+  return cluster_blocks == 1 ? kMultiprocessors : cluster_blocks == 2 ? 128 : cluster_blocks == 4 ? 112 : 96;
+}
+constexpr int kCacheBytes = 31;  // that the second-level cache gives a multiprocessor in a cycle
 
 // As many stages as fit a block besides other_bytes; where narrow tiles run two to a multiprocessor, half of its shared memory.
 inline int pipeline_stages(int stage_bytes, bool two_blocks, int other_bytes = 0) {
@@ -42,8 +47,8 @@ class Ring {
   int stages_, stage_, parity_ = 0;
 };
 
-// fetch(stage, step), called by one thread, announces and fetches a step; multiply(stage), called by all, queues its products. One stage is
-// multiplied, one has just been, the others are on their way. Afterwards shared memory is free.
+// fetch(stage, step), called by one thread, announces and fetches a step; multiply(stage, step), called by all, queues its products. One
+// stage is multiplied, one has just been, the others are on their way. Afterwards shared memory is free.
 template <class Fetch, class Multiply>
 __device__ void pipeline(uint64_t* barriers, int stages, int steps, const Fetch& fetch, const Multiply& multiply) {
   const int ahead = stages - 2;
@@ -54,7 +59,7 @@ __device__ void pipeline(uint64_t* barriers, int stages, int steps, const Fetch&
   for (int step = 0; step < steps; ++step) {
     __syncthreads();  // all warpgroups are done with the step before the last, whose stage is the next to be filled
     wait_barrier(barriers + ring.stage(), ring.parity());
-    multiply(ring.stage());
+    multiply(ring.stage(), step);
     if (threadIdx.x == 0 && step + ahead < steps) fetch(next.stage(), step + ahead);
     ring.advance();
     next.advance();
