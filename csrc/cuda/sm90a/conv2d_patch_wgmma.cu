@@ -51,7 +51,7 @@ struct PatchPlan {
     tiles = batch * tile.tiles_h * tile.tiles_w;
     element_bytes = side.is_16_bit ? 2 : 4;
     const int64_t depth_bytes = side.depth_channels * element_bytes;
-    box_bytes = depth_bytes <= 32 ? 32 : depth_bytes <= 64 ? 64 : 128;
+    box_bytes = side.is_16_bit && depth_bytes <= 32 ? 32 : depth_bytes <= 64 ? 64 : 128;
     channel_boxes = ceil_div(depth_bytes, box_bytes);
     lines = tile.height + reach_h;
     fetched_bytes = lines * tile.pitch * box_bytes;
@@ -148,7 +148,7 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, void* wo
   };
   if (plan.box_bytes == 128) return with_cols(std::integral_constant<int, 128>{});
   if (plan.box_bytes == 64) return with_cols(std::integral_constant<int, 64>{});
-  if constexpr (sizeof(T) == 2) with_cols(std::integral_constant<int, 32>{});  // 8 channels of float32 are too few for these rows
+  if constexpr (sizeof(T) == 2) with_cols(std::integral_constant<int, 32>{});  // PatchPlan takes wider boxes for float32
 }
 
 template <bool kForward>
