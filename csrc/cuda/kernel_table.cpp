@@ -26,6 +26,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_dot_sm80)                \
   ROW(conv2d_backward_weight_dot_sm80)               \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                     \
+  ROW(conv2d_forward_slab_mma_sm80)                  \
   ROW(conv2d_forward_columns_sm80)                   \
   ROW(conv2d_forward_depthwise_channels_sm80)        \
   ROW(conv2d_forward_depthwise_large_sm80)           \
@@ -39,6 +40,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_implicit_gemm_sm80)             \
   ROW(conv2d_forward_direct_sm80)                    \
   ROW(conv2d_forward_wide_sm80)                      \
+  ROW(conv2d_backward_input_slab_mma_sm80)           \
   ROW(conv2d_backward_input_columns_sm80)            \
   ROW(conv2d_backward_input_depthwise_channels_sm80) \
   ROW(conv2d_backward_input_depthwise_large_sm80)    \
