@@ -40,7 +40,7 @@ struct PatchGather {
 
 // Replaces what is NaN among this warp's rows of the stored tile.
 template <class T, int kCols>
-__device__ __noinline__ void store_again(const PatchGather<T>& p, const PlaneIndex& corner, int first_col) {
+__device__ __noinline__ void store_again(const PatchGather<T>& p, PlaneIndex corner, int first_col) {
   const WgmmaGather<T>& g = p.gather;
   const int warp = threadIdx.x % kWarpgroupThreads / 32, lane = threadIdx.x % 32;
   for (int index = lane; index < 2 * 16 * kCols; index += 32) {
