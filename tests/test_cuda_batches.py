@@ -1,4 +1,4 @@
-"""On a GPU: the bits of an image do not depend on how many others there are, where that decides how the work is shared."""
+"""On a GPU: the bits of an image do not depend on how many others there are, even where that decides who adds up what."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 CUDA = torch.device("cuda")
 
-# name: (size of the images, size of the weight): a depth that is summed up in parts, by several blocks where the batch is
-# small and by one where it is large; and a patch that is fetched for all taps.
+# name: (size of the images, size of the weight): a depth that is summed up in parts, by several blocks where the batch
+# is small and by one where it is large; and a patch that is fetched for all taps.
 LARGE_BATCHES = {
     "parts of the depth": ((400, 256, 8, 8), (64, 256, 3, 3)),
     "one patch for all taps": ((70, 24, 31, 31), (64, 24, 3, 3)),
