@@ -1,4 +1,4 @@
-"""On a GPU: the bits of an image do not depend on how many others there are, even where that decides who adds up what."""
+"""On a GPU: an image has the same bits whatever the batch, even where the batch decides who adds up what."""
 
 import pytest
 import torch
