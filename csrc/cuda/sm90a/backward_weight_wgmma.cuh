@@ -307,17 +307,22 @@ struct WeightDivision {
   WeightSplits split(int64_t pixels) const {
     constexpr int64_t kBlockCycles = 3000, kDeviceBytes = 1500;  // of a cycle
     constexpr int64_t kClusterCycles = 1600, kClusterBlockCycles = 300, kLaunchCycles = 6000;
-    const int64_t tiles = row_tiles * col_tiles;
+    constexpr int64_t kMostWaves = 4;  // whole ones: others leave multiprocessors without work
+    const int64_t tiles = std::max<int64_t>(row_tiles * col_tiles, 1);
     WeightSplits best{1, 1, std::max<int64_t>(pixels, 1), INT64_MAX};
+    const auto consider = [&](int64_t clusters, int64_t cluster_blocks, int64_t slots) {
+      const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);
+      const int64_t cycles = ceil_div(tiles * count, slots) * (tile.blocks * steps * tile.step_cycles + kBlockCycles) +
+                             (cluster_blocks > 1 ? kClusterCycles + kClusterBlockCycles * cluster_blocks : 0) +
+                             (clusters > 1 ? kLaunchCycles + 2 * clusters * sums * int64_t{sizeof(float)} / kDeviceBytes : 0);
+      if (cycles < best.cycles) best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels, cycles};
+    };
     for (int64_t cluster_blocks = 1; cluster_blocks <= kMostClusterBlocks; cluster_blocks *= 2) {
       const int64_t slots = blocks_at_once(cluster_blocks) * tile.blocks;
-      const int64_t most = std::max<int64_t>(1, std::min(kMostPartials / std::max<int64_t>(sums, 1), 2 * slots / cluster_blocks));
-      for (int64_t clusters = 1; clusters <= most; clusters += 1 + clusters / 16) {
-        const int64_t count = clusters * cluster_blocks, steps = ceil_div(ceil_div(pixels, count), tile.step_pixels);
-        const int64_t cycles = ceil_div(tiles * count, slots) * (tile.blocks * steps * tile.step_cycles + kBlockCycles) +
-                               (cluster_blocks > 1 ? kClusterCycles + kClusterBlockCycles * cluster_blocks : 0) +
-                               (clusters > 1 ? kLaunchCycles + 2 * clusters * sums * int64_t{sizeof(float)} / kDeviceBytes : 0);
-        if (cycles < best.cycles) best = {clusters, cluster_blocks, std::max<int64_t>(steps, 1) * tile.step_pixels, cycles};
+      consider(1, cluster_blocks, slots);
+      for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+        const int64_t clusters = waves * slots / (tiles * cluster_blocks);
+        if (clusters > 1 && clusters * sums <= kMostPartials) consider(clusters, cluster_blocks, slots);
       }
     }
     return best;
@@ -429,27 +434,26 @@ struct WeightCandidate {
   void (*run)(const Conv2dShape&, const Conv2dBuffers&, const WeightDivision&, void*, cudaStream_t);
 };
 
-// Whether a tile of `size` is worth trying: the smallest where it covers the extent alone, of the others those that are filled by half.
-inline bool suits_extent(int64_t size, int64_t smallest, int64_t extent) {
-  return size == smallest ? extent <= smallest : extent > smallest && 2 * extent > size;
-}
-
 struct WeightChoice {
   WeightDivision division;
   WeightCandidate candidate;
 };
 
-// The tile that is expected to take the least time, of candidates for the smallest and for all larger extents; the first one is the
-// smallest.
+// Whether a tile is worth trying for an extent of rows or columns: one of 64 where there are no more, any other where it is filled by half.
+inline bool suits_extent(int64_t size, int64_t extent) {
+  constexpr int64_t kSmallest = 64;
+  return size == kSmallest ? extent <= kSmallest : extent > kSmallest && 2 * extent > size;
+}
+
+// The tile that is expected to take the least time, the first of equals.
 template <int kCount>
 WeightChoice choose_tile(const Conv2dShape& s, const WeightCandidate (&candidates)[kCount], bool in_place = false) {
   std::optional<WeightChoice> best;
-  const WeightTileSizes& smallest = candidates[0].tile;
-  const int64_t panels = ceil_div(s.in_channels, smallest.panel_channels) * s.kernel_h * s.kernel_w;
   for (const WeightCandidate& candidate : candidates) {
-    if (!suits_extent(candidate.tile.rows, smallest.rows, s.out_channels)) continue;
-    if (!suits_extent(candidate.tile.panels, smallest.panels, panels)) continue;
-    const WeightDivision division(s, candidate.tile, in_place);
+    const WeightTileSizes& tile = candidate.tile;
+    const int64_t cols = ceil_div(s.in_channels, tile.panel_channels) * s.kernel_h * s.kernel_w * tile.panel_channels;
+    if (!suits_extent(tile.rows, s.out_channels) || !suits_extent(tile.panels * tile.panel_channels, cols)) continue;
+    const WeightDivision division(s, tile, in_place);
     if (!best || division.splits.cycles < best->division.splits.cycles) best = WeightChoice{division, candidate};
   }
   return *best;

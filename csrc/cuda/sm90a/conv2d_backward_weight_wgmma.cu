@@ -1,8 +1,8 @@
 // grad_weight[k, c, r, s] = sum over n, oh, ow of grad_output[n, k, oh, ow] * input[n, c, ih, iw] on the matrix unit of sm_90a, in float16
 // and bfloat16 (backward_weight_wgmma.cuh). Both operands lie across the depth, and the matrix unit transposes them.
 //
-// Tile: 128 output channels (64 where there are no more) x two panels of 64 channels (32 where there are no more); a step of the depth is
-// 64 pixels; stages as in gather_wgmma.cu.
+// Tile: 64, 128 or 256 output channels x two to eight panels of 64 channels (32 where there are no more), whatever takes the least time; a
+// step of the depth is 64 pixels; stages as in gather_wgmma.cu.
 //
 // Not handled: float32 (the matrix unit does not transpose TF32). Bound by the second-level cache, as gather_wgmma.cu.
 #include "cuda/sm90a/backward_weight_wgmma.cuh"
@@ -10,98 +10,106 @@
 namespace cnn_ext::cuda {
 namespace {
 
-constexpr int kHalfPanels = 2, kHalfStepPixels = 64;
-constexpr int kPanelRows = 64;  // output channels of a box, and the rows of a warpgroup
+constexpr int kStepPixels = 64, kBoxRows = 64;  // output channels of a box
 
-// kRows: 128, a warpgroup for each 64; or 64, a warpgroup for each panel.
-template <class T, int kRows, int kPanelChannels>
+// kRows: 64, and the warpgroups share the columns; or more, and they share the rows.
+template <class T, int kRows, int kPanels, int kPanelChannels>
 class HalfGemm {
  public:
-  using Tile = WeightTile<T, kRows, kHalfPanels, kPanelChannels, kHalfStepPixels>;
-  static constexpr int kBlocks = kRows == kPanelRows ? 2 : 1, kOwnBytes = 0, kStepCycles = Tile::kStageBytes / kCacheBytes;
+  using Tile = WeightTile<T, kRows, kPanels, kPanelChannels, kStepPixels>;
+  static constexpr int kBlocks = kRows * Tile::kCols <= 64 * 128 ? 2 : 1, kOwnBytes = 0, kStepCycles = Tile::kStageBytes / kCacheBytes;
 
   __device__ HalfGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
   __device__ void accumulate(unsigned char* shared, uint64_t* barriers) {
-    pin(sums_);
+    pin_sums();
     pipeline(
-        barriers, p_.stages, ceil_div(b_.end - b_.begin, kHalfStepPixels),
+        barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels),
         [&](int stage, int step) {
           announce(barriers + stage, Tile::kStageBytes);
 #pragma unroll
           for (int part = 0; part < Tile::kParts; ++part) {
-            fetch_part<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kHalfStepPixels, part);
+            fetch_part<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels, part);
           }
         },
         [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
-    pin(sums_);
+    pin_sums();
   }
 
   __device__ bool write(float* sums) const {
     const int warp = threadIdx.x % kWarpgroupThreads / 32, lane = threadIdx.x % 32;
-    float* corner = sums + (row_panel() * kPanelRows + warp * 16 + lane / 4) * Tile::kSumPitch +
-                    (kSharesRows ? warpgroup() * kPanelChannels : 0) + lane % 4 * 2;
-    return write_sums<Tile, 8>(sums_, corner);
+    float* corner =
+        sums + (first_box() * kBoxRows + warp * 16 + lane / 4) * Tile::kSumPitch + first_panel() * kPanelChannels + lane % 4 * 2;
+    bool meets_nan = false;
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      meets_nan |= write_sums<Tile, 8>(sums_[tile], corner + tile * kBoxRows * Tile::kSumPitch);
+    }
+    return meets_nan;
   }
 
  private:
-  static constexpr bool kSharesRows = kRows == kPanelRows;
-  static constexpr int kWarpgroupCols = kSharesRows ? kPanelChannels : Tile::kCols;
+  static constexpr bool kSharesRows = kRows == kBoxRows;
+  static constexpr int kRowTiles = kSharesRows ? 1 : kRows / (2 * kBoxRows);  // of a warpgroup
+  static constexpr int kWarpgroupPanels = kSharesRows ? kPanels / 2 : kPanels;
 
   __device__ static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
-  __device__ static int row_panel() { return kSharesRows ? 0 : warpgroup(); }
+  __device__ static int first_box() { return kSharesRows ? 0 : warpgroup() * kRowTiles; }
+  __device__ static int first_panel() { return kSharesRows ? warpgroup() * kWarpgroupPanels : 0; }
+
+  __device__ void pin_sums() {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) pin(sums_[tile]);
+  }
 
   __device__ void multiply(const unsigned char* stage) {
-    const unsigned char* cols = stage + Tile::kRowTileBytes + (kSharesRows ? warpgroup() * Tile::kPanelBytes : 0);
-    const uint64_t a = matrix_descriptor<128>(stage + row_panel() * Tile::kRowBoxBytes, Tile::kRowBoxBytes);
+    const uint64_t a = matrix_descriptor<128>(stage + first_box() * Tile::kRowBoxBytes, Tile::kRowBoxBytes);
+    const unsigned char* cols = stage + Tile::kRowTileBytes + first_panel() * Tile::kPanelBytes;
     const uint64_t b = matrix_descriptor<Tile::kPanelRowBytes>(cols, Tile::kPanelBytes);
     constexpr int kInstructionPixels = 16;
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kHalfStepPixels / kInstructionPixels; ++i) {
-      wgmma<true, true>(sums_, a + descriptor_offset(i * kInstructionPixels * 128),
-                        b + descriptor_offset(i * kInstructionPixels * Tile::kPanelRowBytes), T{});
+    for (int i = 0; i < kStepPixels; i += kInstructionPixels) {
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        wgmma<true, true>(sums_[tile], a + descriptor_offset(tile * Tile::kRowBoxBytes + i * 128),
+                          b + descriptor_offset(i * Tile::kPanelRowBytes), T{});
+      }
     }
     wgmma_commit();
   }
 
   const WeightProblem<T>& p_;
   const WeightBlock b_;
-  float sums_[kWarpgroupCols / 2] = {};
+  float sums_[kRowTiles][kWarpgroupPanels * kPanelChannels / 2] = {};
 };
 
-// Calls function(Gemm*) with the tile that suits a shape.
-template <class T, class Function>
-auto with_tile(const Conv2dShape& s, const Function& function) {
-  const bool narrow_panels = s.in_channels <= 32;
-  if (s.out_channels <= kPanelRows) {
-    return narrow_panels ? function(static_cast<HalfGemm<T, kPanelRows, 32>*>(nullptr))
-                         : function(static_cast<HalfGemm<T, kPanelRows, 64>*>(nullptr));
-  }
-  return narrow_panels ? function(static_cast<HalfGemm<T, 2 * kPanelRows, 32>*>(nullptr))
-                       : function(static_cast<HalfGemm<T, 2 * kPanelRows, 64>*>(nullptr));
+template <class T, int kRows, int kPanels, int kPanelChannels>
+constexpr WeightCandidate candidate() {
+  using Gemm = HalfGemm<T, kRows, kPanels, kPanelChannels>;
+  return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
+}
+
+template <class T>
+constexpr WeightCandidate kNarrow[] = {candidate<T, 64, 2, 32>(), candidate<T, 64, 4, 32>(), candidate<T, 128, 2, 32>(),
+                                       candidate<T, 128, 4, 32>(), candidate<T, 128, 8, 32>()};
+template <class T>
+constexpr WeightCandidate kWide[] = {candidate<T, 64, 2, 32>(),  candidate<T, 64, 2, 64>(),  candidate<T, 64, 4, 64>(),
+                                     candidate<T, 128, 2, 32>(), candidate<T, 128, 2, 64>(), candidate<T, 256, 2, 64>(),
+                                     candidate<T, 128, 4, 64>()};
+
+template <class T>
+WeightChoice choose(const Conv2dShape& s) {
+  return s.in_channels <= 32 ? choose_tile(s, kNarrow<T>) : choose_tile(s, kWide<T>);
 }
 
 bool accepts(const Conv2dShape& s) { return s.dtype != DType::float32 && suits_weight_wgmma(s); }
 
-Plan plan(const Conv2dShape& s) {
-  return with_tile<__half>(s, [&](auto* gemm) { return WeightDivision(s, tile_sizes<std::decay_t<decltype(*gemm)>>()).plan(); });
-}
-
-template <class T>
-void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  with_tile<T>(s, [&](auto* gemm) {
-    using Gemm = std::decay_t<decltype(*gemm)>;
-    run_weight_tile<Gemm>(s, b, WeightDivision(s, tile_sizes<Gemm>()), workspace, stream);
-  });
-}
+Plan plan(const Conv2dShape& s) { return choose<__half>(s).division.plan(); }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  if (s.dtype == DType::float16) {
-    run_typed<__half>(s, b, workspace, stream);
-  } else {
-    run_typed<__nv_bfloat16>(s, b, workspace, stream);
-  }
+  const WeightChoice choice = s.dtype == DType::float16 ? choose<__half>(s) : choose<__nv_bfloat16>(s);
+  choice.candidate.run(s, b, choice.division, workspace, stream);
 }
 
 }  // namespace
