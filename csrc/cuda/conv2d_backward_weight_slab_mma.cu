@@ -257,10 +257,10 @@ struct WeightOrder {
 
 int64_t weights_of(const Conv2dShape& s) { return s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w; }
 
-// How the tiles are divided: two blocks for each of 132 multiprocessors, as far as there are tiles and memory.
+// How the tiles are divided: up to two blocks for each of 132 multiprocessors, as far as there are tiles and memory.
 Splits splits_of(const Conv2dShape& s, const WeightSlabs& slabs) {
   const int64_t tiles = s.batch * slabs.tiles.of_image, shares = slabs.slabs * slabs.tap_ranges;
-  const int64_t most = smaller(ceil_div<int64_t>(2 * kMultiprocessors, shares), kMostPartials / weights_of(s));
+  const int64_t most = smaller(2 * kMultiprocessors / shares, kMostPartials / weights_of(s));
   const int64_t count = larger<int64_t>(1, smaller(tiles, most));
   return {count, ceil_div(tiles, count)};
 }

@@ -87,15 +87,16 @@ struct Share {
   int first_channel, phase_h, phase_w;
 };
 
-// Of the filters: channels `from` of the source and `to` of the result, of one group.
+// Of the filters: where those between the channels `from` of the source and `to` of the result, of one group, begin, and how far a tap of
+// the phase lies from there.
 template <class T>
-__device__ float weight_of(const GatherProblem<T>& p, Share share, int from, int to, int r, int s) {
-  const GatherAxis &axis_h = p.slabs.h[share.phase_h], &axis_w = p.slabs.w[share.phase_w];
-  const int mask = (1 << p.slabs.group_bits) - 1;
-  const int64_t channel =
-      to * p.of_result + from * p.of_source - (p.forward ? from & ~mask : to & ~mask) * (p.forward ? p.of_source : p.of_result);
-  return widen(p.weight[channel + (axis_h.first_tap + r * axis_h.tap_distance) * p.of_row +
-                        (axis_w.first_tap + s * axis_w.tap_distance) * p.of_col]);
+__device__ int64_t filter_of(const GatherProblem<T>& p, int from, int to) {
+  const int member = (1 << p.slabs.group_bits) - 1;
+  return p.forward ? to * p.of_result + (from & member) * p.of_source : from * p.of_source + (to & member) * p.of_result;
+}
+template <class T>
+__device__ int64_t tap_of(const GatherProblem<T>& p, const GatherAxis& axis_h, const GatherAxis& axis_w, int r, int s) {
+  return (axis_h.first_tap + r * axis_h.tap_distance) * p.of_row + (axis_w.first_tap + s * axis_w.tap_distance) * p.of_col;
 }
 
 // Where a pixel of a phase's tile lies in the result.
@@ -125,7 +126,8 @@ __device__ float exact_sum(const GatherProblem<T>& p, Share share, const PlaneIn
       if (w < 0 || w >= p.source_w) continue;
       const T* source = p.source + at.outer * p.source_strides.n + h * p.source_strides.h + w * p.source_strides.w;
       for (int from = first; from < first + group; ++from) {
-        sum = fmaf(widen(source[from * p.source_strides.c]), weight_of(p, share, from, channel, r, s), sum);
+        sum = fmaf(widen(source[from * p.source_strides.c]), widen(p.weight[filter_of(p, from, channel) + tap_of(p, axis_h, axis_w, r, s)]),
+                   sum);
       }
     }
   }
@@ -164,23 +166,18 @@ class SlabGather {
   }
 
   __device__ void run(int range) {
+    TileCursor cursor(t_.tiles, range, p_.ranges);
+    begin(cursor.at());
     stage_filters();
-    for (TileCursor cursor(t_.tiles, range, p_.ranges); cursor.is_in(p_.batch); cursor.advance()) {
+#pragma unroll 1
+    while (true) {
       const PlaneIndex at = cursor.at();
-      begin_pixels<T, kVector>(
-          slab_image(p_.source, p_.source_strides, at.outer, p_.source_h, p_.source_w, share_.first_channel, p_.channels), t_.source,
-          t_.chunk_bits, nearest(h_) + at.h * h_.step, nearest(w_) + at.w * w_.step, shared_);
       finish_pixels<T, kVector>(t_.source, t_.chunk_bits, shared_);
       __syncthreads();
-      bool meets_nan = false;
-      const int steps = t_.tiles.height * t_.tiles.width / kUnit, parts = kWarps / t_.units();
-#pragma unroll 1
-      for (int step = part(); step < steps; step += kSteps * parts) {
-        multiply(step, parts, steps);
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) meets_nan |= step + i * parts < steps && store(at, i, (step + i * parts) * kUnit);
-      }
-      if (__syncthreads_or(meets_nan)) add_up_again(p_, share_, at);
+      if (__syncthreads_or(convolve(at))) add_up_again(p_, share_, at);
+      cursor.advance();
+      if (!cursor.is_in(p_.batch)) return;
+      begin(cursor.at());
     }
   }
 
@@ -194,6 +191,26 @@ class SlabGather {
   __device__ int part() const { return static_cast<int>(threadIdx.x) / 32 / t_.units(); }
   __device__ int first_channel() const { return share_.first_channel + unit() * kUnit; }
 
+  // Fetches what the windows of a tile read.
+  __device__ void begin(const PlaneIndex& at) {
+    begin_pixels<T, kVector>(
+        slab_image(p_.source, p_.source_strides, at.outer, p_.source_h, p_.source_w, share_.first_channel, p_.channels), t_.source,
+        t_.chunk_bits, nearest(h_) + at.h * h_.step, nearest(w_) + at.w * w_.step, shared_);
+  }
+
+  // A tile, 16 pixels after the other. Whether there is a NaN among its sums.
+  __device__ bool convolve(const PlaneIndex& at) {
+    bool meets_nan = false;
+    const int steps = t_.tiles.height * t_.tiles.width / kUnit, parts = kWarps / t_.units();
+#pragma unroll 1
+    for (int step = part(); step < steps; step += kSteps * parts) {
+      multiply(step, parts, steps);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) meets_nan |= step + i * parts < steps && store(at, i, (step + i * parts) * kUnit);
+    }
+    return meets_nan;
+  }
+
   // The position of pixel 0's nearest tap, and how far tap j lies from there.
   __device__ static int nearest(const GatherAxis& axis) { return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0); }
   __device__ static int distance(const GatherAxis& axis, int j) {
@@ -202,26 +219,33 @@ class SlabGather {
 
   // [tap][unit][lane] words of fragments: for each of the two blocks of 8 columns two of the depth; in TF32 first those of 8 channels.
   __device__ void stage_filters() {
+    const T* elements[8];  // of the first tap; null: between two groups
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int word = word_of(i), j = word / 2 % 2;
+      const int from = sizeof(T) == 4 ? word / 4 * 8 + word % 2 * 4 + pair() : word % 2 * 8 + pair() * 2 + i % 2;
+      const int to = group() / 2 * 4 + j * 2 + group() % 2;
+      const bool exists = from >> t_.group_bits == to >> t_.group_bits && first_channel() + larger(from, to) < p_.channels;
+      elements[i] = exists ? p_.weight + filter_of(p_, first_channel() + from, first_channel() + to) : nullptr;
+    }
     const int taps = h_.taps * w_.taps;
-#pragma unroll 1
+#pragma unroll 2
     for (int tap = part(); tap < taps; tap += kWarps / t_.units()) {
-      const int r = tap / w_.taps, s = tap - r * w_.taps;
+      const int r = tap / w_.taps;
+      const int64_t of_tap = tap_of(p_, h_, w_, r, tap - r * w_.taps);
       uint32_t words[kWords] = {};
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        // Element i of 16 bits is half of a word.
-        const int word = i * kWords / 8, j = word / 2 % 2;
-        const int from = sizeof(T) == 4 ? word / 4 * 8 + word % 2 * 4 + pair() : word % 2 * 8 + pair() * 2 + i % 2;
-        const int to = group() / 2 * 4 + j * 2 + group() % 2;
-        const bool exists = from >> t_.group_bits == to >> t_.group_bits && first_channel() + larger(from, to) < p_.channels;
-        const float value = exists ? weight_of(p_, share_, first_channel() + from, first_channel() + to, r, s) : 0.0f;
-        words[word] |= bits_of(narrow<T>(value)) << (sizeof(T) == 4 ? 0 : i % 2 * 16);
+        const T value = elements[i] == nullptr ? narrow<T>(0) : elements[i][of_tap];
+        words[word_of(i)] |= bits_of(value) << (sizeof(T) == 4 ? 0 : i % 2 * 16);
       }
       uint4* target = filters(tap);
 #pragma unroll
       for (int i = 0; i < kWords / 4; ++i) target[i * 32] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
     }
   }
+  // Which of the words holds element i of 8.
+  __device__ static constexpr int word_of(int i) { return i * kWords / 8; }
   __device__ uint4* filters(int tap) const {
     return reinterpret_cast<uint4*>(shared_ + t_.filters + tap * t_.tap_bytes) + unit() * 32 * (kWords / 4) + lane();
   }
