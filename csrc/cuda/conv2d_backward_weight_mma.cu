@@ -1,6 +1,6 @@
 // grad_weight[k, c, r, s] = sum over n, oh, ow of grad_output[n, k, oh, ow] * input[n, c, ih, iw] on tensor cores, in TF32 (where the
 // policy allows it), float16 and bfloat16. The numbering: backward_weight_mma.cuh; the tile and what bounds it: mma_gemm.cuh. Groups of
-// fewer than 16 channels are left to other rows: most of the tile would be empty.
+// fewer than 16 input channels are left to other rows: most of the tile would be empty.
 #include "cuda/backward_weight_mma.cuh"
 
 namespace cnn_ext::cuda {

@@ -1,7 +1,7 @@
 // Groups of 8 to 16 channels on tensor cores, for backward_weight also of 4 to 7, in TF32 (where the policy allows it), float16 and
-// bfloat16: four groups to a tile, each with 64 rows and 16 columns, of which a smaller group leaves some empty. In nhwc the chunks of
-// neighbouring groups are neighbours in memory. The idea and what bounds it: mma_gemm.cuh; the numbering: gather_mma.cuh and
-// backward_weight_mma.cuh.
+// bfloat16, for what does not lie in slabs (slab.cuh): groups of other sizes, or of different ones on both sides. Four groups to a tile,
+// each with 64 rows and 16 columns, of which a smaller group leaves some empty. In nhwc the chunks of neighbouring groups are neighbours in
+// memory. The idea and what bounds it: mma_gemm.cuh; the numbering: gather_mma.cuh and backward_weight_mma.cuh.
 #include "cuda/backward_weight_mma.cuh"
 #include "cuda/gather_mma.cuh"
 
