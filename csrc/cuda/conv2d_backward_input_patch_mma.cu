@@ -115,7 +115,12 @@ class PatchBackwardInput {
 #pragma unroll 1
         for (int unit = warp(); unit < rows * t.units; unit += kBlockThreads / 32) {
           const int row = unit / t.units;
-          multiply(at, r + row, unit - row * t.units, first_w, shares() + row * (t.row_bytes / static_cast<int>(sizeof(float))));
+          float* target = shares() + row * (t.row_bytes / static_cast<int>(sizeof(float)));
+          if (p.has_vectors) {
+            multiply<true>(at, r + row, unit - row * t.units, first_w, target);
+          } else {
+            multiply<false>(at, r + row, unit - row * t.units, first_w, target);
+          }
         }
         __syncthreads();
         add_up(at, r, rows);
@@ -171,6 +176,7 @@ class PatchBackwardInput {
   }
 
   // The shares of row r of the kernel in the 32 outputs of a unit.
+  template <bool kVector>
   __device__ void multiply(const PlaneIndex& at, int r, int unit, int first_ow, float* target) const {
     const int pixel = unit * kUnitPixels + group() * 4, row = p.width.quotient(pixel);
     const int oh = first_output(at, r) + row, ow = first_ow + pixel - row * t.width;
@@ -183,7 +189,7 @@ class PatchBackwardInput {
 #pragma unroll 1
       for (int depth = 0; depth < t.groups; ++depth) {
         uint32_t a[2][2][4];
-        load(source, depth * kGroupWords + pair() * 4, pixels, a);
+        load<kVector>(source, depth * kGroupWords + pair() * 4, pixels, a);
 #pragma unroll
         for (int j = 0; j < kTermTiles; ++j) {
           if (first + j >= t.term_tiles) break;
@@ -210,13 +216,14 @@ class PatchBackwardInput {
 
   // The fragments [instruction][row fragment] of four pixels, of which `pixels` exist, from `word` of their channels on. Pixel i is row
   // `group`, or group + 8, of fragment i / 2.
+  template <bool kVector>
   __device__ void load(const T* source, int word, int pixels, uint32_t (&a)[2][2][4]) const {
     const int first = word * kPerWord<T>;
     if constexpr (kNhwc) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t words[4];
-        read_words(source + i * g.out.w + first, i < pixels ? g.group_out - first : 0, p.has_vectors, words);
+        read_words<kVector>(source + i * g.out.w + first, i < pixels ? g.group_out - first : 0, p.grad_output, words);
 #pragma unroll
         for (int v = 0; v < 4; ++v) a[v / 2][i / 2][v % 2 * 2 + i % 2] = words[v];
       }
@@ -227,7 +234,7 @@ class PatchBackwardInput {
         uint32_t words[kPerWord<T>][4 / kPerWord<T>];
 #pragma unroll
         for (int k = 0; k < kPerWord<T>; ++k, source += g.out.c) {
-          read_words(source, first + v * kPerWord<T> + k < g.group_out ? pixels : 0, p.has_vectors, words[k]);
+          read_words<kVector>(source, first + v * kPerWord<T> + k < g.group_out ? pixels : 0, p.grad_output, words[k]);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -7,7 +7,7 @@
 // the patch. grad_output is read from memory straight into fragments: a thread takes 8 bytes of neighbouring pixels of a channel in nchw,
 // up to 32 bytes of neighbouring channels of a pixel in nhwc, and pixels and channels are numbered so that this is what it needs.
 //
-// The tile: 256 pixels, by 32 or 64 output channels, by all terms. The 8 warps share the terms, at most 40 (80 of 32 channels) each, and
+// The tile: 256 pixels, by 32 or 64 output channels, by all terms. The 8 warps share the terms, at most 32 (72 of 32 channels) each, and
 // what warps are left over share the pixels: their sums are added up as a tree at the end. A block takes every so many-th tile and leaves
 // partial sums, which a second launch adds up (pixel_reduction.cuh).
 //
@@ -25,8 +25,8 @@ namespace cnn_ext::cuda {
 namespace {
 
 constexpr int kWarps = kBlockThreads / 32;
-constexpr int kMostSums = 80;                                       // of a thread
-constexpr int term_tiles(int cols) { return cols == 64 ? 4 : 10; }  // of 8 terms, of a warp
+constexpr int kMostSums = 72;                                      // of a thread
+constexpr int term_tiles(int cols) { return cols == 64 ? 4 : 9; }  // of 8 terms, of a warp
 
 // The output channels of a block. Where there are many terms, warps that share them read the same gradients: fewer share fewer channels.
 int weight_cols_of(const Conv2dShape& s) { return s.in_channels * s.kernel_h * s.kernel_w <= term_tiles(64) * 8 ? cols_of(s) : 32; }
@@ -149,7 +149,7 @@ class PatchBackwardWeight {
     first += pair() * kOwnPixels;
     const int row = p.tiles.row_of(first), col = p.tiles.col_of(first);
     uint32_t a[kRowTiles][4];
-    load(at.outer, at.h + row, at.w + col, a);
+    p.has_vectors ? load<true>(at.outer, at.h + row, at.w + col, a) : load<false>(at.outer, at.h + row, at.w + col, a);
     const unsigned char* pixels = shared_ + (row * g.stride_h * t.pitch + col) * static_cast<int>(sizeof(T));
 #pragma unroll
     for (int j = 0; j < kTermTiles; ++j) {
@@ -162,6 +162,7 @@ class PatchBackwardWeight {
   }
 
   // The fragments of grad_output for this thread's pixels, from (h, w) on in a row.
+  template <bool kVector>
   __device__ void load(int n, int h, int w, uint32_t (&a)[kRowTiles][4]) const {
     const bool row_exists = h < g.out_h;
     const T* source = p.grad_output + n * g.out.n + h * g.out.h + w * g.out.w + first_col_ * g.out.c;
@@ -171,7 +172,7 @@ class PatchBackwardWeight {
       const int cols = g.group_out - first_col_ - group() * kOwnCols;
 #pragma unroll
       for (int i = 0; i < kOwnPixels; ++i)
-        read_words(source + i * g.out.w, row_exists && w + i < g.out_w ? cols : 0, p.has_vectors, words[i]);
+        read_words<kVector>(source + i * g.out.w, row_exists && w + i < g.out_w ? cols : 0, p.grad_output, words[i]);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         if constexpr (sizeof(T) == 4) {
@@ -190,7 +191,7 @@ class PatchBackwardWeight {
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i, source += 8 * g.out.c) {
         uint32_t words[2];
-        read_words(source, row_exists && channel_of(i / 2, i % 2) < g.group_out ? g.out_w - w : 0, p.has_vectors, words);
+        read_words<kVector>(source, row_exists && channel_of(i / 2, i % 2) < g.group_out ? g.out_w - w : 0, p.grad_output, words);
         a[i / 2][i % 2] = words[0], a[i / 2][2 + i % 2] = words[1];
       }
     }
@@ -308,10 +309,10 @@ bool accepts(const Conv2dShape& s) {
 
 int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * s.in_channels * s.kernel_h * s.kernel_w; }
 
-// How the tiles are divided: two blocks for each multiprocessor, one where there are many partial sums.
+// How the tiles are divided: two blocks for each multiprocessor.
 Splits splits_of(const Conv2dShape& s) {
   const int64_t tiles = s.batch * PatchTiles(Conv2dGeometry(s)).of_image, targets = weight_elements(s);
-  const int64_t by_blocks = ceil_div<int64_t>(kMultiprocessors * (targets > 4096 ? 1 : 2), weight_col_tiles_of(s));
+  const int64_t by_blocks = ceil_div<int64_t>(2 * kMultiprocessors, weight_col_tiles_of(s));
   const int64_t by_memory = targets == 0 ? 1 : kMostPartials / targets;
   int64_t count = tiles < by_blocks ? tiles : by_blocks;
   count = count < by_memory ? count : by_memory;

@@ -160,23 +160,28 @@ __device__ void store_vector(T* target, const float (&values)[kCount]) {
   store_words(target, words);
 }
 
-// Neighbouring elements as the words of a fragment, in TF32 where they are float32; those from `count` on are zeros. is_vector: they are
-// aligned to the size of all, up to 16 bytes, and exist together.
-template <class T, int kWords>
-__device__ void read_words(const T* source, int count, bool is_vector, uint32_t (&words)[kWords]) {
+// Neighbouring elements as the words of a fragment, in TF32 where they are float32; those from `count` on are zeros. kVector: they are
+// aligned to the size of all, up to 16 bytes, and exist together; where they do not, `base` is read, the tensor: without a branch the loads
+// of several calls are on their way together.
+template <bool kVector, class T, int kWords>
+__device__ void read_words(const T* source, int count, const T* base, uint32_t (&words)[kWords]) {
+  if constexpr (kVector) {
+    const T* first = count > 0 ? source : base;
+    constexpr int kAtOnce = smaller(kWords, 4);
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = 0;
-  if (!is_vector) {
+    for (int i = 0; i < kWords; i += kAtOnce) load_words<kAtOnce>(first + i * kPerWord<T>, words + i);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t word = sizeof(T) == 4 ? to_tf32(__uint_as_float(words[i])) : words[i];
+      words[i] = count > 0 ? word : 0;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
 #pragma unroll
     for (int i = 0; i < kWords * kPerWord<T>; ++i) {
       if (i < count) words[i / kPerWord<T>] |= bits_of(source[i]) << i % kPerWord<T> * 16;
     }
-  } else if (count > 0) {
-    constexpr int kAtOnce = smaller(kWords, 4);
-#pragma unroll
-    for (int i = 0; i < kWords; i += kAtOnce) load_words<kAtOnce>(source + i * kPerWord<T>, words + i);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = sizeof(T) == 4 ? to_tf32(__uint_as_float(words[i])) : words[i];
   }
 }
 
