@@ -106,6 +106,7 @@ MATRIX_INSTRUCTIONS = {
     "double": "DMMA.884",
 }
 PLAIN_INSTRUCTIONS = {"float": "FFMA", "__half": "FFMA", "__nv_bfloat16": "FFMA", "double": "DFMA"}
+CHUNKS = {"float": 4, "__half": 8, "__nv_bfloat16": 8, "double": 2}  # elements of 16 bytes
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +163,12 @@ def intended(kernel: str) -> set[str]:
         return {"LDG.E.128.CONSTANT", "STG.E.128"}
     if "correlate_planes<" in kernel:
         return {"LDG.E.128.CONSTANT", "LDS.128"}
-    if re.search(r"\bpool_\w*chunks<", kernel):
-        return {"LDG.E.128.CONSTANT", "STG.E.128"}
-    if "pool_row_strips<" in kernel:
-        return {"LDG.E.128.CONSTANT"}
+    if pool := re.search(r"\bpool_(chunks|row_strips)<.*, (\d)>\(", kernel):
+        if int(pool[2]) != CHUNKS[element_type(kernel)]:
+            return set()
+        return {"LDG.E.128.CONSTANT"} | ({"STG.E.128"} if pool[1] == "chunks" else set())
+    if re.search(r"\breduce_chunks<.*, true>\(", kernel):
+        return {"LDG.E.128"}
     if re.search(r"\bpool_backward_(strips|blocks)<|\bpool_backward_pixels<[^>]*<\w+>, [248],", kernel):
         return {"STG.E.128"}
     if "_mma<" not in kernel:
