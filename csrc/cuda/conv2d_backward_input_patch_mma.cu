@@ -175,29 +175,35 @@ class PatchBackwardInput {
     }
   }
 
-  // The shares of row r of the kernel in the 32 outputs of a unit.
+  // The shares of row r of the kernel in the 32 outputs of a unit. Vectors of two steps of the depth are on their way together.
   template <bool kVector>
   __device__ void multiply(const PlaneIndex& at, int r, int unit, int first_ow, float* target) const {
     const int pixel = unit * kUnitPixels + group() * 4, row = p.width.quotient(pixel);
     const int oh = first_output(at, r) + row, ow = first_ow + pixel - row * t.width;
     const int pixels = row < t.height && oh >= 0 && oh < g.out_h ? g.out_w - ow : 0;  // that exist, of this thread's four
     const T* source = p.grad_output + at.outer * g.out.n + oh * g.out.h + ow * g.out.w;
+    constexpr int kAtOnce = kVector ? 2 : 1;
     const uint4* filters = reinterpret_cast<const uint4*>(shared_) + r * t.term_tiles * t.groups * 32 + lane();
 #pragma unroll 1
     for (int first = 0; first < t.term_tiles; first += kTermTiles) {
       float sums[2][kTermTiles][4] = {};
 #pragma unroll 1
-      for (int depth = 0; depth < t.groups; ++depth) {
-        uint32_t a[2][2][4];
-        load<kVector>(source, depth * kGroupWords + pair() * 4, pixels, a);
+      for (int depth = 0; depth < t.groups; depth += kAtOnce) {
+        uint32_t a[kAtOnce][2][2][4];
 #pragma unroll
-        for (int j = 0; j < kTermTiles; ++j) {
-          if (first + j >= t.term_tiles) break;
-          const uint4 b = filters[((first + j) * t.groups + depth) * 32];
+        for (int d = 0; d < kAtOnce; ++d) load<kVector>(source, (depth + d) * kGroupWords + pair() * 4, pixels, a[d]);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            mma(sums[i][j], a[0][i], {b.x, b.y}, T{});
-            mma(sums[i][j], a[1][i], {b.z, b.w}, T{});
+        for (int d = 0; d < kAtOnce; ++d) {
+          if (depth + d >= t.groups) break;
+#pragma unroll
+          for (int j = 0; j < kTermTiles; ++j) {
+            if (first + j >= t.term_tiles) break;
+            const uint4 b = filters[((first + j) * t.groups + depth + d) * 32];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              mma(sums[i][j], a[d][0][i], {b.x, b.y}, T{});
+              mma(sums[i][j], a[d][1][i], {b.z, b.w}, T{});
+            }
           }
         }
       }
