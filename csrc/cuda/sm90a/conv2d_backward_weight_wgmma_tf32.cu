@@ -3,15 +3,15 @@
 // TF32: it takes the rows from registers, which are read from grad_output as it lies, and the columns from a second tile, to which the
 // threads transpose the windows of the input while the step before is multiplied.
 //
-// Tile: 128 or 256 output channels (64 where there are no more) x four or eight panels of 32 channels (two where there are no more),
-// whatever takes the least time; a step of the depth is 32 pixels. Up to 128 x 128 two blocks run on a multiprocessor: one waits and loads
-// registers while the other multiplies.
+// Tile: 128 or 256 output channels (64 where there are no more) x four panels of 32 channels (two where there are no more), whatever
+// takes the least time; a step of the depth is 32 pixels. Up to 128 rows two blocks run on a multiprocessor: one waits and loads registers
+// while the other multiplies.
 //
 // Within eight pixels the depth is taken as 0, 2, 4, 6, 1, 3, 5, 7, and within 16 output channels rows group and group + 8 are neighbours:
 // so a thread's registers are four pairs of words in a bank each, and nobody waits for a bank.
 //
-// Bound by the second-level cache, of which a step of 128 x 128 reads 32 KB in 1100 cycles, for 512 of the matrix unit, and one of 256 x
-// 128 reads 48 KB for 1024; and nearly so by shared memory, which these steps keep busy for 896 and 1408.
+// Bound by shared memory, which a step of 128 x 128 keeps busy for 896 cycles, for 512 of the matrix unit, and one of 256 x 128 for 1408,
+// for 1024; and nearly so by the second-level cache, of which they read 32 and 48 KB.
 #include "cuda/sm90a/backward_weight_wgmma.cuh"
 
 namespace cnn_ext::cuda {
@@ -26,13 +26,14 @@ template <class T, int kRows, int kPanels>
 class TransposingGemm {
  public:
   using Tile = WeightTile<T, kRows, kPanels, kPanelChannels, kStepPixels>;
-  static constexpr int kBlocks = kRows <= 128 && kPanels <= 4 ? 2 : 1;
+  static constexpr int kBlocks = kRows <= 128 ? 2 : 1;
   static constexpr int kTransposedBytes = Tile::kCols * kTransposedRowBytes;
   static constexpr int kOwnBytes = 2 * kTransposedBytes;
   // Shared memory moves 128 bytes in one: the copies, the rows to registers, the transposition, the columns to the matrix unit.
   static constexpr int kRowReads = kRows == kWarpgroupRows ? 2 : 1, kColReads = kRows / kWarpgroupRows;
   static constexpr int kSharedCycles = (Tile::kStageBytes + kRowReads * Tile::kRowTileBytes + (2 + kColReads) * kTransposedBytes) / 128;
-  static constexpr int kStepCycles = larger(kSharedCycles, Tile::kStageBytes / kCacheBytes);
+  // As measured: the more, where no other block fills the gaps.
+  static constexpr int kStepCycles = kBlocks == 2 ? kSharedCycles * 5 / 4 : kSharedCycles * 3 / 2;
 
   __device__ TransposingGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -104,24 +105,16 @@ class TransposingGemm {
   // The panels [pixel][channel] -> columns [channel][pixel in the order of the depth], both swizzled. A thread takes four channels of the
   // four even or odd pixels of eight; the eight threads that access memory at once meet eight different chunks of both tiles.
   __device__ static void transpose_panels(const unsigned char* panels, unsigned char* cols) {
-    constexpr int kPanelThreads = kPanelChannels * kStepPixels / 16, kAtOnce = kBlockThreads / kPanelThreads;
-    const int own = threadIdx.x / kPanelThreads;
-    if (own >= kPanels) return;
-#pragma unroll
-    for (int first = 0; first < kPanels; first += kAtOnce) {
-      transpose_quads(panels + (first + own) * Tile::kPanelBytes, cols + (first + own) * kPanelChannels * kTransposedRowBytes);
-    }
-  }
-
-  __device__ static void transpose_quads(const unsigned char* panel, unsigned char* cols) {
+    const int panel = threadIdx.x / 64;
+    if (panel >= kPanels) return;
     const int quad = threadIdx.x % 8, pixels = quad / 2 ^ threadIdx.x / 8 % 8, odd = pixels % 2;
-    const unsigned char* source = panel + (pixels / 2 * 8 + odd) * Tile::kPanelRowBytes;
+    const unsigned char* source = panels + panel * Tile::kPanelBytes + (pixels / 2 * 8 + odd) * Tile::kPanelRowBytes;
     float4 read[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       read[i] = *reinterpret_cast<const float4*>(source + i * 2 * Tile::kPanelRowBytes + (quad ^ odd ^ i * 2) * kChunkBytes);
     }
-    unsigned char* target = cols + quad * 4 * kTransposedRowBytes;
+    unsigned char* target = cols + (panel * kPanelChannels + quad * 4) * kTransposedRowBytes;
     const auto write = [&](int channel, float x, float y, float z, float w) {
       const int chunk = pixels ^ quad % 2 * 4 ^ channel;
       *reinterpret_cast<float4*>(target + channel * kTransposedRowBytes + chunk * kChunkBytes) = make_float4(x, y, z, w);
@@ -177,8 +170,8 @@ constexpr WeightCandidate candidate() {
   return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
 }
 
-constexpr WeightCandidate kCandidates[] = {candidate<64, 2>(),  candidate<64, 4>(),  candidate<64, 8>(), candidate<128, 2>(),
-                                           candidate<128, 4>(), candidate<256, 4>(), candidate<128, 8>()};
+constexpr WeightCandidate kCandidates[] = {candidate<64, 2>(), candidate<64, 4>(), candidate<128, 2>(), candidate<128, 4>(),
+                                           candidate<256, 4>()};
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 && suits_weight_wgmma(s); }
 

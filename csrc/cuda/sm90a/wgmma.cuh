@@ -115,7 +115,6 @@ CNN_EXT_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
 CNN_EXT_WGMMA_TF32_ROWS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 CNN_EXT_WGMMA_TF32_ROWS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 CNN_EXT_WGMMA_TF32_ROWS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-CNN_EXT_WGMMA_TF32_ROWS(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef CNN_EXT_WGMMA_TF32_ROWS
 #undef CNN_EXT_WGMMA
 #undef CNN_EXT_WGMMA_TF32
