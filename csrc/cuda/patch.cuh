@@ -210,7 +210,7 @@ __device__ void stage_element(unsigned char* patch, int copy_bytes, int place, T
 template <class T, class Place>
 __device__ bool stage_patch(const Conv2dGeometry& g, const PatchLines& lines, const T* input, const PlaneIndex& at, unsigned char* patch,
                             int copy_bytes, const Place& place) {
-  constexpr int kLoads = 4;
+  constexpr int kLoads = 8;
   const int first_h = at.h * g.stride_h - g.pad_top, first_x = (at.w * g.stride_w - g.pad_left) * lines.pixel;
   const T* image = input + at.outer * g.in.n;
   bool odd = false;
