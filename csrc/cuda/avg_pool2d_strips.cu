@@ -86,9 +86,9 @@ void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stre
 template <class Op>
 void run_backward_of(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
   if (s.layout == Layout::nchw) {
-    if (has_windows(s, 2, 2, 0)) return launch_pool_backward_strips<Op, 2, 2, 0>(op, s, stream);
-    if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 2, 0>(op, s, stream);
-    if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 2, 1>(op, s, stream);
+    if (has_windows(s, 2, 2, 0)) return launch_pool_backward_strips<Op, 2, 0>(op, s, stream);
+    if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 0>(op, s, stream);
+    if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 1>(op, s, stream);
   }
   if (has_channel_chunks(op, s)) {
     const bool is_one_window = s.kernel_h <= s.stride_h && s.kernel_w <= s.stride_w;

@@ -88,9 +88,9 @@ constexpr int64_t kMostChunkTaps = 5;
 template <class Op>
 void run_backward_of(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
   if (s.layout == Layout::nchw) {
-    if (has_windows(s, 2, 2, 0)) return launch_pool_backward_strips<Op, 2, 2, 0>(op, s, stream);
-    if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 2, 0>(op, s, stream);
-    if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 2, 1>(op, s, stream);
+    if (has_windows(s, 2, 2, 0)) return launch_pool_backward_strips<Op, 2, 0>(op, s, stream);
+    if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 0>(op, s, stream);
+    if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 1>(op, s, stream);
   }
   if (has_channel_chunks(op, s)) {
     if (has_windows(s, 2, 2, s.pad_left)) return launch_pool_backward_blocks<Op, 2>(op, s, stream);

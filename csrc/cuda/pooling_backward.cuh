@@ -122,54 +122,61 @@ __global__ void __launch_bounds__(kBlockThreads) pool_backward_blocks(Op op, Poo
   }
 }
 
-// In nchw: a thread gathers for a chunk of a row, whose windows' places in the row are known while compiling.
-template <class Op, int kKernel, int kStride, int kPad>
+// In nchw with stride 2: a thread gathers for a chunk of two rows, which lie in the padded input at even places and below. The windows'
+// places in the rows are known while compiling.
+template <class Op, int kKernel, int kPad>
 __global__ void __launch_bounds__(kBlockThreads)
-    pool_backward_strips(Op op, Pool2dGeometry g, PoolStrides strides, ThreadPlaces places, bool are_outputs_whole, bool are_inputs_whole) {
+    pool_backward_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool are_outputs_whole, bool are_inputs_whole) {
   using T = typename Op::T;
   using Acc = Accumulate<T>;
   // Of the windows that begin in the chunk's columns, kPad earlier; one more before them or behind them may reach into the chunk.
-  constexpr int kInputs = kChunk<T>, kOutputs = kInputs / kStride;
-  constexpr bool kHasBefore = kKernel - 1 - kPad >= kStride, kHasBehind = kPad >= 1;
-  constexpr int kBefore = kHasBefore ? 1 : 0, kAll = kBefore + kOutputs + (kHasBehind ? 1 : 0);
+  constexpr int kInputs = kChunk<T>, kOutputs = kInputs / 2, kBefore = kKernel == 3 ? 1 : 0;
+  constexpr bool kHasBefore = kKernel - kPad >= 3, kHasBehind = kPad >= 1;
+  constexpr int kFirst = kHasBefore ? -1 : 0, kEnd = kOutputs + (kHasBehind ? 1 : 0);
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
-  const int padded_h = place.row + g.pad_top, first_out = place.column * kOutputs;
-  const Range rows = windows_over(padded_h, strides.h, kKernel, g.out_h);
-  Acc sums[kInputs] = {};
+  const int first_out = place.column * kOutputs, count = g.out_w - first_out;
+  Acc sums[2][kInputs] = {};
 #pragma unroll
-  for (int a = 0; a < ceil_div(kKernel, kStride); ++a) {
-    const int oh = rows.begin + a;
-    if (oh >= rows.end) continue;
-    const int row = (place.image * g.out_h + oh) * g.out_w + first_out, first_tap = (padded_h - oh * g.stride_h) * kKernel;
-    const int count = g.out_w - first_out;
+  for (int a = -kBefore; a <= 0; ++a) {
+    const int oh = place.row + a;
+    if (oh < 0 || oh >= g.out_h) continue;
+    const int row = (place.image * g.out_h + oh) * g.out_w + first_out;
     const PoolWindows<Op, kOutputs> windows(op, row, count, are_outputs_whole);
     const PoolWindows<Op, 1> before(op, row - 1, kHasBefore && first_out > 0 ? 1 : 0, false);
     const PoolWindows<Op, 1> behind(op, row + kOutputs, kHasBehind && count > kOutputs ? 1 : 0, false);
 #pragma unroll
-    for (int o = 0; o < kAll; ++o) {
-      const int ow = o - kBefore;
-      const Acc factor = op.factor(g, oh * g.stride_h - g.pad_top, (ow + first_out) * kStride - kPad);
+    for (int ow = kFirst; ow < kEnd; ++ow) {
+      const Acc factor = op.factor(g, oh * 2 - g.pad_top, (ow + first_out) * 2 - kPad);
 #pragma unroll
-      for (int t = 0; t < kKernel; ++t) {
-        const int x = ow * kStride - kPad + t;
-        if (x < 0 || x >= kInputs) continue;
-        if (ow < 0) {
-          before.add(0, first_tap + t, factor, sums[x]);
-        } else if (ow < kOutputs) {
-          windows.add(smaller(larger(ow, 0), kOutputs - 1), first_tap + t, factor, sums[x]);
-        } else {
-          behind.add(0, first_tap + t, factor, sums[x]);
+      for (int r = -2 * a; r < smaller(kKernel, 2 - 2 * a); ++r) {
+#pragma unroll
+        for (int t = 0; t < kKernel; ++t) {
+          const int x = ow * 2 - kPad + t;
+          if (x < 0 || x >= kInputs) continue;
+          Acc& sum = sums[r + 2 * a][x];
+          if (ow < 0) {
+            before.add(0, r * kKernel + t, factor, sum);
+          } else if (ow < kOutputs) {
+            windows.add(smaller(larger(ow, 0), kOutputs - 1), r * kKernel + t, factor, sum);
+          } else {
+            behind.add(0, r * kKernel + t, factor, sum);
+          }
         }
       }
     }
   }
-  Vector<T, kInputs> result;
-#pragma unroll
-  for (int i = 0; i < kInputs; ++i) result.element[i] = narrow<T>(sums[i]);
   const int first_w = place.column * kInputs;
-  store_some(op.grad_input + (place.image * g.in_h + place.row) * g.in_w + first_w, result, g.in_w - first_w, are_inputs_whole);
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const int h = place.row * 2 + y - g.pad_top;
+    if (h < 0 || h >= g.in_h) continue;
+    Vector<T, kInputs> result;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) result.element[i] = narrow<T>(sums[y][i]);
+    store_some(op.grad_input + (place.image * g.in_h + h) * g.in_w + first_w, result, g.in_w - first_w, are_inputs_whole);
+  }
 }
 
 template <class Op, int kVector, int kWindows>
@@ -179,12 +186,12 @@ void launch_pool_backward_pixels(const Op& op, const Pool2dShape& s, cudaStream_
                      static_cast<int>(pool_channels(s)));
 }
 
-template <class Op, int kKernel, int kStride, int kPad>
+template <class Op, int kKernel, int kPad>
 void launch_pool_backward_strips(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
   constexpr int kInputs = kChunk<typename Op::T>;
-  const ThreadPlaces places(pool_images(s), s.in_h, ceil_div<int64_t>(s.in_w, kInputs), 1);
-  launch_elementwise(pool_backward_strips<Op, kKernel, kStride, kPad>, places.count(), stream, op, Pool2dGeometry(s), PoolStrides(s),
-                     places, op.template are_outputs_whole<kInputs / kStride>(s.out_w), has_whole_vectors<kInputs>(op.grad_input, s.in_w));
+  const ThreadPlaces places(pool_images(s), ceil_div<int64_t>(s.in_h + s.pad_top, 2), ceil_div<int64_t>(s.in_w, kInputs), 1);
+  launch_elementwise(pool_backward_strips<Op, kKernel, kPad>, places.count(), stream, op, Pool2dGeometry(s), places,
+                     op.template are_outputs_whole<kInputs / 2>(s.out_w), has_whole_vectors<kInputs>(op.grad_input, s.in_w));
 }
 
 template <class Op, int kKernel>
