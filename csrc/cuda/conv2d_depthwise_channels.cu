@@ -27,7 +27,7 @@ CNN_EXT_HOST_DEVICE constexpr int forward_rows(int64_t stride) { return stride =
 
 // Blocks to a multiprocessor, as registers allow.
 template <class T, int kKernel>
-constexpr int kResidentBlocks = sizeof(T) == 2 ? 8 : 6;
+constexpr int kResidentBlocks = 6;
 
 struct ChannelsProblem {
   Axis h, w;  // of the forward convolution, where backward_input has a stride
@@ -164,10 +164,8 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T, kKernel>)
     return;
   }
   float sums[kRows][kTileCols][kPair] = {};
-#pragma unroll kKernel == 3 ? 3 : 1
+#pragma unroll kKernel == 7 ? 2 : kKernel  // as registers allow
   for (int r = 0; r < kKernel; ++r) {
-    PairWords<T> next[kInCols] = {};
-    if (r < kKernel - 1) fetch(kWindow + r, next);
     float filter[kKernel][kPair];
     load_filter_row<kKernel>(filters, tile.of_block, r, filter);
 #pragma unroll
@@ -187,8 +185,8 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T, kKernel>)
     for (int x = 0; x < kInCols; ++x) {
 #pragma unroll
       for (int y = 0; y < kWindow - 1; ++y) window[y][x] = window[y + 1][x];
-      window[kWindow - 1][x] = next[x];
     }
+    if (r < kKernel - 1) fetch(kWindow + r, window[kWindow - 1]);
   }
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
