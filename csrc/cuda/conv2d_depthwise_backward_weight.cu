@@ -13,6 +13,7 @@
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
 #include "cuda/thread_places.h"
+#include "cuda/vector.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
@@ -46,9 +47,15 @@ struct Column {
   __device__ bool has_output(int j) const { return first_out + j < p.out_h; }
   __device__ bool has_row(int y) const { return first_h + y >= 0 && first_h + y < p.in_h; }
   __device__ bool has_tap(int s) const { return first_w + s >= 0 && first_w + s < p.in_w; }
-  __device__ float gradient(int j) const { return has_output(j) ? widen(gradients[((first_out + j) * p.out_w + out_w) * pitch]) : 0.0f; }
+  __device__ float gradient(int j) const { return value_if(has_output(j), gradients + ((first_out + j) * p.out_w + out_w) * pitch); }
   __device__ float input(int y, int s) const {
-    return has_row(y) && has_tap(s) ? widen(inputs[((first_h + y) * p.in_w + first_w + s) * pitch]) : 0.0f;
+    return value_if(has_row(y) && has_tap(s), inputs + ((first_h + y) * p.in_w + first_w + s) * pitch);
+  }
+  // Widened outside of the condition: what is only loaded needs no branch.
+  __device__ static float value_if(bool exists, const T* source) {
+    Vector<T, 1> value = {};
+    if (exists) value = load_vector<1>(source);
+    return widen(value.element[0]);
   }
 
   const ColumnProblem& p;
