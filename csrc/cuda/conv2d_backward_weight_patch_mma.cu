@@ -137,7 +137,7 @@ class PatchBackwardWeight {
   }
 
   __device__ void stage(const PlaneIndex& at) const {
-    stage_patch(g, p.lines, p.input, at, shared_, t.copy_bytes, [this](int row, int x, int line) {
+    stage_patch<8>(g, p.lines, p.input, at, shared_, t.copy_bytes, [this](int row, int x, int line) {
       const int column = p.pixel.quotient(x), c = line + x - column * p.lines.pixel;
       const int moved = p.phase.quotient(column);
       return c * t.plane + row * t.pitch + (column - moved * g.stride_w) * t.phase_pitch + moved;

@@ -206,11 +206,10 @@ __device__ void stage_element(unsigned char* patch, int copy_bytes, int place, T
 }
 
 // Stages the patch of the tile at `at`, whose taps begin in the padding. place(row, x, c): which element of the patch the element x is, of
-// line c of a row. Whether an element that this thread has staged is not finite.
-template <class T, class Place>
+// line c of a row. kLoads of a thread are on their way at a time. Whether an element that it has staged is not finite.
+template <int kLoads, class T, class Place>
 __device__ bool stage_patch(const Conv2dGeometry& g, const PatchLines& lines, const T* input, const PlaneIndex& at, unsigned char* patch,
                             int copy_bytes, const Place& place) {
-  constexpr int kLoads = 8;
   const int first_h = at.h * g.stride_h - g.pad_top, first_x = (at.w * g.stride_w - g.pad_left) * lines.pixel;
   const T* image = input + at.outer * g.in.n;
   bool odd = false;

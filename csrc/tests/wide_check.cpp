@@ -323,7 +323,7 @@ void check_convolutions_and_windows() {
   check_sums({"images in nhwc", conv_of(nhwc, kVast + 50, 2, 1, 1), conv_of(nhwc, 50, 2, 1, 1), "wide"});
   check_sums({"channels", conv_of(nchw, 1, kVast + 5, 5, 3, kVast + 5), conv_of(nchw, 1, 5, 5, 3, 5), "wide"});
   check_sums({"columns", conv_of(nchw, 1, 1, 1, kVast + 80), conv_of(nchw, 1, 1, 1, 80), "wide"});
-  const Twins<Conv2dShape> elements{"elements", conv_of(nchw, kVast / 16 + 50, 2, 1, 20), conv_of(nchw, 50, 2, 1, 20), "direct"};
+  const Twins<Conv2dShape> elements{"elements", conv_of(nhwc, kVast / 128 + 50, 16, 1, 20), conv_of(nhwc, 50, 16, 1, 20), "direct"};
   check(elements, Conv2dDirection::backward_bias);
 }
 
