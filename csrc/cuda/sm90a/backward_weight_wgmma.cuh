@@ -189,7 +189,6 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
 // Gemm offers
 //   Tile, kBlocks                          its tile, and how many blocks share a multiprocessor
 //   kOwnBytes                              of shared memory in front of the stages
-//   kStepCycles                            that a step takes of a multiprocessor
 //   Gemm(problem, block)
 //   accumulate(shared, barriers)           sums up the products of the block's pixels; afterwards shared memory is free
 //   bool write(sums)                       registers -> shared memory; whether there is a NaN among this thread's sums
@@ -258,10 +257,11 @@ __global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_const
   store_weight(p, k, panel, channel, sum);
 }
 
+// step_cycles: that a step takes a block, once its operands are there.
 template <class Gemm>
-constexpr WeightTileSizes tile_sizes() {
+constexpr WeightTileSizes tile_sizes(int64_t step_cycles) {
   using Tile = typename Gemm::Tile;
-  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Gemm::kStepCycles, Gemm::kBlocks};
+  return {Tile::kRows, Tile::kPanels, Tile::kPanelChannels, Tile::kStepPixels, Tile::kStageBytes, Gemm::kBlocks, step_cycles};
 }
 
 struct WeightOperand {
@@ -304,7 +304,8 @@ WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, c
 template <class Gemm>
 void launch_weight_tile(WeightProblem<typename Gemm::Tile::Element>& problem, const WeightDivision& d, cudaStream_t stream) {
   using Tile = typename Gemm::Tile;
-  problem.stages = pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > kMultiprocessors, Gemm::kOwnBytes);
+  problem.stages =
+      pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > blocks_at_once(problem.cluster_blocks), Gemm::kOwnBytes);
   launch(backward_weight_wgmma<Gemm>,
          overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
                           problem.cluster_blocks)),

@@ -21,7 +21,7 @@ template <class T, int kRows, int kPanels>
 class PlanesGemm {
  public:
   using Tile = WeightTile<T, kRows, kPanels, kPanelChannels, kStepPixels<T>>;
-  static constexpr int kBlocks = kPanels <= 4 ? 2 : 1, kOwnBytes = 0, kStepCycles = Tile::kStageBytes / kCacheBytes;
+  static constexpr int kBlocks = kPanels <= 4 ? 2 : 1, kOwnBytes = 0;
 
   __device__ PlanesGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -99,14 +99,14 @@ void run_planes(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivisi
 }
 
 template <class T, int kRows, int kPanels>
-constexpr WeightCandidate candidate() {
+constexpr WeightCandidate candidate(int64_t step_cycles) {
   using Gemm = PlanesGemm<T, kRows, kPanels>;
-  return {tile_sizes<Gemm>(), run_planes<Gemm>};
+  return {tile_sizes<Gemm>(step_cycles), run_planes<Gemm>};
 }
 
 template <class T>
-constexpr WeightCandidate kCandidates[] = {candidate<T, 64, 2>(),  candidate<T, 64, 4>(),  candidate<T, 64, 8>(),
-                                           candidate<T, 128, 2>(), candidate<T, 128, 4>(), candidate<T, 128, 8>()};
+constexpr WeightCandidate kCandidates[] = {candidate<T, 64, 2>(470),  candidate<T, 64, 4>(400),  candidate<T, 64, 8>(800),
+                                           candidate<T, 128, 2>(400), candidate<T, 128, 4>(520), candidate<T, 128, 8>(1030)};
 
 bool accepts(const Conv2dShape& s) {
   const int64_t plane_bytes = s.in_h * s.in_w * (s.dtype == DType::float32 ? 4 : 2);

@@ -17,7 +17,7 @@ template <class T, int kRows, int kPanels, int kPanelChannels>
 class HalfGemm {
  public:
   using Tile = WeightTile<T, kRows, kPanels, kPanelChannels, kStepPixels>;
-  static constexpr int kBlocks = kRows * Tile::kCols <= 64 * 128 ? 2 : 1, kOwnBytes = 0, kStepCycles = Tile::kStageBytes / kCacheBytes;
+  static constexpr int kBlocks = kRows * Tile::kCols <= 64 * 128 ? 2 : 1, kOwnBytes = 0;
 
   __device__ HalfGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -85,18 +85,18 @@ class HalfGemm {
 };
 
 template <class T, int kRows, int kPanels, int kPanelChannels>
-constexpr WeightCandidate candidate() {
+constexpr WeightCandidate candidate(int64_t step_cycles) {
   using Gemm = HalfGemm<T, kRows, kPanels, kPanelChannels>;
-  return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
+  return {tile_sizes<Gemm>(step_cycles), run_weight_tile<Gemm>};
 }
 
 template <class T>
-constexpr WeightCandidate kNarrow[] = {candidate<T, 64, 2, 32>(), candidate<T, 64, 4, 32>(), candidate<T, 128, 2, 32>(),
-                                       candidate<T, 128, 4, 32>(), candidate<T, 128, 8, 32>()};
+constexpr WeightCandidate kNarrow[] = {candidate<T, 64, 2, 32>(470), candidate<T, 64, 4, 32>(400), candidate<T, 128, 2, 32>(400),
+                                       candidate<T, 128, 4, 32>(520), candidate<T, 128, 8, 32>(1030)};
 template <class T>
-constexpr WeightCandidate kWide[] = {candidate<T, 64, 2, 32>(),  candidate<T, 64, 2, 64>(),  candidate<T, 64, 4, 64>(),
-                                     candidate<T, 128, 2, 32>(), candidate<T, 128, 2, 64>(), candidate<T, 256, 2, 64>(),
-                                     candidate<T, 128, 4, 64>()};
+constexpr WeightCandidate kWide[] = {candidate<T, 64, 2, 32>(470),  candidate<T, 64, 2, 64>(400),  candidate<T, 64, 4, 64>(800),
+                                     candidate<T, 128, 2, 32>(400), candidate<T, 128, 2, 64>(520), candidate<T, 256, 2, 64>(1030),
+                                     candidate<T, 128, 4, 64>(1030)};
 
 template <class T>
 WeightChoice choose(const Conv2dShape& s) {

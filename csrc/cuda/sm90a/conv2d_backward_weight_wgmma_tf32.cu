@@ -29,11 +29,6 @@ class TransposingGemm {
   static constexpr int kBlocks = kRows <= 128 ? 2 : 1;
   static constexpr int kTransposedBytes = Tile::kCols * kTransposedRowBytes;
   static constexpr int kOwnBytes = 2 * kTransposedBytes;
-  // Shared memory moves 128 bytes in one: the copies, the rows to registers, the transposition, the columns to the matrix unit.
-  static constexpr int kRowReads = kRows == kWarpgroupRows ? 2 : 1, kColReads = kRows / kWarpgroupRows;
-  static constexpr int kSharedCycles = (Tile::kStageBytes + kRowReads * Tile::kRowTileBytes + (2 + kColReads) * kTransposedBytes) / 128;
-  // As measured: the more, where no other block fills the gaps.
-  static constexpr int kStepCycles = kBlocks == 2 ? kSharedCycles * 5 / 4 : kSharedCycles * 3 / 2;
 
   __device__ TransposingGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
@@ -165,13 +160,13 @@ class TransposingGemm {
 };
 
 template <int kRows, int kPanels>
-constexpr WeightCandidate candidate() {
+constexpr WeightCandidate candidate(int64_t step_cycles) {
   using Gemm = TransposingGemm<float, kRows, kPanels>;
-  return {tile_sizes<Gemm>(), run_weight_tile<Gemm>};
+  return {tile_sizes<Gemm>(step_cycles), run_weight_tile<Gemm>};
 }
 
-constexpr WeightCandidate kCandidates[] = {candidate<64, 2>(), candidate<64, 4>(), candidate<128, 2>(), candidate<128, 4>(),
-                                           candidate<256, 4>()};
+constexpr WeightCandidate kCandidates[] = {candidate<64, 2>(448), candidate<64, 4>(704), candidate<128, 2>(576), candidate<128, 4>(896),
+                                           candidate<256, 4>(1408)};
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 && suits_weight_wgmma(s); }
 

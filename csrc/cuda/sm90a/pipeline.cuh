@@ -15,7 +15,6 @@ constexpr int64_t kMultiprocessors = 132;
 inline int64_t blocks_at_once(int64_t cluster_blocks) {
   return cluster_blocks == 1 ? kMultiprocessors : cluster_blocks == 2 ? 128 : cluster_blocks == 4 ? 112 : 96;
 }
-constexpr int kCacheBytes = 31;  // that the second-level cache gives a multiprocessor in a cycle
 
 // As many stages as fit a block besides other_bytes; where narrow tiles run two to a multiprocessor, half of its shared memory.
 inline int pipeline_stages(int stage_bytes, bool two_blocks, int other_bytes = 0) {
