@@ -129,14 +129,18 @@ inline void store_lanes(double* p, Vec<double> v, LaneSet set) {
 template <class T>
 inline Vec<T> load_lanes(const T* p, LaneSet set, Vec<T> other) {
   if (is_full<T>(set)) return load(p);
-  for (int i = set.first; i < set.last; ++i) other[i] = p[i];
+  for (int i = 0; i < kLanes<T>; ++i) {  // a compiler sees that no other lane is touched
+    if (i >= set.first && i < set.last) other[i] = p[i];
+  }
   return other;
 }
 
 template <class T>
 inline void store_lanes(T* p, Vec<T> v, LaneSet set) {
   if (is_full<T>(set)) return store(p, v);
-  for (int i = set.first; i < set.last; ++i) p[i] = v[i];
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i >= set.first && i < set.last) p[i] = v[i];
+  }
 }
 #endif
 
