@@ -104,6 +104,19 @@ def test_winograd_is_measured_where_it_serves(tmp_path, capfd):
     assert "none of these layers takes it" in capfd.readouterr().err
 
 
+def test_all_on_a_cpu_measures_winograd_too(monkeypatch):
+    measured = []
+
+    def measure(benchmark, arguments, options):
+        measured.append((benchmark, options.winograd, "--winograd" in arguments, options.dtype))
+        return []
+
+    monkeypatch.setattr(runner, "measure", measure)
+    assert main(["all", "--dtype", "float64"]) == 0
+    plain_runs = [(name, False, False, ["float64"]) for name in ("conv2d", "pooling", "mnist", "networks")]
+    assert measured == [*plain_runs, ("conv2d", True, True, ["float32"])]
+
+
 def test_pooling_measures_inference_training_and_backward(results):
     rows = load(results, "pooling")["rows"]
     assert {(row["op"], row["direction"]) for row in rows} == {
