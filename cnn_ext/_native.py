@@ -102,44 +102,46 @@ def _run_packed(kernel: str, shape, *tensors: torch.Tensor | None, packed: Packe
     getattr(cpu, kernel)(shape, *addresses, packed, torch.get_num_threads())
 
 
+def _queue(device: torch.device) -> tuple[int, int]:
+    """Where CUDA kernels go: device and current stream (torch.cuda.current_stream takes 20 times as long)."""
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
     """Runs ``kernel`` of the module for the tensors' device, the first of which is always there.
 
-    Its arguments are the shape, the addresses in the binding's order, then the number of threads or the stream.
+    Its arguments are the shape, the addresses in the binding's order, then the number of threads or the queue.
     """
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     if tensors[0].is_cpu:
         getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
     else:
         device = tensors[0].device
-        with torch.cuda.device(device):
-            getattr(cuda(), kernel)(on_device(shape, device), *addresses, torch.cuda.current_stream(device).cuda_stream)
+        getattr(cuda(), kernel)(on_device(shape, device), *addresses, _queue(device))
 
 
-def _run_in_workspace(kernel: str, workspace_bytes: str, shape, tensors, *arguments) -> None:
-    """``_run`` with what CUDA kernels want: aligned tensors, and as much memory from torch as the function
-    ``workspace_bytes`` of the module says for ``arguments``: direction, what else. CPU kernels bring their own."""
+class _Workspace:
+    """Memory from torch for one call: the kernel that was chosen says how many bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocate(self, size: int) -> int:
+        self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._memory.data_ptr()
+
+
+def _run_in_workspace(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
+    """``_run`` with what CUDA kernels want: aligned tensors, and memory to work in. CPU kernels bring their own."""
     device = tensors[0].device
     if device.type == "cpu":
         _run(kernel, shape, *tensors)
         return
     # Only views into the middle of another tensor are not aligned; results are made aligned.
     tensors = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
-    direction, *others = arguments
-    with torch.cuda.device(device):
-        wanted = getattr(cuda(), workspace_bytes)(
-            getattr(Conv2dDirection, direction), on_device(shape, device), *others
-        )
-    _run(kernel, shape, *tensors, torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None)
-
-
-def _run_conv2d(kernel: str, direction: str, shape, *tensors: torch.Tensor | None, with_bias: bool = False) -> None:
-    _run_in_workspace(kernel, "conv2d_workspace_bytes", shape, tensors, direction, with_bias)
-
-
-def _run_fused(direction: str, shape, *tensors: torch.Tensor | None) -> None:
-    kernel = f"conv2d_relu_max_pool2d_{direction}"
-    _run_in_workspace(kernel, "conv2d_relu_pool_workspace_bytes", shape, tensors, direction)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    workspace = _Workspace(device)
+    getattr(cuda(), kernel)(on_device(shape, device), *addresses, _queue(device), workspace.allocate)
 
 
 def conv2d_forward(shape, input, weight, bias, output):
@@ -147,7 +149,7 @@ def conv2d_forward(shape, input, weight, bias, output):
         bias_address = 0 if bias is None else bias.data_ptr()  # in a name of its own: nobody else may hold the tensor
         addresses = input.data_ptr(), weight.data_ptr(), bias_address, output.data_ptr()
         return cpu.conv2d_forward(shape, *addresses, torch.get_num_threads())
-    return _run_conv2d("conv2d_forward", "forward", shape, input, weight, bias, output)
+    return _run_in_workspace("conv2d_forward", shape, input, weight, bias, output)
 
 
 def conv2d_forward_packed(shape, input, weight, bias, output, packed):
@@ -155,24 +157,23 @@ def conv2d_forward_packed(shape, input, weight, bias, output, packed):
 
 
 def conv2d_backward_input(shape, grad_output, weight, grad_input):
-    _run_conv2d("conv2d_backward_input", "backward_input", shape, grad_output, weight, grad_input)
+    _run_in_workspace("conv2d_backward_input", shape, grad_output, weight, grad_input)
 
 
 def conv_transpose2d_forward(shape, grad_output, weight, input_bias, grad_input):
-    tensors = grad_output, weight, input_bias, grad_input
-    _run_conv2d("conv_transpose2d_forward", "backward_input", shape, *tensors, with_bias=input_bias is not None)
+    _run_in_workspace("conv_transpose2d_forward", shape, grad_output, weight, input_bias, grad_input)
 
 
 def conv2d_backward_weight(shape, grad_output, input, grad_weight):
-    _run_conv2d("conv2d_backward_weight", "backward_weight", shape, grad_output, input, grad_weight)
+    _run_in_workspace("conv2d_backward_weight", shape, grad_output, input, grad_weight)
 
 
 def conv2d_backward_bias(shape, grad_output, grad_bias):
-    _run_conv2d("conv2d_backward_bias", "backward_bias", shape, grad_output, grad_bias)
+    _run_in_workspace("conv2d_backward_bias", shape, grad_output, grad_bias)
 
 
 def conv2d_relu_max_pool2d_forward(shape, input, weight, bias, output, offsets):
-    _run_fused("forward", shape, input, weight, bias, output, offsets)
+    _run_in_workspace("conv2d_relu_max_pool2d_forward", shape, input, weight, bias, output, offsets)
 
 
 def conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, packed):
@@ -180,15 +181,15 @@ def conv2d_relu_max_pool2d_forward_packed(shape, input, weight, bias, output, pa
 
 
 def conv2d_relu_max_pool2d_backward_input(shape, grad_output, mask, weight, grad_input):
-    _run_fused("backward_input", shape, grad_output, mask, weight, grad_input)
+    _run_in_workspace("conv2d_relu_max_pool2d_backward_input", shape, grad_output, mask, weight, grad_input)
 
 
 def conv2d_relu_max_pool2d_backward_weight(shape, grad_output, mask, input, grad_weight):
-    _run_fused("backward_weight", shape, grad_output, mask, input, grad_weight)
+    _run_in_workspace("conv2d_relu_max_pool2d_backward_weight", shape, grad_output, mask, input, grad_weight)
 
 
 def conv2d_relu_max_pool2d_backward_bias(shape, grad_output, mask, grad_bias):
-    _run_fused("backward_bias", shape, grad_output, mask, grad_bias)
+    _run_in_workspace("conv2d_relu_max_pool2d_backward_bias", shape, grad_output, mask, grad_bias)
 
 
 def max_pool2d_forward(shape, input, output, offsets):

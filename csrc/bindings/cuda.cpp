@@ -1,10 +1,13 @@
-// cnn_ext._cuda: the CUDA kernels for Python, with the functions of _C's CPU kernels and a stream in the place of the threads. Addresses
-// are those of tensors on the current device. The interpreter lock is released while kernels are queued. The shapes' types are _C's.
+// cnn_ext._cuda: the CUDA kernels for Python, with the functions of _C's CPU kernels and a queue in the place of the threads. Addresses are
+// those of tensors on the queue's device. The interpreter lock is released while kernels are queued. The shapes' types are _C's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "cuda/api.h"
 #include "cuda/archs.h"
+#include "cuda/check.h"
 
 namespace py = pybind11;
 
@@ -15,61 +18,103 @@ using Address = uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-void run(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, Address workspace, Address stream) {
-  const py::gil_scoped_release unlocked;
-  cuda::run_conv2d(direction, shape, buffers, pointer(workspace), reinterpret_cast<cudaStream_t>(stream));
+// Where kernels are queued, as Python hands it over: (device, stream).
+using Queue = std::tuple<int, Address>;
+
+// While it lives, the queue's device is the current one and the interpreter lock is released.
+class Queueing {
+ public:
+  explicit Queueing(const Queue& queue) : stream(reinterpret_cast<cudaStream_t>(std::get<1>(queue))) {
+    const int device = std::get<0>(queue);
+    // Without a device this fails: the kernel's call, which fails as well, has the better message.
+    if (cudaGetDevice(&previous_) != cudaSuccess || previous_ == device) return;
+    CUDA_CHECK(cudaSetDevice(device));
+    moved_ = true;
+  }
+  ~Queueing() {
+    if (moved_) cudaSetDevice(previous_);
+  }
+  Queueing(const Queueing&) = delete;
+  Queueing& operator=(const Queueing&) = delete;
+
+  const cudaStream_t stream;
+
+ private:
+  const py::gil_scoped_release unlocked_;
+  int previous_ = 0;
+  bool moved_ = false;
+};
+
+// Memory from a Python function of a number of bytes, which returns an address.
+class Workspace {
+ public:
+  explicit Workspace(const py::function& allocate) : allocate_(allocate) {}
+  void* operator()(size_t bytes) const {
+    const py::gil_scoped_acquire locked;
+    return pointer(allocate_(bytes).cast<Address>());
+  }
+
+ private:
+  const py::function& allocate_;
+};
+
+void run(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, const Queue& queue,
+         const py::function& allocate) {
+  const Queueing queueing(queue);
+  cuda::run_conv2d(direction, shape, buffers, Workspace(allocate), queueing.stream);
 }
 
-void run(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, Address workspace,
-         Address stream) {
-  const py::gil_scoped_release unlocked;
-  cuda::run_conv2d_relu_pool(direction, shape, buffers, pointer(workspace), reinterpret_cast<cudaStream_t>(stream));
+void run(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, const Queue& queue,
+         const py::function& allocate) {
+  const Queueing queueing(queue);
+  cuda::run_conv2d_relu_pool(direction, shape, buffers, Workspace(allocate), queueing.stream);
 }
 
-void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, Address stream) {
-  const py::gil_scoped_release unlocked;
-  cuda::run_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
+void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, const Queue& queue) {
+  const Queueing queueing(queue);
+  cuda::run_pool2d(op, direction, shape, buffers, queueing.stream);
 }
 
 void run(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, Address large, Address small, Address indices,
-         Address stream) {
+         const Queue& queue) {
   const SizedPool2dBuffers buffers{pointer(large), pointer(small), static_cast<int64_t*>(pointer(indices))};
-  const py::gil_scoped_release unlocked;
-  cuda::run_sized_pool2d(op, direction, shape, buffers, reinterpret_cast<cudaStream_t>(stream));
+  const Queueing queueing(queue);
+  cuda::run_sized_pool2d(op, direction, shape, buffers, queueing.stream);
 }
 
-void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address workspace,
-                    Address stream) {
+void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, const Queue& queue,
+                    const py::function& allocate) {
   Conv2dBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
-  run(Conv2dDirection::forward, shape, b, workspace, stream);
+  run(Conv2dDirection::forward, shape, b, queue, allocate);
 }
 
-void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, Address workspace,
-                           Address stream) {
+void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, const Queue& queue,
+                           const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.weight = pointer(weight), b.grad_input = pointer(grad_input);
-  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
 }
 
-void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, Address workspace,
-                              Address stream) {
+void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, const Queue& queue,
+                              const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.grad_input = pointer(output);
-  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
 }
 
-void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Address input, Address grad_weight, Address workspace,
-                            Address stream) {
+void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Address input, Address grad_weight, const Queue& queue,
+                            const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.input = pointer(input), b.grad_weight = pointer(grad_weight);
-  run(Conv2dDirection::backward_weight, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_weight, shape, b, queue, allocate);
 }
 
-void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, Address workspace, Address stream) {
+void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, const Queue& queue,
+                          const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.grad_bias = pointer(grad_bias);
-  run(Conv2dDirection::backward_bias, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_bias, shape, b, queue, allocate);
 }
 
 // The buffers of a backward direction; `mask`: the offsets or, without pooling, the output.
@@ -85,86 +130,86 @@ Conv2dReluPoolBuffers backward_buffers(const Conv2dReluPoolShape& shape, Address
 }
 
 void conv2d_relu_max_pool2d_forward(const Conv2dReluPoolShape& shape, Address input, Address weight, Address bias, Address output,
-                                    Address offsets, Address workspace, Address stream) {
+                                    Address offsets, const Queue& queue, const py::function& allocate) {
   Conv2dReluPoolBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias);
   b.output = pointer(output), b.offsets = static_cast<uint8_t*>(pointer(offsets));
-  run(Conv2dDirection::forward, shape, b, workspace, stream);
+  run(Conv2dDirection::forward, shape, b, queue, allocate);
 }
 
 void conv2d_relu_max_pool2d_backward_input(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address weight,
-                                           Address grad_input, Address workspace, Address stream) {
+                                           Address grad_input, const Queue& queue, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.weight = pointer(weight), b.grad_input = pointer(grad_input);
-  run(Conv2dDirection::backward_input, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
 }
 
 void conv2d_relu_max_pool2d_backward_weight(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address input,
-                                            Address grad_weight, Address workspace, Address stream) {
+                                            Address grad_weight, const Queue& queue, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.input = pointer(input), b.grad_weight = pointer(grad_weight);
-  run(Conv2dDirection::backward_weight, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_weight, shape, b, queue, allocate);
 }
 
 void conv2d_relu_max_pool2d_backward_bias(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address grad_bias,
-                                          Address workspace, Address stream) {
+                                          const Queue& queue, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.grad_bias = pointer(grad_bias);
-  run(Conv2dDirection::backward_bias, shape, b, workspace, stream);
+  run(Conv2dDirection::backward_bias, shape, b, queue, allocate);
 }
 
-void max_pool2d_forward(const Pool2dShape& shape, Address input, Address output, Address offsets, Address stream) {
+void max_pool2d_forward(const Pool2dShape& shape, Address input, Address output, Address offsets, const Queue& queue) {
   Pool2dBuffers b{};
   b.input = pointer(input), b.output = pointer(output), b.offsets = pointer(offsets);
-  run(Pool2dOp::max, Pool2dDirection::forward, shape, b, stream);
+  run(Pool2dOp::max, Pool2dDirection::forward, shape, b, queue);
 }
 
-void max_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address offsets, Address grad_input, Address stream) {
+void max_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address offsets, Address grad_input, const Queue& queue) {
   Pool2dBuffers b{};
   b.grad_output = pointer(grad_output), b.offsets = pointer(offsets), b.grad_input = pointer(grad_input);
-  run(Pool2dOp::max, Pool2dDirection::backward, shape, b, stream);
+  run(Pool2dOp::max, Pool2dDirection::backward, shape, b, queue);
 }
 
-void max_pool2d_gather(const Pool2dShape& shape, Address input, Address offsets, Address output, Address stream) {
+void max_pool2d_gather(const Pool2dShape& shape, Address input, Address offsets, Address output, const Queue& queue) {
   Pool2dBuffers b{};
   b.input = pointer(input), b.offsets = pointer(offsets), b.output = pointer(output);
-  run(Pool2dOp::max, Pool2dDirection::gather, shape, b, stream);
+  run(Pool2dOp::max, Pool2dDirection::gather, shape, b, queue);
 }
 
-void avg_pool2d_forward(const Pool2dShape& shape, Address input, Address output, Address stream) {
+void avg_pool2d_forward(const Pool2dShape& shape, Address input, Address output, const Queue& queue) {
   Pool2dBuffers b{};
   b.input = pointer(input), b.output = pointer(output);
-  run(Pool2dOp::avg, Pool2dDirection::forward, shape, b, stream);
+  run(Pool2dOp::avg, Pool2dDirection::forward, shape, b, queue);
 }
 
-void avg_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address grad_input, Address stream) {
+void avg_pool2d_backward(const Pool2dShape& shape, Address grad_output, Address grad_input, const Queue& queue) {
   Pool2dBuffers b{};
   b.grad_output = pointer(grad_output), b.grad_input = pointer(grad_input);
-  run(Pool2dOp::avg, Pool2dDirection::backward, shape, b, stream);
+  run(Pool2dOp::avg, Pool2dDirection::backward, shape, b, queue);
 }
 
-void adaptive_max_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address indices, Address stream) {
-  run(SizedPool2dOp::adaptive_max, SizedPool2dDirection::forward, shape, input, output, indices, stream);
+void adaptive_max_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address indices, const Queue& queue) {
+  run(SizedPool2dOp::adaptive_max, SizedPool2dDirection::forward, shape, input, output, indices, queue);
 }
 
-void adaptive_avg_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, Address stream) {
-  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::forward, shape, input, output, 0, stream);
+void adaptive_avg_pool2d_forward(const SizedPool2dShape& shape, Address input, Address output, const Queue& queue) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::forward, shape, input, output, 0, queue);
 }
 
-void adaptive_avg_pool2d_backward(const SizedPool2dShape& shape, Address grad_output, Address grad_input, Address stream) {
-  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::backward, shape, grad_input, grad_output, 0, stream);
+void adaptive_avg_pool2d_backward(const SizedPool2dShape& shape, Address grad_output, Address grad_input, const Queue& queue) {
+  run(SizedPool2dOp::adaptive_avg, SizedPool2dDirection::backward, shape, grad_input, grad_output, 0, queue);
 }
 
-void max_unpool2d_forward(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
-  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::forward, shape, output, input, indices, stream);
+void max_unpool2d_forward(const SizedPool2dShape& shape, Address input, Address indices, Address output, const Queue& queue) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::forward, shape, output, input, indices, queue);
 }
 
-void max_unpool2d_scatter(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
-  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::scatter, shape, output, input, indices, stream);
+void max_unpool2d_scatter(const SizedPool2dShape& shape, Address input, Address indices, Address output, const Queue& queue) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::scatter, shape, output, input, indices, queue);
 }
 
-void max_unpool2d_gather(const SizedPool2dShape& shape, Address input, Address indices, Address output, Address stream) {
-  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::gather, shape, input, output, indices, stream);
+void max_unpool2d_gather(const SizedPool2dShape& shape, Address input, Address indices, Address output, const Queue& queue) {
+  run(SizedPool2dOp::max_unpool, SizedPool2dDirection::gather, shape, input, output, indices, queue);
 }
 
 py::dict to_dict(const cuda::Choice& choice) {
@@ -211,12 +256,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("conv_transpose2d_forward", &conv_transpose2d_forward);
   m.def("conv2d_backward_weight", &conv2d_backward_weight);
   m.def("conv2d_backward_bias", &conv2d_backward_bias);
-  m.def("conv2d_workspace_bytes", &cuda::conv2d_workspace_bytes);
   m.def("conv2d_relu_max_pool2d_forward", &conv2d_relu_max_pool2d_forward);
   m.def("conv2d_relu_max_pool2d_backward_input", &conv2d_relu_max_pool2d_backward_input);
   m.def("conv2d_relu_max_pool2d_backward_weight", &conv2d_relu_max_pool2d_backward_weight);
   m.def("conv2d_relu_max_pool2d_backward_bias", &conv2d_relu_max_pool2d_backward_bias);
-  m.def("conv2d_relu_pool_workspace_bytes", &cuda::conv2d_relu_pool_workspace_bytes);
   m.def("max_pool2d_forward", &max_pool2d_forward);
   m.def("max_pool2d_backward", &max_pool2d_backward);
   m.def("max_pool2d_gather", &max_pool2d_gather);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -11,19 +12,21 @@
 
 namespace cnn_ext::cuda {
 
+// Gives the row that was chosen as many bytes on the device as its plan wants, aligned to 256, that stay allocated until the stream has
+// passed. It is called at most once, and not for nothing.
+using Allocate = std::function<void*(size_t bytes)>;
+
 // Queues the first row of the table that the device supports, that is admitted and that accepts the shape (or the forced row) on the
-// stream. workspace: conv2d_workspace_bytes() or conv2d_relu_pool_workspace_bytes() bytes on the device, aligned to 256, that stay
-// allocated until the stream has passed. Throws std::invalid_argument where a forced row refuses the shape or no row accepts it,
-// std::runtime_error where CUDA fails, there is no device, or the kernels were not built for it.
-void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream);
+// stream. Throws std::invalid_argument where a forced row refuses the shape or no row accepts it, std::runtime_error where CUDA fails,
+// there is no device, or the kernels were not built for it.
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, const Allocate& allocate,
+                cudaStream_t stream);
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers,
-                          void* workspace, cudaStream_t stream);
+                          const Allocate& allocate, cudaStream_t stream);
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream);
 // Indices that it reads and that lie outside the plane are ignored.
 void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
                       cudaStream_t stream);
-size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias);
-size_t conv2d_relu_pool_workspace_bytes(Conv2dDirection direction, const Conv2dReluPoolShape& shape);
 
 // What such a call would do.
 struct Choice {

@@ -71,7 +71,8 @@ void run_forward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, v
   Conv2dBuffers conv{};
   conv.input = b.input, conv.weight = b.weight, conv.bias = b.bias;
   conv.output = has_pooling(s) ? workspace : b.output;
-  run_conv2d(Conv2dDirection::forward, s.conv, conv, has_pooling(s) ? behind(workspace, between_bytes(s)) : workspace, stream);
+  const auto allocate = [&](size_t) { return has_pooling(s) ? behind(workspace, between_bytes(s)) : workspace; };
+  run_conv2d(Conv2dDirection::forward, s.conv, conv, allocate, stream);
   if (has_pooling(s)) {
     Pool2dBuffers pool{};
     pool.input = conv.output, pool.output = b.output, pool.offsets = b.offsets, pool.relu = true;
@@ -94,7 +95,7 @@ void run_backward(const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, 
   Conv2dBuffers conv{};
   conv.grad_output = workspace, conv.input = b.input, conv.weight = b.weight;
   conv.grad_input = b.grad_input, conv.grad_weight = b.grad_weight;
-  run_conv2d(direction, s.conv, conv, behind(workspace, between_bytes(s)), stream);
+  run_conv2d(direction, s.conv, conv, [&](size_t) { return behind(workspace, between_bytes(s)); }, stream);
 }
 
 }  // namespace

@@ -157,15 +157,22 @@ void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>&
   }
 }
 
+template <class Kernel, class Shape, class Buffers>
+void run_in_workspace(const Kernel& row, const Shape& shape, const Buffers& buffers, const Allocate& allocate, cudaStream_t stream) {
+  const size_t bytes = row.plan(shape).workspace_bytes;
+  row.run(shape, buffers, bytes == 0 ? nullptr : allocate(bytes), stream);
+}
+
 }  // namespace
 
-void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, void* workspace, cudaStream_t stream) {
-  row_for(direction, shape, buffers.bias != nullptr).run(shape, buffers, workspace, stream);
+void run_conv2d(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, const Allocate& allocate,
+                cudaStream_t stream) {
+  run_in_workspace(row_for(direction, shape, buffers.bias != nullptr), shape, buffers, allocate, stream);
 }
 
 void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers,
-                          void* workspace, cudaStream_t stream) {
-  row_for(direction, shape).run(shape, buffers, workspace, stream);
+                          const Allocate& allocate, cudaStream_t stream) {
+  run_in_workspace(row_for(direction, shape), shape, buffers, allocate, stream);
 }
 
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream) {
@@ -175,14 +182,6 @@ void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape
 void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
                       cudaStream_t stream) {
   row_for(op, direction, shape).run(shape, buffers, stream);
-}
-
-size_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias) {
-  return row_for(direction, shape, with_bias).plan(shape).workspace_bytes;
-}
-
-size_t conv2d_relu_pool_workspace_bytes(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
-  return row_for(direction, shape).plan(shape).workspace_bytes;
 }
 
 Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) {

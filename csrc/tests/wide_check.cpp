@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "core/fused_pool.h"
@@ -146,8 +147,9 @@ void check(const Twins<Conv2dShape>& t, Conv2dDirection direction) {
     b.input = data(input), b.weight = data(weight), b.grad_output = data(grad_output);
     void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
     *written[number] = data(result);
-    const SparseBytes workspace(static_cast<int64_t>(cuda::conv2d_workspace_bytes(direction, shape, false)));
-    cuda::run_conv2d(direction, shape, b, workspace.data(), nullptr);
+    std::optional<SparseBytes> workspace;
+    const auto allocate = [&](size_t bytes) { return workspace.emplace(static_cast<int64_t>(bytes)).data(); };
+    cuda::run_conv2d(direction, shape, b, allocate, nullptr);
   });
   const std::string name = kDirections[number];
   report(name + " of " + t.name, choice, row_name("conv2d", name, algorithm_of(t, direction)), result.agree());
@@ -175,8 +177,9 @@ void check(const Twins<Conv2dReluPoolShape>& t, Conv2dDirection direction) {
     b.offsets = !has_pooling(shape) ? nullptr : is_large ? offsets.large() : offsets.twin();
     void** written[] = {&b.output, &b.grad_input, &b.grad_weight, &b.grad_bias};
     *written[number] = data(result);
-    const SparseBytes workspace(static_cast<int64_t>(cuda::conv2d_relu_pool_workspace_bytes(direction, shape)));
-    cuda::run_conv2d_relu_pool(direction, shape, b, workspace.data(), nullptr);
+    std::optional<SparseBytes> workspace;
+    const auto allocate = [&](size_t bytes) { return workspace.emplace(static_cast<int64_t>(bytes)).data(); };
+    cuda::run_conv2d_relu_pool(direction, shape, b, allocate, nullptr);
   });
   const std::string name = kDirections[number],
                     algorithm = direction == Conv2dDirection::backward_bias ? algorithm_of(t, direction) : "composed";
