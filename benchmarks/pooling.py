@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import cnn_ext
 from benchmarks.cases import Pool2dCase, pool2d_cases
-from benchmarks.harness import Call, Comparison, check_close
+from benchmarks.harness import Call, Comparison, check_close, lower_quartile
 from benchmarks.options import LAYOUTS, Bench
 
 DIRECTIONS = {"max": ("forward", "forward_training", "backward"), "avg": ("forward", "backward")}
@@ -87,12 +87,23 @@ def _rows_of(case: Pool2dCase, direction: str, in_layout: dict[str, Pooling], be
     errors = {layout: _check(direction, layout, in_layout[layout], bench) for layout in bench.layouts}
     contenders = {("torch", layout): pooling.torchs(direction) for layout, pooling in in_layout.items()}
     contenders |= {("cnn_ext", layout): in_layout[layout].ours(direction) for layout in bench.layouts}
+    on_gpu = bench.device == "cuda"
+    moved = next(iter(in_layout.values())).bytes
+    if on_gpu:
+        contenders["copy"] = _copy(moved, bench)
     times = bench.compare(contenders)
-    rows = [_row(case, direction, layout, in_layout[layout].bytes, times, errors[layout]) for layout in bench.layouts]
-    if bench.device == "cuda":
+    rows = [_row(case, direction, layout, moved, times, errors[layout]) for layout in bench.layouts]
+    if on_gpu:
+        copy_ms = 1e3 * lower_quartile(times.flushed["copy"])
         for row in rows:
-            row["share_of_copy"] = row["gbytes_per_s"] / bench.peaks["memory_gbytes_per_s"]
+            row |= {"copy_ms": copy_ms, "share_of_copy": copy_ms / row["flushed_ms"]}
     return rows
+
+
+def _copy(moved: int, bench: Bench) -> Call:
+    """torch's copy of a tensor that reads and writes ``moved`` bytes: what memory allows a call of this size."""
+    source, target = (torch.ones(moved // 2, dtype=torch.uint8, device=bench.device) for _ in range(2))
+    return lambda: target.copy_(source)
 
 
 def _row(case: Pool2dCase, direction: str, layout: str, moved: int, times: Comparison, error: float) -> dict:
