@@ -4,13 +4,31 @@
 
 #include "core/padding.h"
 #include "cpu/kernel.h"
-#include "cpu/simd/transpose.h"
+#include "cpu/simd/pieces.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 // channels_last is read as one stream, which the processor's own prefetching follows to the end of a page only.
 constexpr int64_t kPrefetchBytes = 4096;
+
+// `pixels` neighbours of at least 2 channels that fit into a piece, side by side. Each is stored as a whole piece, and the next one
+// overwrites what that is too much.
+template <class T>
+inline void pack_few_planes(const T* source, int64_t plane, int channels, int64_t pixels, T* destination) {
+  constexpr int lanes = kLanes<T>, piece = kPieceLanes<T>;
+  int64_t first = 0;
+  for (; first + lanes < pixels; first += lanes) {
+    Vec<T> rows[piece];
+#pragma GCC unroll 4
+    for (int i = 0; i < piece; ++i) rows[i] = i < channels ? load(source + i * plane + first) : Vec<T>{};
+    transpose_pieces<T>(rows);
+    store_pieces_in_turn<T>(rows, destination + first * channels, channels);
+  }
+  for (; first < pixels; ++first) {
+    for (int i = 0; i < channels; ++i) destination[first * channels + i] = source[i * plane + first];
+  }
+}
 
 // The first `channels` <= lanes channels of `pixels` neighbours, from planes `plane` elements apart, to destination[pixel * step +
 // channel]. Of each pixel `written` <= lanes elements are written, those above `channels` as zeros.
@@ -21,6 +39,8 @@ inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pi
     for (int64_t i = 0; i < pixels; ++i) destination[i] = source[i];
     return;
   }
+  if (written == channels && step == channels && channels <= kPieceLanes<T>)
+    return pack_few_planes(source, plane, channels, pixels, destination);
   for (int64_t first = 0; first < pixels; first += lanes) {
     const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
     Vec<T> rows[lanes];
@@ -62,11 +82,26 @@ inline void pack_pixels(const T* source, int64_t pixel, int channels, int64_t pi
   }
 }
 
+// `count` neighbours.
+template <class T>
+inline void pack_neighbours(const T* source, int64_t count, T* destination) {
+  constexpr int lanes = kLanes<T>;
+  constexpr int64_t ahead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    __builtin_prefetch(source + i + ahead);
+    store(destination + i, load(source + i));
+  }
+  if (i < count) store_first(destination + i, load_first(source + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+
 // Channels [channel, channel + channels) of a run of neighbouring pixels of one image of `planes` channels of `plane` pixels, the first at
 // `pixel`. With kZeroFill the last vector of each pixel is filled up with zeros, else nothing is written past the last channel.
 template <bool kZeroFill, class T>
 inline void pack_run(Layout layout, const T* image, int64_t planes, int64_t plane, int64_t channel, int64_t channels, int64_t pixel,
                      int64_t pixels, T* destination, int64_t step) {
+  if (layout == Layout::nhwc && channels == planes && channels == step)
+    return pack_neighbours(image + pixel * planes, pixels * planes, destination);
   for (int64_t c = 0; c < channels; c += kLanes<T>) {
     const int count = channels - c < kLanes<T> ? static_cast<int>(channels - c) : kLanes<T>;
     const int written = kZeroFill ? kLanes<T> : count;

@@ -62,6 +62,14 @@ inline void store_pieces(const Vec<T> (&vectors)[kPieceLanes<T>], T* const* rows
   if constexpr (kPiece > 0) store_pieces<T, kPiece - 1>(vectors, rows, offset);
 }
 
+// Piece i of vector j goes to p + (i * kPieceLanes + j) * step, in ascending order: where they overlap, the later one stays.
+template <class T, int kPiece = 0>
+inline void store_pieces_in_turn(const Vec<T> (&vectors)[kPieceLanes<T>], T* p, int64_t step) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kPieceLanes<T>; ++j) store_piece<T, kPiece>(p + (kPiece * kPieceLanes<T> + j) * step, vectors[j]);
+  if constexpr (kPiece + 1 < kPieces<T>) store_pieces_in_turn<T, kPiece + 1>(vectors, p, step);
+}
+
 // Of each piece: vector i, lane j becomes vector j, lane i.
 template <class T, int kStep = kPieceLanes<T> / 2>
 inline void transpose_pieces(Vec<T> (&vectors)[kPieceLanes<T>]) {
