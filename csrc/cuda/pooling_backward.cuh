@@ -122,15 +122,15 @@ __global__ void __launch_bounds__(kBlockThreads) pool_backward_blocks(Op op, Poo
   }
 }
 
-// In nchw with stride 2: a thread gathers for a chunk of two rows, which lie in the padded input at even places and below. The windows'
-// places in the rows are known while compiling.
-template <class Op, int kKernel, int kPad>
+// In nchw with stride 2: a thread gathers for kInputs columns of two rows, which lie in the padded input at even places and below. The
+// windows' places in the rows are known while compiling.
+template <class Op, int kKernel, int kPad, int kInputs>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_backward_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool are_outputs_whole, bool are_inputs_whole) {
   using T = typename Op::T;
   using Acc = Accumulate<T>;
-  // Of the windows that begin in the chunk's columns, kPad earlier; one more before them or behind them may reach into the chunk.
-  constexpr int kInputs = kChunk<T>, kOutputs = kInputs / 2, kBefore = kKernel == 3 ? 1 : 0;
+  // Of the windows that begin in these columns, kPad earlier; one more before them or behind them may reach into the columns.
+  constexpr int kOutputs = kInputs / 2, kBefore = kKernel == 3 ? 1 : 0;
   constexpr bool kHasBefore = kKernel - kPad >= 3, kHasBehind = kPad >= 1;
   constexpr int kFirst = kHasBefore ? -1 : 0, kEnd = kOutputs + (kHasBehind ? 1 : 0);
   const int index = static_cast<int>(element_index());
@@ -186,12 +186,16 @@ void launch_pool_backward_pixels(const Op& op, const Pool2dShape& s, cudaStream_
                      static_cast<int>(pool_channels(s)));
 }
 
-template <class Op, int kKernel, int kPad>
+// Where rows hold no whole number of chunks a thread takes fewer columns, so that those of neighbours lie in the same sectors.
+template <class Op, int kKernel, int kPad, int kInputs = kChunk<typename Op::T>>
 void launch_pool_backward_strips(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
-  constexpr int kInputs = kChunk<typename Op::T>;
+  const bool are_inputs_whole = has_whole_vectors<kInputs>(op.grad_input, s.in_w);
+  if constexpr (kInputs > 2) {
+    if (!are_inputs_whole) return launch_pool_backward_strips<Op, kKernel, kPad, kInputs / 2>(op, s, stream);
+  }
   const ThreadPlaces places(pool_images(s), ceil_div<int64_t>(s.in_h + s.pad_top, 2), ceil_div<int64_t>(s.in_w, kInputs), 1);
-  launch_elementwise(pool_backward_strips<Op, kKernel, kPad>, places.count(), stream, op, Pool2dGeometry(s), places,
-                     op.template are_outputs_whole<kInputs / 2>(s.out_w), has_whole_vectors<kInputs>(op.grad_input, s.in_w));
+  launch_elementwise(pool_backward_strips<Op, kKernel, kPad, kInputs>, places.count(), stream, op, Pool2dGeometry(s), places,
+                     op.template are_outputs_whole<kInputs / 2>(s.out_w), are_inputs_whole);
 }
 
 template <class Op, int kKernel>

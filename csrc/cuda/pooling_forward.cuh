@@ -166,14 +166,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// In nchw: a thread takes the windows that begin in a chunk of a row, kPad columns earlier. One column before the chunk or behind it may
-// belong to them, too. A chunk is read kUnit elements at a time, of which rows hold a whole number.
-template <class Op, int kKernel, int kStride, int kPad, int kUnit>
+// In nchw: a thread takes the windows that begin in kInputs columns of a row, kPad columns earlier. One column before them or behind them
+// may belong to them, too. They are read kUnit elements at a time, of which rows hold a whole number.
+template <class Op, int kKernel, int kStride, int kPad, int kInputs, int kUnit>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_row_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool is_whole, const typename Op::T* __restrict__ input) {
   using T = typename Op::T;
   using Part = typename Op::Part;
-  constexpr int kInputs = kChunk<T>, kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel;
+  constexpr int kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel;
   constexpr int kBehind = larger(kSpan - kInputs - kPad, 0);
   static_assert(kPad <= 1 && kBehind <= 1);
   const int index = static_cast<int>(element_index());
@@ -240,14 +240,17 @@ void launch_pool_columns(const Op& op, const Pool2dShape& s, const typename Op::
   launch_elementwise(pool_columns<Op, kLayout, kKernel>, places.count(), stream, op, Pool2dGeometry(s), places, input);
 }
 
-template <class Op, int kKernel, int kStride, int kPad>
+// Where rows hold no whole number of chunks a thread takes fewer columns, so that those of neighbours lie in the same sectors.
+template <class Op, int kKernel, int kStride, int kPad, int kInputs = kChunk<typename Op::T>>
 void launch_pool_row_strips(const Op& op, const Pool2dShape& s, const typename Op::T* input, cudaStream_t stream) {
-  using T = typename Op::T;
-  constexpr int kOutputs = kChunk<T> / kStride;
+  const bool are_inputs_whole = has_whole_vectors<kInputs>(input, s.in_w);
+  if constexpr (kInputs > 2) {
+    if (!are_inputs_whole) return launch_pool_row_strips<Op, kKernel, kStride, kPad, kInputs / 2>(op, s, input, stream);
+  }
+  constexpr int kOutputs = kInputs / kStride;
   const ThreadPlaces places(pool_images(s), s.out_h, ceil_div<int64_t>(s.out_w, kOutputs), 1);
-  const auto kernel = has_whole_vectors<kChunk<T>>(input, s.in_w) ? pool_row_strips<Op, kKernel, kStride, kPad, kChunk<T>>
-                      : has_whole_vectors<2>(input, s.in_w)       ? pool_row_strips<Op, kKernel, kStride, kPad, 2>
-                                                                  : pool_row_strips<Op, kKernel, kStride, kPad, 1>;
+  const auto kernel = are_inputs_whole ? pool_row_strips<Op, kKernel, kStride, kPad, kInputs, kInputs>
+                                       : pool_row_strips<Op, kKernel, kStride, kPad, kInputs, 1>;
   launch_elementwise(kernel, places.count(), stream, op, Pool2dGeometry(s), places, op.template is_whole<kOutputs>(s.out_w), input);
 }
 
