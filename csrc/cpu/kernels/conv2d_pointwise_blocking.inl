@@ -24,6 +24,7 @@ constexpr int64_t kPanelSums = 1 << 20;      // bytes of the sums of a task that
 constexpr int64_t kNearWeights = 1 << 20;    // bytes that stay near from one block of points to the next
 constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying rows, ...
 constexpr int64_t kFewestPanelUnits = 4;     // ... and panels
+constexpr int64_t kFewestPanelTiles = 4;     // that pay for reading weights from the second cache
 constexpr int64_t kAliasedPlane = 4096;      // bytes: the distance of rows that compete, ...
 constexpr int64_t kAliasedPixel = 2048;      // ... half of it where a tile reads 14 of them side by side
 constexpr int64_t kTasksPerThread = 8;       // with fewer, the last one to finish is waited for too long; ...
@@ -66,6 +67,11 @@ Reading choose_reading(const Product& p) {
   return is_aliased && units >= kFewestCopiedUnits ? Reading::rows : Reading::in_place;
 }
 
+template <class T>
+bool weights_are_near(const Product& p) {
+  return p.outputs * p.channels * static_cast<int64_t>(sizeof(T)) <= kNearWeights;
+}
+
 // The points of a block that are worth the scratch and the cache that they need.
 template <class T, class Tile>
 int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
@@ -74,9 +80,9 @@ int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
   const int64_t point_bytes = larger(1, p.channels * kSize);
   const int64_t few =
       b.reading == Reading::panels ? kWholePlane : larger(4 * Tile::kMaxPoints, smaller(kBlockLine / kSize, kSourceBytes / point_bytes));
-  const bool weights_are_near = p.outputs * p.channels * kSize <= kNearWeights;
-  return weights_are_near || Tile::kPointsInLanes ? few
-                                                  : larger(few, smaller(kSliceBytes / (b.channels * kSize), kSharingBytes / point_bytes));
+  return weights_are_near<T>(p) || Tile::kPointsInLanes
+             ? few
+             : larger(few, smaller(kSliceBytes / (b.channels * kSize), kSharingBytes / point_bytes));
 }
 
 template <class T, class Tile>
@@ -89,17 +95,19 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   int64_t fitting = fitting_points<T, Tile>(p, b);
   const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * (panels ? kPanelTasksPerThread : kTasksPerThread) : 1;
   const int64_t all_points = p.lines() * p.points;
-  // Few outputs and many points: smaller blocks rather than too few tasks.
+  // Few outputs and many points: smaller blocks rather than too few tasks, down to some tiles where that copies no panel twice.
   const int64_t fewest_units = panels ? kFewestPanelUnits : 1;
-  if (p.groups * divide_up(units, fewest_units) * divide_up(all_points, fitting) < wanted) {
-    fitting = larger(Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted * fewest_units)));
+  const int64_t shared_units = panels && weights_are_near<T>(p) ? units : fewest_units;
+  const int64_t fewest_tiles = panels && weights_are_near<T>(p) ? kFewestPanelTiles : 1;
+  if (p.groups * divide_up(units, shared_units) * divide_up(all_points, fitting) < wanted) {
+    fitting = larger(fewest_tiles * Tile::kMaxPoints, smaller(fitting, divide_up(all_points * p.groups * units, wanted * shared_units)));
   }
   if (!Tile::kPointsInLanes && p.source_channel != 1 && p.points <= kWholePlane) fitting = larger(fitting, p.points);
   b.point_blocks = divide_up(p.points, fitting);
   b.points = divide_up(p.points, b.point_blocks);
   if (b.point_blocks > 1) b.points = divide_up(b.points, Tile::kMaxPoints) * Tile::kMaxPoints;
   b.point_blocks = divide_up(p.points, b.points);
-  b.lines = b.point_blocks > 1 ? 1 : smaller(p.lines(), larger(1, fitting / p.points));
+  b.lines = b.point_blocks > 1 ? 1 : divide_up(p.lines(), divide_up(p.lines(), larger(1, fitting / p.points)));
   b.blocks = divide_up(p.lines(), b.lines) * b.point_blocks;
   b.task_blocks = larger(1, p.groups * b.blocks / wanted);
   const int64_t point_tasks = p.groups * divide_up(b.blocks, b.task_blocks);
@@ -108,6 +116,7 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
     const int64_t unit_bytes = b.lines * b.points * Tile::kMaxWidth * static_cast<int64_t>(sizeof(T));
     b.units = divide_up(b.units, divide_up(b.units * unit_bytes, kPanelSums));
   }
+  b.units = divide_up(units, divide_up(units, b.units));
   b.unit_blocks = divide_up(units, b.units);
   b.tasks = point_tasks * b.unit_blocks;
   if (b.reading == Reading::rows)

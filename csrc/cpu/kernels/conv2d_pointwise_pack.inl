@@ -46,13 +46,21 @@ void copy_rows(const T* src, int64_t src_pitch, int64_t rows, int64_t length, T*
   }
 }
 
-// `points` neighbouring elements of each of `channels` planes, side by side. What the last vector writes too much, the next channel
-// overwrites.
+// `points` neighbouring elements of each of `channels` planes to [tile][channel][`tile_points`, in the last tile those that are left], in
+// the order in which they lie. What the last vector of a row writes too much, the next channel overwrites; the last channel writes nothing
+// too much.
 template <class T>
-void copy_panel(const T* src, int64_t src_channel, int64_t channels, int64_t points, T* dst) {
+void copy_panels(const T* src, int64_t src_channel, int64_t channels, int64_t points, int64_t tile_points, T* dst) {
   constexpr int kV = kLanes<T>;
-  for (int64_t c = 0; c < channels; ++c, src += src_channel, dst += points) {
-    for (int64_t i = 0; i < points; i += kV) store(dst + i, load_first(src + i, static_cast<int>(points - i < kV ? points - i : kV)));
+  for (int64_t c = 0; c < channels; ++c, src += src_channel) {
+    for (int64_t begin = 0, width; begin < points; begin += width) {
+      width = points - begin < tile_points ? points - begin : tile_points;
+      T* const row = dst + begin * channels + c * width;
+      for (int64_t i = 0; i < width; i += kV) {
+        const int count = static_cast<int>(width - i < kV ? width - i : kV);
+        store_first(row + i, load_first(src + begin + i, count), c + 1 < channels ? kV : count);
+      }
+    }
   }
 }
 

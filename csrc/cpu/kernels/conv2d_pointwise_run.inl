@@ -131,7 +131,7 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
       if (b_.reading == Reading::panels) {
-        copy_panels(line, block.points, channels, copy + i * copied_line);
+        copy_panels(line, p_.source_channel, channels, block.points, Tile::tile_points(block.points), copy + i * copied_line);
       } else if constexpr (Tile::kPointsInLanes) {
         copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
       } else {
@@ -141,13 +141,6 @@ class PointwiseRun {
     if (b_.reading == Reading::panels) return {copy, copied_line, 1, 0};
     if constexpr (Tile::kPointsInLanes) return {copy, copied_line, 1, b_.copy_pitch};
     return {copy, copied_line, b_.copy_pitch, 1};
-  }
-
-  void copy_panels(const T* line, int64_t points, int64_t channels, T* copy) const {
-    for (int64_t t = 0; t < Tile::tiles(points); ++t) {
-      const int64_t begin = Tile::tile_begin(points, t);
-      copy_panel(line + begin, p_.source_channel, channels, Tile::tile_begin(points, t + 1) - begin, copy + begin * channels);
-    }
   }
 
   const T* line_of(const Source& source, const Block& block, int64_t i) const {
@@ -199,7 +192,7 @@ class PointwiseRun {
   void run_unit(int worker, const Task& task, const Block& block, const Source& source, int64_t unit, int64_t channel_block,
                 Ahead& ahead) const {
     const int64_t first = task.group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
-    const int64_t width = Tile::width(p_.outputs, unit), tiles = Tile::tiles(block.points);
+    const int64_t width = Tile::width(p_.outputs, unit), tile_points = Tile::tile_points(block.points);
     const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1, panels = b_.reading == Reading::panels;
     PointwiseTile<T> tile{};
     tile.weights = packed_weights(task.group, unit, channel_block);
@@ -216,9 +209,8 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i, sums += block.points * Tile::kMaxWidth) {
       const T* const line = line_of(source, block, i);
       T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel + block.point * p_.dest_point;
-      int64_t begin = 0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t end = Tile::tile_begin(block.points, t + 1), points = end - begin;
+      for (int64_t begin = 0; begin < block.points; begin += tile_points) {
+        const int64_t points = smaller(tile_points, block.points - begin);
         tile.source = line + begin * (panels ? tile.channels : source.point);
         if (panels) tile.source_channel = points;
         fetch_ahead(ahead, tile);
@@ -226,7 +218,6 @@ class PointwiseRun {
         if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
         fetch_out(tile, dest + begin * p_.dest_point, points, outputs, channel_block);
         Tile::run(tile, width, points);
-        begin = end;
       }
       if (!in_place && channel_block == b_.channel_blocks - 1)
         write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_point, p_.dest_channel);

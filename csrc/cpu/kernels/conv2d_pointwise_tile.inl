@@ -154,7 +154,7 @@ struct OutputLanes {
   static int64_t width(int64_t outputs, int64_t unit) { return outputs - unit * kMaxWidth > kV ? kMaxWidth : kV; }
 
   static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
-  static int64_t tile_begin(int64_t points, int64_t tile) { return tile * points / tiles(points); }
+  static int64_t tile_points(int64_t points) { return (points + tiles(points) - 1) / tiles(points); }
 
   static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
     width == kMaxWidth ? run_points<2>(tile, points) : run_points<1>(tile, points);
@@ -225,7 +225,7 @@ struct PointLanes {
   static int64_t width(int64_t outputs, int64_t unit) { return first(outputs, unit + 1) - first(outputs, unit); }
 
   static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
-  static int64_t tile_begin(int64_t points, int64_t tile) { return tile * kMaxPoints < points ? tile * kMaxPoints : points; }
+  static int64_t tile_points(int64_t) { return kMaxPoints; }
 
   static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) { run_width<kMaxWidth>(tile, width, points); }
 
