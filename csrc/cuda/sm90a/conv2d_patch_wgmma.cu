@@ -42,11 +42,12 @@ struct PatchPlan {
     const Conv2dGeometry g(s);
     const GatherAxis h = gather_axis_h(g, kForward, 0), w = gather_axis_w(g, kForward, 0);
     const int64_t reach_h = reach(h), reach_w = reach(w);
-    // A 1x1 convolution has no lines: its pixels are one.
+    // A 1x1 convolution has no lines: its pixels are one, of an image or, where they lie in a row, of the batch.
     const bool flat = side.taps == 1 && h.first == 0 && w.first == 0 && side.pixel_h == side.source_h && side.pixel_w == side.source_w;
-    batch = flat ? 1 : s.batch;
-    source_h = flat ? 1 : side.source_h, source_w = flat ? side.rows : side.source_w;
-    result_h = flat ? 1 : side.pixel_h, result_w = flat ? side.rows : side.pixel_w;
+    batch = flat && s.layout == Layout::nhwc ? 1 : s.batch;
+    const int64_t line_pixels = s.batch == 0 ? 0 : side.rows / batch;
+    source_h = flat ? 1 : side.source_h, source_w = flat ? line_pixels : side.source_w;
+    result_h = flat ? 1 : side.pixel_h, result_w = flat ? line_pixels : side.pixel_w;
     tile = rectangles(result_h, result_w, reach_h, reach_w);
     tiles = batch * tile.tiles_h * tile.tiles_w;
     element_bytes = side.is_16_bit ? 2 : 4;
@@ -94,7 +95,7 @@ struct PatchPlan {
 
 template <bool kForward>
 bool accepts(const Conv2dShape& s) {
-  if (s.layout != Layout::nhwc || s.groups != 1 || s.stride_h != 1 || s.stride_w != 1 || s.batch == 0 || !suits_copy_engine<kForward>(s)) {
+  if (s.groups != 1 || s.stride_h != 1 || s.stride_w != 1 || s.batch == 0 || !suits_copy_engine<kForward>(s)) {
     return false;
   }
   // Which row sums up follows from one image: for a batch of 8, whatever the batch is. Windows of more than one tap take the copy engine

@@ -321,7 +321,7 @@ class WgmmaGatherGemm {
   // From registers to nhwc.
   __device__ void store_rows() {
     const T* bias = p_.bias == nullptr ? nullptr : p_.bias + place_.group * p_.cols;
-    const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, p_.result_chunk > 1};
+    const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, /*channel_stride=*/1, p_.result_chunk > 1};
     const int first = place_.first_row + threadIdx.x / 32 * 16, pixel = first + threadIdx.x % 32 / 4;
     finish_sums(target, sums_);
     bool meets_nan = store_line<0>(target, result_pixel(p_, phase_, place_, pixel), sums_);

@@ -1,4 +1,4 @@
-// forward and backward_input with strides of 1, few channels and nhwc on the matrix unit of sm_90a, in TF32 (where the policy allows it),
+// forward and backward_input with strides of 1 and few channels on the matrix unit of sm_90a, in TF32 (where the policy allows it),
 // float16 and bfloat16: the implicit GEMM of gather_wgmma.cuh, which reads a pixel of the source once for all taps instead of once for
 // each.
 //
@@ -6,7 +6,7 @@
 // patch of the source that it reads, padding as zeros, line by line, so that the positions of the patch are one sequence, and the taps of
 // position i of the result are positions i + r * pitch + s of the patch: the matrix unit multiplies 128 positions in a row for each tap,
 // beginning where the tap lies. The positions between one line of the rectangle and the next are multiplied in vain. A 1x1 convolution
-// has no lines: all pixels of the batch are one.
+// has no lines: all pixels of the batch are one in nhwc, those of an image in nchw.
 //
 // Two warpgroups of a block have tiles of their own, the next patch of each on its way where memory suffices: while one of them stores, the
 // other multiplies. Blocks stay, and take tile after tile.
@@ -15,7 +15,7 @@
 //
 // Padding never multiplies: a sum that is NaN, and no other, is added up again, tap by tap without the padding, once it has been stored.
 //
-// Not handled: nchw, strides, groups, filters that leave no room for patches. Bound by shared memory, from which the matrix unit reads 64
+// Not handled: strides, groups, filters that leave no room for patches. Bound by shared memory, from which the matrix unit reads 64
 // rows for each 32 to 128 columns; by memory where there are few taps.
 #pragma once
 
@@ -49,7 +49,8 @@ __device__ __noinline__ void store_again(const PatchGather<T>& p, PlaneIndex cor
               w = position - h * p.pitch.divisor();
     if (h >= p.tile_h || w >= p.tile_w || corner.h + h >= g.result_h || corner.w + w >= g.result_w || col >= g.cols) continue;
     const int pixel = (corner.outer * g.result_h + corner.h + h) * g.result_w + corner.w + w;
-    T* result = g.result + static_cast<int64_t>(pixel) * g.cols + col;
+    T* result = g.result + corner.outer * g.result_strides.n + (corner.h + h) * g.result_strides.h + (corner.w + w) * g.result_strides.w +
+                col * g.result_strides.c;
     if (!isnan(widen(*result))) continue;
     const float bias = g.bias == nullptr ? 0 : widen(g.bias[col]);
     *result = narrow<T>(activated(sum_again(g, g.phase[0], 0, pixel, col) + bias, g.relu));
@@ -154,7 +155,8 @@ class PatchWorker {
 
   __device__ void store(const PlaneIndex& tile) {
     const WgmmaGather<T>& g = p_.gather;
-    const RowTarget<T> target{g.bias, g.relu, first_col_, g.cols, g.result_chunk > 1};
+    const bool has_lines = g.result_strides.c == 1;
+    const RowTarget<T> target{g.bias, g.relu, first_col_, g.cols, static_cast<int>(g.result_strides.c), has_lines && g.result_chunk > 1};
     const PlaneIndex corner = corner_of(tile);
     const int row = threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
     bool meets_nan = false;

@@ -1,4 +1,5 @@
-// From the sums of a warpgroup's products to lines of channels in memory, without shared memory between: what kernels use that write nhwc.
+// From the sums of a warpgroup's products to memory, without shared memory between: a line of channels for each pixel in nhwc; in nchw
+// eight pixels of a channel at once.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -36,7 +37,8 @@ struct RowTarget {
   const T* bias;  // of channel 0; may be null
   bool relu;
   int first_col, cols;
-  bool whole_chunks;  // whether lines begin and end with whole aligned chunks
+  int channel_stride;
+  bool whole_chunks;  // whether channels lie side by side and lines begin and end with whole aligned chunks
 };
 
 // Adds the bias and applies the ReLU, where there are.
@@ -66,8 +68,8 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
     for (int j = 0; j < kColumnBlocks; ++j) {
       const int col = target.first_col + 8 * j + 2 * pair;
       const ElementPair<T> elements = pair_of(j);
-      if (line != nullptr && col < target.cols) line[col] = elements.first;
-      if (line != nullptr && col + 1 < target.cols) line[col + 1] = elements.second;
+      if (line != nullptr && col < target.cols) line[col * target.channel_stride] = elements.first;
+      if (line != nullptr && col + 1 < target.cols) line[(col + 1) * target.channel_stride] = elements.second;
     }
   } else if constexpr (sizeof(T) == 2) {
 #pragma unroll

@@ -20,7 +20,13 @@ struct Transposition {
            source_inner % count == 0 && is_aligned(source);
   }
 
+  // Whether lines along are one run of memory, short across.
+  bool has_slabs() const { return source_across == 1 && source_along == across && across < kTile; }
+  int slab_along() const { return kSlab / across / 8 * 8; }  // whole chunks
+  int64_t slab_blocks() const { return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, slab_along()); }
+
   static constexpr int kTile = 64;
+  static constexpr int kSlab = 4096;  // elements, in shared memory
   int outer, inner;
   int along, padded_along, across;
   int64_t source_outer, source_inner, source_along, source_across;
@@ -81,8 +87,39 @@ __global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, cons
   }
 }
 
+// kRead: elements that a thread reads at once.
+template <class T, int kRead>
+__global__ void __launch_bounds__(kBlockThreads) transpose_slabs(Transposition t, int slab_along, const T* source, T* target) {
+  __shared__ __align__(kChunkBytes) T slab[Transposition::kSlab];
+  const int slabs = ceil_div(t.padded_along, slab_along), batch = blockIdx.x / slabs, first = blockIdx.x % slabs * slab_along;
+  const int lines = smaller(slab_along, t.along - first), chunks = smaller(slab_along, t.padded_along - first) / kChunk<T>;
+  source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner + first * t.source_along;
+  target += batch / t.inner * t.target_outer + batch % t.inner * t.target_inner + first;
+  wait_for_launch_before();
+  for (int i = threadIdx.x * kRead; i < lines * t.across; i += kBlockThreads * kRead) {
+    *reinterpret_cast<Neighbours<T, kRead>*>(slab + i) = *reinterpret_cast<const Neighbours<T, kRead>*>(source + i);
+  }
+  __syncthreads();
+  for (int unit = threadIdx.x; unit < t.across * chunks; unit += kBlockThreads) {
+    const int across = unit / chunks, along = unit % chunks * kChunk<T>;
+    Neighbours<T, kChunk<T>> chunk;
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) chunk.values[e] = along + e < lines ? slab[(along + e) * t.across + across] : narrow<T>(0);
+    *reinterpret_cast<Neighbours<T, kChunk<T>>*>(target + across * t.target_across + along) = chunk;
+  }
+}
+
+template <class T>
+void launch_slabs(const Transposition& t, const T* source, T* target, cudaStream_t stream) {
+  const bool is_whole =
+      t.along % kChunk<T> == 0 && t.source_outer % kChunk<T> == 0 && t.source_inner % kChunk<T> == 0 && is_aligned(source);
+  const auto kernel = is_whole ? transpose_slabs<T, kChunk<T>> : transpose_slabs<T, 1>;
+  launch(kernel, overlapping(Grid(t.slab_blocks())), stream, t, t.slab_along(), source, target);
+}
+
 template <class T>
 void launch_transposition(const Transposition& t, const void* source, void* target, cudaStream_t stream) {
+  if (t.has_slabs()) return launch_slabs(t, static_cast<const T*>(source), static_cast<T*>(target), stream);
   constexpr int kHalf = kChunk<T> / 2;
   const auto kernel = t.reads(source, kChunk<T>)          ? transpose<T, kChunk<T>, true>
                       : t.reads(source, kHalf)            ? transpose<T, kHalf, true>
