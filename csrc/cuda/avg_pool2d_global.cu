@@ -61,12 +61,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (lane == 0 && plane < planes) output[plane] = narrow<T>(sum / divisor);
 }
 
+// Chunks for each block in nhwc: the longer the sum, the more threads for one of its chunks; two are a whole sector of memory.
+constexpr int kFewChunks = 2, kManyChunks = 8;
+
 // kChunks: of channels, for each block.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, kChunks == kFewChunks ? 2 : 4)
     global_avg_pixels(int channels, int pixels, bool is_whole, Accumulate<T> divisor, const T* __restrict__ input, T* __restrict__ output) {
   using Acc = Accumulate<T>;
-  constexpr int kLanes = kBlockThreads / kChunks;
+  constexpr int kLanes = kBlockThreads / kChunks, kInFlight = kChunks == kFewChunks ? 8 : 4;  // loads of a thread
   __shared__ Acc tree[kLanes][kChunks][kChunk<T>];
   const int chunk_blocks = ceil_div(channels, kChunks * kChunk<T>), image = blockIdx.x / chunk_blocks;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   Acc sums[kChunk<T>] = {};
   if (count > 0) {
     const T* source = input + image * pixels * channels + first;
-#pragma unroll 4
+#pragma unroll kInFlight
     for (int pixel = lane; pixel < pixels; pixel += kLanes) {
       Acc values[kChunk<T>];
       load_chunk(source + pixel * channels, count, is_whole, values);
@@ -111,9 +114,6 @@ __global__ void global_avg_planes_backward(int elements, FastDivisor size, bool 
   for (int i = 0; i < kChunk<T>; ++i) values[i] = widen(grad_output[size.quotient(smaller(first + i, elements - 1))]) / divisor;
   store_chunk(grad_input + first, count, is_whole && count == kChunk<T>, values);
 }
-
-// Chunks for each block in nhwc: the longer the sum, the more threads for one of its chunks.
-constexpr int kFewChunks = 1, kManyChunks = 8;
 
 int64_t pixel_blocks(const Pool2dShape& s, int64_t chunk) {
   return s.batch * ceil_div<int64_t>(s.channels, chunk * (is_large(s) ? kFewChunks : kManyChunks));
