@@ -12,6 +12,20 @@ constexpr int kPair = 2, kTilePairs = 16, kTileChannels = kPair * kTilePairs;
 template <class T>
 constexpr int kPixelBytes = kTileChannels * static_cast<int>(sizeof(T));
 
+constexpr int kNarrowStrip = 7, kWideStrip = 8;  // results of a row
+
+// Strips side by side in a tile.
+inline int64_t tile_cols(int64_t width, int strip_width) {
+  const int64_t strips = ceil_div<int64_t>(width, strip_width);
+  return strips == 3 ? 3 : larger<int64_t>(1, smaller<int64_t>(strips, 2));
+}
+
+// The strip that covers less beyond the width.
+inline int strip_width(int64_t width) {
+  const auto covered = [&](int strip) { return ceil_div(width, tile_cols(width, strip) * strip) * tile_cols(width, strip) * strip; };
+  return covered(kNarrowStrip) < covered(kWideStrip) ? kNarrowStrip : kWideStrip;
+}
+
 // As it lies in shared memory: `pitch` bytes from row to row.
 struct TileExtent {
   TileExtent(int rows_, int cols_, int pixel_bytes, int strip_distance)

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kMostStrips = kBlockThreads / kTilePairs;  // of a tile
 constexpr int kMostTileBytes = 48 * 1024;                // four blocks to a multiprocessor
-constexpr int kNarrowStrip = 7, kWideStrip = 8, kBackwardRows = 2;
+constexpr int kBackwardRows = 2;
 
 // Rows of a strip of forward.
 CNN_EXT_HOST_DEVICE constexpr int strip_rows(int64_t kernel, int64_t stride) { return kernel == 3 && stride == 1 ? 2 : 1; }
@@ -260,18 +260,6 @@ StripSize forward_strip(const Conv2dShape& s, int width) {
 StripSize backward_strip(const Conv2dShape& s) {
   const int before = static_cast<int>(s.kernel_h - 1) / 2, step = kWideStrip / 2;
   return {kBackwardRows, kWideStrip, before + 1, before + step, 1, step};
-}
-
-// Strips side by side in a tile.
-int64_t tile_cols(int64_t width, int strip_width) {
-  const int64_t strips = ceil_div<int64_t>(width, strip_width);
-  return strips == 3 ? 3 : larger<int64_t>(1, smaller<int64_t>(strips, 2));
-}
-
-// The strip that covers less beyond the width.
-int strip_width(int64_t width) {
-  const auto covered = [&](int strip) { return ceil_div(width, tile_cols(width, strip) * strip) * tile_cols(width, strip) * strip; };
-  return covered(kNarrowStrip) < covered(kWideStrip) ? kNarrowStrip : kWideStrip;
 }
 
 // What a launch takes from one tensor to another one.

@@ -2,16 +2,16 @@
 // dilation, of an even number of channels:
 //   grad_weight[c, r, s] = sum over n, oh, ow of grad_output[n, oh, ow, c] * input[n, ih, iw, c].
 //
-// A thread keeps the sums of two channels in registers, of 3 rows of taps or, of 7 x 7, of 2, and walks down columns of 4
-// outputs a row: the inputs that a row meets stay in registers, move up for the next one, and what follows is read meanwhile. 16 threads
-// share a column, a block takes 8 columns of 32 channels at a time and adds up its sums at the end. The columns are divided into splits,
-// whose partial sums a second launch adds up (pixel_reduction.cuh).
+// A block walks over tiles of outputs of 32 channels, for each of which it stages gradients and inputs (channel_tile.cuh). A thread keeps
+// the sums of a row of taps (3 x 3: of all) of two channels in registers and takes every kLanes-th strip of 7 or 8 outputs of a row: their
+// gradients and the inputs that they meet are read and widened once for all its taps. At the end the block adds up its lanes. The tiles are
+// divided into splits, whose partial sums a second launch adds up (pixel_reduction.cuh).
 //
-// The order of additions follows the shape alone. Outside the tensors are zeros; a thread whose sums are not numbers sums again over what
-// is inside, so that padding never multiplies.
+// The order of additions follows the shape alone. Outside the tensors are zeros; a block whose sums are not all numbers sums again over
+// what is inside, so that padding never multiplies.
 //
-// Not handled: several filters for a channel; float64. Bound by multiplications at 7 x 7, by the second-level cache at 3 x 3.
-#include "cuda/channel_pair.cuh"
+// Not handled: several filters for a channel; float64.
+#include "cuda/channel_tile.cuh"
 #include "cuda/limits.h"
 #include "cuda/pixel_reduction.cuh"
 #include "cuda/thread_places.h"
@@ -19,182 +19,174 @@
 namespace cnn_ext::cuda {
 namespace {
 
-constexpr int kWarp = 32, kColumnPairs = 16, kBlockColumns = 8, kThreads = kColumnPairs * kBlockColumns, kWarps = kThreads / kWarp;
-constexpr int kBlockChannels = kPair * kColumnPairs, kWidth = 4;  // kWidth: outputs of a row of a column
+// Rows of taps of a thread, and threads of a block that share them and a pair of channels.
+CNN_EXT_HOST_DEVICE constexpr int tap_rows_of(int64_t kernel) { return kernel == 3 ? 3 : 1; }
+CNN_EXT_HOST_DEVICE constexpr int tap_groups_of(int64_t kernel) { return static_cast<int>(kernel) / tap_rows_of(kernel); }
+CNN_EXT_HOST_DEVICE constexpr int lanes_of(int64_t kernel) { return kBlockThreads / kTilePairs / tap_groups_of(kernel); }
+CNN_EXT_HOST_DEVICE constexpr int threads_of(int64_t kernel) { return lanes_of(kernel) * tap_groups_of(kernel) * kTilePairs; }
 
-// Rows of taps of a thread, as registers allow.
-CNN_EXT_HOST_DEVICE constexpr int tap_rows_of(int64_t kernel) { return kernel == 7 ? 2 : 3; }
+constexpr int kMostTileBytes = 64 * 1024;  // three blocks to a multiprocessor
+// Rows of a tile of outputs: enough work for a block, and enough blocks.
+int most_tile_rows(int64_t kernel) { return kernel == 3 ? 16 : 8; }
 
 struct WeightProblem {
   int channels, in_h, in_w, out_h, out_w, pad_top, pad_left;
-  int blocks_of_channels, parts, split_size;  // parts: of the rows of taps; split_size: columns
-  int rows;                                   // of a column
+  int blocks_of_channels, split_size;  // of tiles
+  FastDivisor tile_rows;
+  int tile_cols;  // in strips
+  TileExtent gradients, inputs;
+  bool has_whole_gradients, has_whole_inputs;  // in chunks
 };
 
-// What a thread sums: the rows of taps from first_row on of the channels from `channel` on.
+// What a block sums.
+struct BlockSums {
+  __device__ BlockSums(const WeightProblem& p, const ThreadPlaces& tiles) {
+    split = static_cast<int>(blockIdx.x) / p.blocks_of_channels;
+    first_channel = (static_cast<int>(blockIdx.x) - split * p.blocks_of_channels) * kTileChannels;
+    begin = split * p.split_size, end = smaller(tiles.count(), begin + p.split_size);
+  }
+  int split, first_channel, begin, end;
+};
+
+// What a thread sums: neighbouring threads take neighbouring channels, then taps.
 struct ThreadSums {
-  __device__ ThreadSums(const WeightProblem& p, int tap_rows) {
-    const int block = static_cast<int>(blockIdx.x), rest = block / p.blocks_of_channels;
-    first_channel = block % p.blocks_of_channels * kBlockChannels;
-    channel = first_channel + static_cast<int>(threadIdx.x) % kColumnPairs * kPair;
-    split = rest / p.parts, first_row = rest % p.parts * tap_rows;
+  __device__ explicit ThreadSums(int kernel) {
+    const int group = static_cast<int>(threadIdx.x) / kTilePairs, groups = tap_groups_of(kernel);
+    of_block = static_cast<int>(threadIdx.x) % kTilePairs * kPair;
+    lane = group / groups, first_row = group % groups * tap_rows_of(kernel);
   }
-  int first_channel, channel, split, first_row;
+  int of_block, lane, first_row;
 };
 
-// A column of outputs of a pair of channels, and the inputs that its taps meet.
-template <class T, int kKernel, int kStride, bool kWhole>
-struct PairColumn {
-  static constexpr int kInCols = (kWidth - 1) * kStride + kKernel;
+// A staged tile.
+template <class T, int kKernel, int kStride, int kWidth>
+struct WeightTile {
+  static constexpr int kTapRows = tap_rows_of(kKernel), kInCols = (kWidth - 1) * kStride + kKernel;
+  using Sums = PairValues[kTapRows][kKernel];
 
-  __device__ PairColumn(const WeightProblem& problem, const ThreadPlaces::Place& place, const ThreadSums& sums, const T* grad_output,
-                        const T* input)
+  __device__ WeightTile(const WeightProblem& problem, const ThreadPlaces::Place& tile_place)
       : p(problem),
-        out_h(place.row * p.rows),
-        out_w(place.column * kWidth),
-        rows(smaller(p.rows, p.out_h - out_h)),
-        first_h(out_h * kStride - p.pad_top + sums.first_row),
-        first_w(out_w * kStride - p.pad_left),
-        gradients(grad_output + static_cast<int64_t>(place.image) * p.out_h * p.out_w * p.channels + sums.channel),
-        inputs(input + static_cast<int64_t>(place.image) * p.in_h * p.in_w * p.channels + sums.channel) {}
-  __device__ PairWords<T> gradient(int j, int i) const {
-    return pair_at<kWhole>(gradients, p.out_h, p.out_w, p.channels, out_h + j, out_w + i);
-  }
-  __device__ PairWords<T> input(int y, int x) const {
-    return pair_at<kWhole>(inputs, p.in_h, p.in_w, p.channels, first_h + y, first_w + x);
-  }
-  __device__ void fetch_gradients(int j, PairWords<T> (&row)[kWidth]) const {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) row[i] = gradient(j, i);
-  }
-  __device__ void fetch_inputs(int y, PairWords<T> (&row)[kInCols]) const {
-#pragma unroll
-    for (int x = 0; x < kInCols; ++x) row[x] = input(y, x);
-  }
-  __device__ bool has_input(int y, int x) const {
-    return first_h + y >= 0 && first_h + y < p.in_h && first_w + x >= 0 && first_w + x < p.in_w;
+        place(tile_place),
+        out_h(place.row * p.tile_rows.divisor()),
+        out_w(place.column * p.tile_cols * kWidth),
+        staged_gradients(dynamic_shared<unsigned char>()),
+        staged_inputs(staged_gradients + p.gradients.bytes()) {}
+
+  __device__ void stage(const T* grad_output, const T* input, int first_channel) const {
+    const int64_t image = place.image;
+    const ChannelsImage<T> gradients{grad_output + image * p.out_h * p.out_w * p.channels, p.out_h, p.out_w, p.channels,
+                                     p.has_whole_gradients};
+    const ChannelsImage<T> inputs{input + image * p.in_h * p.in_w * p.channels, p.in_h, p.in_w, p.channels, p.has_whole_inputs};
+    stage_tile(gradients, first_channel, out_h, out_w, p.gradients, staged_gradients);
+    stage_tile(inputs, first_channel, out_h * kStride - p.pad_top, out_w * kStride - p.pad_left, p.inputs, staged_inputs);
+    cp_async_commit();
+    cp_async_wait<0>();
   }
 
-  const WeightProblem& p;
-  int out_h, out_w, rows, first_h, first_w;
-  const T *gradients, *inputs;
-};
-
-// has_last: the last row of taps exists.
-template <class T, int kKernel, int kStride, bool kWhole, int kTapRows>
-__device__ void add_column(const PairColumn<T, kKernel, kStride, kWhole>& column, bool has_last, float (&sums)[kTapRows][kKernel][kPair]) {
-  using Column = PairColumn<T, kKernel, kStride, kWhole>;
-  PairWords<T> gradients[kWidth], window[kTapRows][Column::kInCols];
-  column.fetch_gradients(0, gradients);
-#pragma unroll
-  for (int y = 0; y < kTapRows; ++y) column.fetch_inputs(y, window[y]);
-#pragma unroll 1
-  for (int j = 0; j < column.rows; ++j) {
-    PairWords<T> next[kWidth];
-    column.fetch_gradients(j + 1, next);
+  // The strip at (row, col) of the tile.
+  __device__ void add(const ThreadSums& thread, int row, int col, Sums& sums) const {
+    PairValues gradients[kWidth];
+    load_pixels<T>(gradient_at(thread, row, col * kWidth), gradients);
 #pragma unroll
     for (int r = 0; r < kTapRows; ++r) {
-      if (r == kTapRows - 1 && !has_last) continue;
+      PairValues inputs[kInCols];
+      load_pixels<T>(input_at(thread, row * kStride + thread.first_row + r, col * kWidth * kStride), inputs);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
 #pragma unroll
-        for (int s = 0; s < kKernel; ++s) {
+        for (int s = 0; s < kKernel; ++s) add_product(sums[r][s], gradients[i], inputs[i * kStride + s]);
+      }
+    }
+  }
+
+  // The same of what exists alone.
+  __device__ void add_inside(const ThreadSums& thread, int row, int col, Sums& sums) const {
+    if (out_h + row >= p.out_h) return;
+#pragma unroll 1
+    for (int i = col * kWidth; i < smaller((col + 1) * kWidth, p.out_w - out_w); ++i) {
+      const PairValues gradient = staged_pair<T>(gradient_at(thread, row, i));
 #pragma unroll
-          for (int e = 0; e < kPair; ++e) sums[r][s][e] = fma(gradients[i].at(e), window[r][i * kStride + s].at(e), sums[r][s][e]);
+      for (int r = 0; r < kTapRows; ++r) {
+#pragma unroll
+        for (int s = 0; s < kKernel; ++s) {
+          const int y = row * kStride + thread.first_row + r, x = i * kStride + s;
+          const int h = out_h * kStride - p.pad_top + y, w = out_w * kStride - p.pad_left + x;
+          if (h < 0 || h >= p.in_h || w < 0 || w >= p.in_w) continue;
+          add_product(sums[r][s], gradient, staged_pair<T>(input_at(thread, y, x)));
         }
       }
     }
-#pragma unroll
-    for (int x = 0; x < Column::kInCols; ++x) {
-#pragma unroll
-      for (int y = 0; y < kTapRows - kStride; ++y) window[y][x] = window[y + kStride][x];
-    }
-#pragma unroll
-    for (int y = kTapRows - kStride; y < kTapRows; ++y) column.fetch_inputs((j + 1) * kStride + y, window[y]);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) gradients[i] = next[i];
   }
-}
 
-// The same of what exists alone.
-template <class T, int kKernel, int kStride, bool kWhole, int kTapRows>
-__device__ void add_inside(const PairColumn<T, kKernel, kStride, kWhole>& column, float (&sums)[kTapRows][kKernel][kPair]) {
+  __device__ const unsigned char* gradient_at(const ThreadSums& thread, int y, int x) const {
+    return staged_gradients + y * p.gradients.pitch + x * kPixelBytes<T> + thread.of_block * static_cast<int>(sizeof(T));
+  }
+  __device__ const unsigned char* input_at(const ThreadSums& thread, int y, int x) const {
+    return staged_inputs + y * p.inputs.pitch + x * kPixelBytes<T> + thread.of_block * static_cast<int>(sizeof(T));
+  }
+
+  const WeightProblem& p;
+  ThreadPlaces::Place place;
+  int out_h, out_w;
+  unsigned char *staged_gradients, *staged_inputs;
+};
+
+// Blocks are numbered by channels, then split.
+template <class T, int kKernel, int kStride, int kWidth>
+__global__ void __launch_bounds__(threads_of(kKernel), 3)
+    sum_channels(WeightProblem p, ThreadPlaces tiles, const T* __restrict__ grad_output, const T* __restrict__ input,
+                 float* __restrict__ partials) {
+  using Tile = WeightTile<T, kKernel, kStride, kWidth>;
+  constexpr int kLanes = lanes_of(kKernel), kTaps = kKernel * kKernel;
+  const BlockSums block(p, tiles);
+  const ThreadSums thread(kKernel);
+  const int strips = p.tile_rows.divisor() * p.tile_cols;
+  PairValues sums[tap_rows_of(kKernel)][kKernel] = {};
+  // Calls add(tile, row, col) for the strips of the thread.
+  const auto for_each_strip = [&](const auto& add) {
 #pragma unroll 1
-  for (int output = 0; output < column.rows * kWidth; ++output) {
-    const int j = output / kWidth, i = output % kWidth;
-    if (column.out_w + i >= column.p.out_w) continue;
-    const PairWords<T> gradient = column.gradient(j, i);
-#pragma unroll
-    for (int r = 0; r < kTapRows; ++r) {
-#pragma unroll
-      for (int s = 0; s < kKernel; ++s) {
-        const int y = j * kStride + r, x = i * kStride + s;
-        if (!column.has_input(y, x)) continue;
-        const PairWords<T> input = column.input(y, x);
-#pragma unroll
-        for (int e = 0; e < kPair; ++e) sums[r][s][e] = fma(gradient.at(e), input.at(e), sums[r][s][e]);
+    for (int i = block.begin; i < block.end; ++i) {
+      const Tile tile(p, tiles.at(i));
+      __syncthreads();  // the tile before has been read
+      tile.stage(grad_output, input, block.first_channel);
+      __syncthreads();
+#pragma unroll 1
+      for (int strip = thread.lane; strip < strips; strip += kLanes) {
+        const int col = p.tile_rows.quotient(strip);
+        add(tile, strip - col * p.tile_rows.divisor(), col);
       }
     }
+  };
+  for_each_strip([&](const Tile& tile, int row, int col) { tile.add(thread, row, col, sums); });
+  if (__syncthreads_or(!are_numbers(sums)) != 0) {
+#pragma unroll
+    for (auto& row : sums) {
+#pragma unroll
+      for (auto& sum : row) sum = {};
+    }
+    for_each_strip([&](const Tile& tile, int row, int col) { tile.add_inside(thread, row, col, sums); });
+    __syncthreads();
   }
-}
-
-// Whether none of them is a NaN, nor two of them infinities of different signs.
-template <int kTapRows, int kKernel>
-__device__ bool are_numbers(const float (&sums)[kTapRows][kKernel][kPair]) {
-  float total = 0;
+  float* of_lanes = dynamic_shared<float>();  // [kLanes][kTaps][kFilterPitch]
 #pragma unroll
-  for (int i = 0; i < kTapRows * kKernel * kPair; ++i) total += sums[i / kPair / kKernel][i / kPair % kKernel][i % kPair];
-  return !isnan(total);
-}
-
-// Blocks to a multiprocessor, as registers allow.
-template <int kKernel, int kStride>
-constexpr int kResidentBlocks = (kKernel == 5 ? 3 : 4) - (kStride - 1);
-
-// Blocks are numbered by channels, part, split.
-template <class T, int kKernel, int kStride, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kKernel, kStride>)
-    sum_channels(WeightProblem p, ThreadPlaces columns, const T* __restrict__ grad_output, const T* __restrict__ input,
-                 float* __restrict__ partials) {
-  using Column = PairColumn<T, kKernel, kStride, kWhole>;
-  constexpr int kTapRows = tap_rows_of(kKernel), kTaps = kTapRows * kKernel;
-  __shared__ float of_warps[kWarps][kTaps][kBlockChannels + 1];  // channels and taps in different banks
-  const ThreadSums thread(p, kTapRows);
-  const bool has_last = thread.first_row + kTapRows <= kKernel;
-  const int begin = thread.split * p.split_size + static_cast<int>(threadIdx.x) / kColumnPairs;
-  const int end = thread.channel < p.channels ? smaller(columns.count(), (thread.split + 1) * p.split_size) : 0;
-  float sums[kTapRows][kKernel][kPair] = {};
-#pragma unroll 1
-  for (int i = begin; i < end; i += kBlockColumns) {
-    add_column(Column(p, columns.at(i), thread, grad_output, input), has_last, sums);
-  }
-  if (!are_numbers(sums)) {
+  for (int r = 0; r < tap_rows_of(kKernel); ++r) {
 #pragma unroll
-    for (int i = 0; i < kTaps * kPair; ++i) sums[i / kPair / kKernel][i / kPair % kKernel][i % kPair] = 0;
-#pragma unroll 1
-    for (int i = begin; i < end; i += kBlockColumns) add_inside(Column(p, columns.at(i), thread, grad_output, input), sums);
-  }
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
-#pragma unroll
-    for (int e = 0; e < kPair; ++e) {
-      float sum = sums[tap / kKernel][tap % kKernel][e];
-      sum += __shfl_down_sync(0xFFFFFFFF, sum, kColumnPairs);
-      if (lane < kColumnPairs) of_warps[warp][tap][lane * kPair + e] = sum;
+    for (int s = 0; s < kKernel; ++s) {
+      const int tap = (thread.first_row + r) * kKernel + s;
+      const Vector<float, kPair> pair{{sums[r][s].value[0], sums[r][s].value[1]}};
+      store_vector(of_lanes + (thread.lane * kTaps + tap) * kFilterPitch + thread.of_block, pair);
     }
   }
   __syncthreads();
-  const int first_tap = thread.first_row * kKernel, taps = smaller(kTaps, kKernel * kKernel - first_tap);
-  const int count = smaller(kBlockChannels, p.channels - thread.first_channel) * taps;
-  float* result = partials + (static_cast<int64_t>(thread.split) * p.channels + thread.first_channel) * kKernel * kKernel + first_tap;
+  const int count = smaller(kTileChannels, p.channels - block.first_channel) * kTaps;
+  float* result = partials + (static_cast<int64_t>(block.split) * p.channels + block.first_channel) * kTaps;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const int channel = i / taps, tap = i % taps;
-    float sum = of_warps[0][tap][channel];
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += threads_of(kKernel)) {
+    const int channel = i / kTaps, tap = i - channel * kTaps;
+    float sum = 0;
 #pragma unroll
-    for (int other = 1; other < kWarps; ++other) sum += of_warps[other][tap][channel];
-    result[channel * kKernel * kKernel + tap] = sum;
+    for (int lane = 0; lane < kLanes; ++lane) sum += of_lanes[(lane * kTaps + tap) * kFilterPitch + channel];
+    result[i] = sum;
   }
 }
 
@@ -204,61 +196,95 @@ bool accepts(const Conv2dShape& s) {
   return s.layout == Layout::nhwc && s.groups == s.in_channels && s.in_channels == s.out_channels && s.in_channels % kPair == 0 &&
          has_kernel && s.stride_w == stride && (stride == 1 || stride == 2) && s.dilation_h == 1 && s.dilation_w == 1 &&
          s.dtype != DType::float64 && has_int_extents(s) &&
-         all_below(kMaxExtent, {product({s.batch, s.out_h + kWidth, s.out_w + kWidth}), product({s.in_channels, kernel, kernel}),
+         all_below(kMaxExtent, {product({s.batch, s.out_h + 1, s.out_w + 1}), product({s.in_channels, kernel, kernel}),
                                 product({s.in_h, s.in_w, s.in_channels}), product({s.out_h, s.out_w, s.in_channels})});
 }
 
-// Rows of a column: all columns have about as many.
-int64_t column_rows(const Conv2dShape& s) {
-  const int64_t most = s.stride_h == 1 ? 8 : 4;
-  return s.out_h == 0 ? 1 : ceil_div(s.out_h, ceil_div(s.out_h, most));
-}
+// A tile, of strips of outputs, and what is staged for it. All tiles have about as many rows.
+struct TileSize {
+  explicit TileSize(const Conv2dShape& s)
+      : width(strip_width(s.out_w)),
+        cols(static_cast<int>(tile_cols(s.out_w, width))),
+        rows(rows_of(s)),
+        gradients(rows, cols * width, pixel_bytes(s), 1),
+        inputs(in_extent(s, rows), in_extent(s, cols * width), pixel_bytes(s), static_cast<int>(s.stride_h)) {}
+  size_t shared_bytes(int64_t kernel) const {
+    return static_cast<size_t>(larger(gradients.bytes() + inputs.bytes(), lanes_of(kernel) * filter_bytes(kernel)));
+  }
+  int width, cols, rows;  // width: of a strip; cols: strips
+  TileExtent gradients, inputs;
 
-// How the columns are divided among blocks.
+ private:
+  static int pixel_bytes(const Conv2dShape& s) { return kTileChannels * (s.dtype == DType::float32 ? 4 : 2); }
+  static int in_extent(const Conv2dShape& s, int extent) { return static_cast<int>((extent - 1) * s.stride_h + s.kernel_h); }
+  int rows_of(const Conv2dShape& s) const {
+    const auto fits = [&](int most) {
+      const int pixels = most * (cols * width + 1) + in_extent(s, most) * (in_extent(s, cols * width) + 1);
+      return pixels * pixel_bytes(s) <= kMostTileBytes;
+    };
+    int most = most_tile_rows(s.kernel_h);
+    while (most > 1 && !fits(most)) --most;
+    return s.out_h == 0 ? 1 : static_cast<int>(ceil_div(s.out_h, ceil_div<int64_t>(s.out_h, most)));
+  }
+};
+
+// How the tiles are divided among blocks.
 struct Division {
   explicit Division(const Conv2dShape& s)
-      : columns(s.batch, ceil_div(s.out_h, column_rows(s)), ceil_div<int64_t>(s.out_w, kWidth), 1),
-        blocks_of_channels(ceil_div<int64_t>(s.in_channels, kBlockChannels)),
-        parts(ceil_div<int64_t>(s.kernel_h, tap_rows_of(s.kernel_h))),
+      : tile(s),
+        tiles(s.batch, ceil_div<int64_t>(s.out_h, tile.rows), ceil_div<int64_t>(s.out_w, tile.cols * tile.width), 1),
+        blocks_of_channels(ceil_div<int64_t>(s.in_channels, kTileChannels)),
         targets(s.in_channels * s.kernel_h * s.kernel_w),
-        splits(split_sum(columns.count(), blocks_of_channels * parts, targets, kBlockColumns, kBlockColumns)) {}
-  int64_t blocks() const { return blocks_of_channels * parts * splits.count; }
-  ThreadPlaces columns;
-  int64_t blocks_of_channels, parts, targets;
+        splits(split_sum(tiles.count(), blocks_of_channels, targets, 1, 1)) {}
+  int64_t blocks() const { return blocks_of_channels * splits.count; }
+  TileSize tile;
+  ThreadPlaces tiles;
+  int64_t blocks_of_channels, targets;
   Splits splits;
 };
 
 Plan plan(const Conv2dShape& s) {
   const Division division(s);
-  return {kBlockChannels, kBlockColumns * column_rows(s) * kWidth, division.blocks(),
+  return {kTileChannels, int64_t{division.tile.rows} * division.tile.cols * division.tile.width, division.blocks(),
           partials_bytes(s.dtype, division.splits, division.targets)};
 }
 
-template <class T, bool kWhole>
+template <class T, int kWidth>
+auto function_of(int64_t kernel, int64_t stride) {
+  return kernel == 7   ? sum_channels<T, 7, 1, kWidth>
+         : kernel == 5 ? (stride == 1 ? sum_channels<T, 5, 1, kWidth> : sum_channels<T, 5, 2, kWidth>)
+         : stride == 1 ? sum_channels<T, 3, 1, kWidth>
+                       : sum_channels<T, 3, 2, kWidth>;
+}
+
+template <class T>
 void launch_weights(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   const Division division(s);
-  const auto function = s.kernel_h == 7   ? sum_channels<T, 7, 1, kWhole>
-                        : s.kernel_h == 5 ? (s.stride_h == 1 ? sum_channels<T, 5, 1, kWhole> : sum_channels<T, 5, 2, kWhole>)
-                        : s.stride_h == 1 ? sum_channels<T, 3, 1, kWhole>
-                                          : sum_channels<T, 3, 2, kWhole>;
-  const WeightProblem p{static_cast<int>(s.in_channels),  static_cast<int>(s.in_h),
-                        static_cast<int>(s.in_w),         static_cast<int>(s.out_h),
-                        static_cast<int>(s.out_w),        static_cast<int>(s.pad_top),
-                        static_cast<int>(s.pad_left),     static_cast<int>(division.blocks_of_channels),
-                        static_cast<int>(division.parts), static_cast<int>(division.splits.size),
-                        static_cast<int>(column_rows(s))};
-  launch(function, Grid(division.blocks(), kThreads), stream, p, division.columns, static_cast<const T*>(b.grad_output),
-         static_cast<const T*>(b.input), static_cast<float*>(workspace));
+  const TileSize& tile = division.tile;
+  const T *grad_output = static_cast<const T*>(b.grad_output), *input = static_cast<const T*>(b.input);
+  const WeightProblem p{static_cast<int>(s.in_channels),
+                        static_cast<int>(s.in_h),
+                        static_cast<int>(s.in_w),
+                        static_cast<int>(s.out_h),
+                        static_cast<int>(s.out_w),
+                        static_cast<int>(s.pad_top),
+                        static_cast<int>(s.pad_left),
+                        static_cast<int>(division.blocks_of_channels),
+                        static_cast<int>(division.splits.size),
+                        FastDivisor(tile.rows),
+                        tile.cols,
+                        tile.gradients,
+                        tile.inputs,
+                        has_whole_vectors<kChunk<T>>(grad_output, s.in_channels),
+                        has_whole_vectors<kChunk<T>>(input, s.in_channels)};
+  const auto function = (tile.width == kNarrowStrip ? function_of<T, kNarrowStrip> : function_of<T, kWideStrip>)(s.kernel_h, s.stride_h);
+  launch(function, Grid(division.blocks(), threads_of(s.kernel_h), tile.shared_bytes(s.kernel_h)), stream, p, division.tiles, grad_output,
+         input, static_cast<float*>(workspace));
   launch_sum_partials<T>(workspace, division.splits, division.targets, b.grad_weight, stream);
 }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
-  with_single_type(s.dtype, [&](auto element) {
-    using T = decltype(element);
-    const bool is_whole = has_whole_vectors<kPair>(static_cast<const T*>(b.input), s.in_channels) &&
-                          has_whole_vectors<kPair>(static_cast<const T*>(b.grad_output), s.in_channels);
-    (is_whole ? launch_weights<T, true> : launch_weights<T, false>)(s, b, workspace, stream);
-  });
+  with_single_type(s.dtype, [&](auto element) { launch_weights<decltype(element)>(s, b, workspace, stream); });
 }
 
 }  // namespace
