@@ -93,9 +93,6 @@ struct InputProblem {
   bool has_vectors;  // whether grad_output may be read by words
 };
 
-// Of a / b, b > 0, rounded up; a may be negative.
-__device__ inline int ceil_quotient(int a, int b) { return a >= 0 ? ceil_div(a, b) : -(-a / b); }
-
 template <class T, bool kNhwc>
 class PatchBackwardInput {
  public:

@@ -46,6 +46,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_depthwise_large_sm80)     \
   ROW(conv2d_backward_input_depthwise_sm80)           \
   ROW(conv2d_backward_input_depthwise_planes_sm80)    \
+  ROW(conv2d_backward_input_cells_mma_sm80)           \
   ROW(conv2d_backward_input_patch_mma_sm80)           \
   ROW(conv2d_backward_input_groups_mma_sm80)          \
   ROW(conv2d_backward_input_mma_sm80)                 \

@@ -35,6 +35,9 @@ inline bool suits_patch(const Conv2dShape& s) {
          all_below(kMaxExtent, {product({s.in_w, s.in_channels}), product({s.out_h, s.out_w})});
 }
 
+// Of a / b, b > 0, rounded up; a may be negative.
+CNN_EXT_HOST_DEVICE inline int ceil_quotient(int a, int b) { return a >= 0 ? ceil_div(a, b) : -(-a / b); }
+
 inline int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // The width of a tile: 32, 16 or 8 pixels.

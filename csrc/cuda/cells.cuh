@@ -1,0 +1,117 @@
+// What the row for few input channels by cells (conv2d_backward_input_cells_mma.cu) multiplies, and where a block keeps it. A cell is a few
+// rows and columns of inputs, as many as the strides or a multiple of them: all cells read outputs at the same distances.
+#pragma once
+
+#include "cuda/limits.h"
+#include "cuda/patch.cuh"
+
+namespace cnn_ext::cuda {
+
+constexpr int kGroupWords = 16;                         // of depth: two instructions deep, 4 words of each of a fragment's four columns
+constexpr int kGroupBytes = kGroupWords * 4;            // of an output
+constexpr int kFragmentRows = 16, kMostFragments = 4;   // of a cell
+constexpr int kTapBytes = kFragmentRows * kGroupBytes;  // of the filters of a fragment: one distance, one group of the depth
+constexpr int kMostOutputs = 4, kLeastCells = 256;      // to a cell along an axis; of an image with more than one
+constexpr int kStageBytes = 32 * 1024;                  // more groups than one at a time up to this
+
+// One axis: a cell of `size` inputs reads the outputs first + cell * outputs + {0 to taps - 1}. Its input i, i + offset inputs after a
+// multiple of the stride, takes the filter's tap r from the output at distance (i + offset - r * dilation) / stride, if that is whole.
+struct CellAxis {
+  CellAxis(int extent, int kernel, int stride, int pad, int dilation, int outputs_)
+      : outputs(outputs_),
+        size(outputs * stride),
+        offset(pad % stride),
+        first_distance(ceil_quotient(offset - (kernel - 1) * dilation, stride)),
+        first(pad / stride + first_distance),
+        taps((offset + size - 1) / stride - first_distance + 1),
+        count(ceil_div(extent, size)) {}
+
+  // The first input of a cell that takes the filter's tap r; the next ones follow at distance `stride`, each an output on.
+  CNN_EXT_HOST_DEVICE int input_of(int r, int stride, int dilation) const {
+    const int from = r * dilation - offset;
+    return from - stride * -ceil_quotient(-from, stride);
+  }
+  CNN_EXT_HOST_DEVICE int tap_of(int r, int stride, int dilation) const {
+    return (input_of(r, stride, dilation) + offset - r * dilation) / stride - first_distance;
+  }
+
+  int outputs, size, offset;
+  int first_distance, first, taps;
+  int count;  // of cells
+};
+
+// The product of a cell.
+struct Cells {
+  Cells(const Conv2dGeometry& g, DType dtype, int outputs_h, int outputs_w)
+      : h(g.in_h, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, outputs_h),
+        w(g.in_w, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, outputs_w),
+        row_terms(w.size * g.group_in),
+        rows(h.size * row_terms),
+        fragments(ceil_div(rows, kFragmentRows)),
+        taps(h.taps * w.taps),
+        groups(ceil_div(ceil_div(g.group_out * bytes_of(dtype), 4), kGroupWords)),
+        filter_bytes(static_cast<int>(smaller<int64_t>(kMostSharedBytes + 1, product({fragments, taps, groups, kTapBytes})))) {}
+
+  int of_image() const { return h.count * w.count; }
+
+  CellAxis h, w;
+  int row_terms, rows, fragments;  // (h, w, channel) of a cell
+  int taps, groups;                // of the depth
+  int filter_bytes;
+};
+
+// The outputs that a tile of cells reads, and where a block keeps things in shared memory, in bytes from its start: the filters, the
+// outputs [group][h][phase of w][w][16 words], where a row and a column of the filters begins, and where a distance leads in the outputs.
+struct CellPatch {
+  CellPatch(const Conv2dGeometry& g, const Cells& cells, const PatchTiles& tiles)
+      : height((tiles.height - 1) * cells.h.outputs + cells.h.taps),
+        width((tiles.width - 1) * cells.w.outputs + cells.w.taps),
+        phase_pitch(ceil_div(width, cells.w.outputs) | 1),  // odd: neighbours are written to different banks
+        row_pitch(cells.w.outputs * phase_pitch),
+        group_bytes(height * row_pitch * kGroupBytes),
+        depth(larger(1, smaller(cells.groups, kStageBytes / group_bytes))),
+        chunks(depth * height * width * (kGroupBytes / kChunkBytes)),
+        outputs(cells.filter_bytes),
+        filter_places(outputs + depth * group_bytes),
+        places(filter_places + (g.kernel_h + g.kernel_w) * static_cast<int>(sizeof(int) * 2)),
+        shared_bytes(ceil_div(places + cells.taps * static_cast<int>(sizeof(int)), kChunkBytes) * kChunkBytes) {}
+
+  int height, width, phase_pitch, row_pitch;  // in outputs
+  int group_bytes, depth;                     // of a group, and how many groups at a time
+  int chunks;                                 // of all of these
+  int outputs, filter_places, places, shared_bytes;
+};
+
+// The cells of a block: 8 for each of its warps, this many times.
+inline PatchTiles cell_tiles(const Cells& cells, int of_warp) {
+  const int all = kBlockThreads / 32 * 8 * of_warp, most_bits = of_warp == 4 ? 5 : of_warp == 2 ? 4 : 3;
+  const int bits = smaller(most_bits, width_bits_of(cells.w.count));
+  return {bits, all >> bits, cells.h.count, cells.w.count};
+}
+
+constexpr int most_cell_tiles(int fragments) { return fragments == 1 ? 4 : 2; }
+
+inline bool fits_shared(const Conv2dGeometry& g, const Cells& cells) {
+  return cells.filter_bytes <= kMostSharedBytes && all_below(kMostSharedBytes, {cells.taps}) &&
+         CellPatch(g, cells, cell_tiles(cells, most_cell_tiles(cells.fragments))).shared_bytes <= kMostSharedBytes;
+}
+
+// By the shape of an image, which the order of additions follows.
+inline Cells cells_of(const Conv2dGeometry& g, DType dtype) {
+  Cells best(g, dtype, 1, 1);
+  for (int h = 1; h <= kMostOutputs; ++h) {
+    for (int w = 1; w <= kMostOutputs; ++w) {
+      const Cells cells(g, dtype, h, w);
+      const bool is_better = cells.taps * best.h.outputs * best.w.outputs < best.taps * h * w;
+      if (cells.fragments == 1 && cells.of_image() >= kLeastCells && is_better && fits_shared(g, cells)) best = cells;
+    }
+  }
+  return best;
+}
+
+inline int cell_tiles_of_warp(const Cells& cells, int64_t batch) {
+  const int most = most_cell_tiles(cells.fragments);
+  return most == 4 && batch * cell_tiles(cells, most).of_image < kMultiprocessors ? 1 : most;
+}
+
+}  // namespace cnn_ext::cuda
