@@ -36,7 +36,8 @@ struct WeightTile {
   static constexpr int kPanelRowBytes = panel_channels * static_cast<int>(sizeof(T)), kPanelBytes = step_pixels * kPanelRowBytes;
   static constexpr int kParts = kRowBoxes + panels;  // that the copy engine is asked for
   static constexpr int kStageBytes = kRowTileBytes + panels * kPanelBytes;
-  static constexpr int kSumPitch = kCols + 4;
+  // Spreads the rows that a warp writes at once over the banks: in 16 bits neighbours, in TF32 every second one.
+  static constexpr int kSumPitch = kCols + (sizeof(T) == 2 ? 8 : 4);
   static constexpr int kSumBytes = rows * kSumPitch * static_cast<int>(sizeof(float));
 };
 
@@ -55,15 +56,15 @@ struct WeightProblem {
   PlaneDecoder pixel_decoder;
 };
 
-// A panel of the columns: some channels of one tap.
+// A panel of the columns: some channels of one tap. Numbered by row of taps, channels, tap of the row.
 struct Panel {
   int first_channel, r, s;
 };
 
 template <class T>
 __device__ Panel panel_at(const WeightProblem<T>& p, int panel, int panel_channels) {
-  const int tap = p.tap_decoder.quotient(panel), r = p.width_decoder.quotient(tap);
-  return {(panel - tap * p.panels_of_tap) * panel_channels, r, tap - r * p.g.kernel_w};
+  const int rest = p.width_decoder.quotient(panel), r = p.tap_decoder.quotient(rest);
+  return {(rest - r * p.panels_of_tap) * panel_channels, r, panel - rest * p.g.kernel_w};
 }
 
 struct WeightBlock {
@@ -91,6 +92,16 @@ __device__ void fetch_part(const WeightProblem<typename Tile::Element>& p, const
   fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
                 exists ? panel.first_channel : p.panels_of_tap * Tile::kPanelChannels, out.w * p.g.stride_w - p.g.pad_left,
                 out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w, panel.r * p.g.dilation_h, barrier);
+}
+
+// Announces and fetches a step of both operands. A thread of each warp asks for every eighth part.
+template <class Tile>
+__device__ void fetch_step(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, unsigned char* stage, uint64_t* barrier,
+                           int pixel) {
+  if (threadIdx.x == 0) announce(barrier, Tile::kStageBytes);
+  if (threadIdx.x % 32 > 0) return;
+#pragma unroll
+  for (int part = threadIdx.x / 32; part < Tile::kParts; part += kBlockThreads / 32) fetch_part<Tile>(p, b, stage, barrier, pixel, part);
 }
 
 // Replaces every sum that is NaN by that of the products that exist.
@@ -127,9 +138,10 @@ template <class Tile, int kNextRow, int kCount>
 __device__ bool write_sums(const float (&sums)[kCount], float* corner) {
   bool meets_nan = false;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    corner[i % 4 / 2 * kNextRow * Tile::kSumPitch + i / 4 * 8 + i % 2] = sums[i];
-    meets_nan |= isnan(sums[i]);
+  for (int i = 0; i < kCount; i += 2) {
+    float* pair = corner + i % 4 / 2 * kNextRow * Tile::kSumPitch + i / 4 * 8;
+    *reinterpret_cast<float2*>(pair) = make_float2(sums[i], sums[i + 1]);
+    meets_nan |= isnan(sums[i]) | isnan(sums[i + 1]);
   }
   return meets_nan;
 }
@@ -154,36 +166,42 @@ struct alignas(4 * sizeof(T)) WeightQuad {
   T values[4];
 };
 
-// Shared memory -> this cluster's partial sums, or the result.
+// Shared memory -> this cluster's partial sums, or the result. A thread has four columns of every few lines.
 template <class Tile>
 __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, int cluster, WeightLines lines,
                             const float* sums) {
   using T = typename Tile::Element;
-  constexpr int kQuads = Tile::kCols / 4;
-  const int64_t line = static_cast<int64_t>(p.panels) * Tile::kPanelChannels;
-  const bool whole_quads =
-      p.g.filter.c == 1 && p.g.group_in % 4 == 0 && reinterpret_cast<uintptr_t>(p.grad_weight) % sizeof(WeightQuad<T>) == 0;
-#pragma unroll 2
-  for (int i = lines.first * kQuads + threadIdx.x; i < lines.last * kQuads; i += kBlockThreads) {
-    const int k = b.first_row + i / kQuads, col = i % kQuads * 4, panel = b.first_panel + col / Tile::kPanelChannels;
-    if (k >= p.g.group_out || panel >= p.panels) continue;
-    const float4 quad = *reinterpret_cast<const float4*>(sums + i / kQuads * Tile::kSumPitch + col);
-    if (p.partials != nullptr) {
-      float* target = p.partials + (static_cast<int64_t>(cluster) * p.g.group_out + k) * line + b.first_panel * Tile::kPanelChannels + col;
-      *reinterpret_cast<float4*>(target) = quad;
-      continue;
+  constexpr int kQuads = Tile::kCols / 4, kLinesAtOnce = kBlockThreads / kQuads;
+  const int col = threadIdx.x % kQuads * 4, share = threadIdx.x / kQuads, panel = b.first_panel + col / Tile::kPanelChannels;
+  if (share >= kLinesAtOnce || panel >= p.panels) return;
+  const int last = smaller(lines.last, p.g.group_out - b.first_row);
+  const auto for_lines = [&](const auto& store) {
+#pragma unroll 4
+    for (int line = lines.first + share; line < last; line += kLinesAtOnce) {
+      store(b.first_row + line, *reinterpret_cast<const float4*>(sums + line * Tile::kSumPitch + col));
     }
-    const Panel at = panel_at(p, panel, Tile::kPanelChannels);
-    const int channel = at.first_channel + col % Tile::kPanelChannels;
-    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
-    if (!whole_quads) {
-#pragma unroll
-      for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) store_weight(p, k, at, channel + e, values[e]);
-    } else if (channel < p.g.group_in) {
-      const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
-      *reinterpret_cast<WeightQuad<T>*>(p.grad_weight + k * p.g.filter.n + at.r * p.g.filter.h + at.s * p.g.filter.w + channel) = weights;
-    }
+  };
+  if (p.partials != nullptr) {
+    const int64_t line_sums = static_cast<int64_t>(p.panels) * Tile::kPanelChannels;
+    float* target = p.partials + cluster * p.g.group_out * line_sums + b.first_panel * Tile::kPanelChannels + col;
+    return for_lines([&](int k, const float4& quad) { *reinterpret_cast<float4*>(target + k * line_sums) = quad; });
   }
+  const Panel at = panel_at(p, panel, Tile::kPanelChannels);
+  const int channel = at.first_channel + col % Tile::kPanelChannels;
+  const auto& filter = p.g.filter;
+  if (filter.c == 1 && p.g.group_in % 4 == 0 && reinterpret_cast<uintptr_t>(p.grad_weight) % sizeof(WeightQuad<T>) == 0) {
+    if (channel >= p.g.group_in) return;
+    T* target = p.grad_weight + at.r * filter.h + at.s * filter.w + channel;
+    return for_lines([&](int k, const float4& quad) {
+      const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
+      *reinterpret_cast<WeightQuad<T>*>(target + k * filter.n) = weights;
+    });
+  }
+  for_lines([&](int k, const float4& quad) {
+    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) store_weight(p, k, at, channel + e, values[e]);
+  });
 }
 
 // Gemm offers

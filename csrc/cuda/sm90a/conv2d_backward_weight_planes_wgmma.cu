@@ -29,7 +29,9 @@ class PlanesGemm {
     pin(sums_);
     pipeline(
         barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels<T>),
-        [&](int stage, int step) { fetch(shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels<T>); },
+        [&](int stage, int step) {
+          if (threadIdx.x == 0) fetch(shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels<T>);
+        },
         [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
     pin(sums_);
   }

@@ -26,11 +26,7 @@ class HalfGemm {
     pipeline(
         barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels),
         [&](int stage, int step) {
-          announce(barriers + stage, Tile::kStageBytes);
-#pragma unroll
-          for (int part = 0; part < Tile::kParts; ++part) {
-            fetch_part<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels, part);
-          }
+          fetch_step<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels);
         },
         [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
     pin_sums();

@@ -36,7 +36,9 @@ class TransposingGemm {
   __device__ void accumulate(unsigned char* shared, uint64_t* barriers) {
     const int steps = ceil_div(b_.end - b_.begin, kStepPixels);
     const auto stage_at = [&](int stage) { return shared + kOwnBytes + stage * Tile::kStageBytes; };
-    const auto fetch = [&](int stage, int step) { fetch_share(stage_at(stage), barriers + stage, b_.begin + step * kStepPixels); };
+    const auto fetch = [&](int stage, int step) {
+      fetch_step<Tile>(p_, b_, stage_at(stage), barriers + stage, b_.begin + step * kStepPixels);
+    };
     for (int step = 0; step < smaller(p_.stages, steps); ++step) fetch(step, step);
     pin_sums();
     Ring ring(p_.stages);
@@ -85,16 +87,6 @@ class TransposingGemm {
   __device__ void pin_sums() {
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) pin(sums_[tile]);
-  }
-
-  // A thread of each warp asks for every eighth part of a step.
-  __device__ void fetch_share(unsigned char* stage, uint64_t* barrier, int pixel) const {
-    if (threadIdx.x == 0) announce(barrier, Tile::kStageBytes);
-    if (threadIdx.x % 32 > 0) return;
-#pragma unroll
-    for (int part = threadIdx.x / 32; part < Tile::kParts; part += kBlockThreads / 32) {
-      fetch_part<Tile>(p_, b_, stage, barrier, pixel, part);
-    }
   }
 
   // The panels [pixel][channel] -> columns [channel][pixel in the order of the depth], both swizzled. A thread takes four channels of the

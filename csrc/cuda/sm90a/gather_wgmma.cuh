@@ -249,7 +249,9 @@ class WgmmaGatherGemm {
     pin(sums_);
     pipeline(
         barriers, p_.stages, end - begin,
-        [&](int stage, int step) { fetch(shared + stage * gather_stage_bytes(kCols), barriers + stage, begin + step, first); },
+        [&](int stage, int step) {
+          if (threadIdx.x == 0) fetch(shared + stage * gather_stage_bytes(kCols), barriers + stage, begin + step, first);
+        },
         [&](int stage, int step) {
           if (kManyParts && step == part_end) {
             wgmma_wait<0>();

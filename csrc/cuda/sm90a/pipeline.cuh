@@ -1,4 +1,4 @@
-// The main loop of the products: one thread fetches steps of the depth into a ring of stages while two warpgroups multiply them.
+// The main loop of the products: steps of the depth are fetched into a ring of stages while two warpgroups multiply them.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -46,20 +46,18 @@ class Ring {
   int stages_, stage_, parity_ = 0;
 };
 
-// fetch(stage, step), called by one thread, announces and fetches a step; multiply(stage, step), called by all, queues its products. One
-// stage is multiplied, one has just been, the others are on their way. Afterwards shared memory is free.
+// Called by all threads: fetch(stage, step) announces and fetches a step, multiply(stage, step) queues its products. One stage is
+// multiplied, one has just been, the others are on their way. Afterwards shared memory is free.
 template <class Fetch, class Multiply>
 __device__ void pipeline(uint64_t* barriers, int stages, int steps, const Fetch& fetch, const Multiply& multiply) {
   const int ahead = stages - 2;
-  if (threadIdx.x == 0) {
-    for (int step = 0; step < smaller(ahead, steps); ++step) fetch(step, step);
-  }
+  for (int step = 0; step < smaller(ahead, steps); ++step) fetch(step, step);
   Ring ring(stages), next(stages, ahead);
   for (int step = 0; step < steps; ++step) {
     __syncthreads();  // all warpgroups are done with the step before the last, whose stage is the next to be filled
     wait_barrier(barriers + ring.stage(), ring.parity());
     multiply(ring.stage(), step);
-    if (threadIdx.x == 0 && step + ahead < steps) fetch(next.stage(), step + ahead);
+    if (step + ahead < steps) fetch(next.stage(), step + ahead);
     ring.advance();
     next.advance();
     wgmma_wait<1>();
