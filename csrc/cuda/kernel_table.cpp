@@ -10,6 +10,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_patch_wgmma_sm90a)   \
   ROW(conv2d_backward_input_wgmma_sm90a)         \
   ROW(conv2d_backward_weight_planes_wgmma_sm90a) \
+  ROW(conv2d_backward_weight_patch_wgmma_sm90a)  \
   ROW(conv2d_backward_weight_wgmma_sm90a)        \
   ROW(conv2d_backward_weight_wgmma_tf32_sm90a)
 #define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)        \

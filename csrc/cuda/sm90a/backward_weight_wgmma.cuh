@@ -41,6 +41,14 @@ struct WeightTile {
   static constexpr int kSumBytes = rows * kSumPitch * static_cast<int>(sizeof(float));
 };
 
+// What stands for a pixel of the depth in the patch row: a rectangle of an image (conv2d_backward_weight_patch_wgmma.cu). Elsewhere it is
+// one pixel.
+struct WeightRectangle {
+  int lines, width, columns;  // columns: rectangles beside each other
+  int pitch, positions;       // of a line in shared memory; of a step
+  int stage_bytes;
+};
+
 template <class T>
 struct WeightProblem {
   CUtensorMap grad_output_map, input_map;
@@ -54,6 +62,7 @@ struct WeightProblem {
   int row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
   FastDivisor tap_decoder, width_decoder;
   PlaneDecoder pixel_decoder;
+  WeightRectangle rectangle;
 };
 
 // A panel of the columns: some channels of one tap. Numbered by row of taps, channels, tap of the row.
@@ -115,13 +124,16 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
     if (!isnan(*sum) || k >= p.g.group_out || channel >= p.g.group_in) continue;
     float exact = 0;
     for (int pixel = b.begin; pixel < b.end; ++pixel) {
-      const PlaneIndex out = p.pixel_decoder.at(pixel);
-      const int h = out.h * p.g.stride_h - p.g.pad_top + panel.r * p.g.dilation_h;
-      const int w = out.w * p.g.stride_w - p.g.pad_left + panel.s * p.g.dilation_w;
-      if (h < 0 || h >= p.g.in_h || w < 0 || w >= p.g.in_w) continue;
-      const auto* grad_output = p.grad_output + k * p.out.c + out.outer * p.out.n + out.h * p.out.h + out.w * p.out.w;
-      const auto* input = p.input + channel * p.in.c + out.outer * p.in.n + h * p.in.h + w * p.in.w;
-      exact = fmaf(widen(*grad_output), widen(*input), exact);
+      const PlaneIndex at = p.pixel_decoder.at(pixel);
+      for (int i = 0; i < p.rectangle.lines * p.rectangle.width; ++i) {
+        const int out_h = at.h * p.rectangle.lines + i / p.rectangle.width, out_w = at.w * p.rectangle.width + i % p.rectangle.width;
+        const int h = out_h * p.g.stride_h - p.g.pad_top + panel.r * p.g.dilation_h;
+        const int w = out_w * p.g.stride_w - p.g.pad_left + panel.s * p.g.dilation_w;
+        if (out_h >= p.g.out_h || h < 0 || h >= p.g.in_h || w < 0 || w >= p.g.in_w) continue;
+        const auto* grad_output = p.grad_output + k * p.out.c + at.outer * p.out.n + out_h * p.out.h + out_w * p.out.w;
+        const auto* input = p.input + channel * p.in.c + at.outer * p.in.n + h * p.in.h + w * p.in.w;
+        exact = fmaf(widen(*grad_output), widen(*input), exact);
+      }
     }
     *sum = exact;
   }
@@ -144,6 +156,16 @@ __device__ bool write_sums(const float (&sums)[kCount], float* corner) {
     meets_nan |= isnan(sums[i]) | isnan(sums[i + 1]);
   }
   return meets_nan;
+}
+
+// Adds what another warpgroup has written there.
+template <class Tile, int kNextRow, int kCount>
+__device__ void add_sums(float (&sums)[kCount], const float* corner) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(corner + i % 4 / 2 * kNextRow * Tile::kSumPitch + i / 4 * 8);
+    sums[i] += pair.x, sums[i + 1] += pair.y;
+  }
 }
 
 // The partial sums of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
@@ -315,17 +337,18 @@ WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, c
           0,
           FastDivisor(static_cast<int>(d.panels_of_tap)),
           FastDivisor(g.kernel_w),
-          PlaneDecoder(g.out_h, g.out_w)};
+          PlaneDecoder(g.out_h, g.out_w),
+          {1, 1, 1, 1, 1, 0}};
 }
 
 // The sums, and where there are several clusters, theirs.
 template <class Gemm>
 void launch_weight_tile(WeightProblem<typename Gemm::Tile::Element>& problem, const WeightDivision& d, cudaStream_t stream) {
   using Tile = typename Gemm::Tile;
-  problem.stages =
-      pipeline_stages(Tile::kStageBytes, Gemm::kBlocks == 2 && d.blocks() > blocks_at_once(problem.cluster_blocks), Gemm::kOwnBytes);
+  const int stage_bytes = static_cast<int>(d.tile.stage_bytes);
+  problem.stages = pipeline_stages(stage_bytes, Gemm::kBlocks == 2 && d.blocks() > blocks_at_once(problem.cluster_blocks), Gemm::kOwnBytes);
   launch(backward_weight_wgmma<Gemm>,
-         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * Tile::kStageBytes, Tile::kSumBytes),
+         overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * stage_bytes, Tile::kSumBytes),
                           problem.cluster_blocks)),
          stream, problem);
   if (problem.clusters == 1) return;
@@ -334,11 +357,10 @@ void launch_weight_tile(WeightProblem<typename Gemm::Tile::Element>& problem, co
          stream, problem, d.sums, lanes);
 }
 
-// Puts channels innermost where they are not first.
-template <class Gemm>
-void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace, cudaStream_t stream) {
-  using Tile = typename Gemm::Tile;
-  using T = typename Tile::Element;
+// A problem with channels innermost, where they are put first if they are not.
+template <class T>
+WeightProblem<T> staged_weight_problem(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace,
+                                       cudaStream_t stream) {
   auto* staged_input = static_cast<unsigned char*>(workspace);
   auto* staged_grad = staged_input + d.input_bytes;
   if (d.stages_input) {
@@ -351,7 +373,14 @@ void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightD
   }
   const WeightOperand input{d.stages_input ? staged_input : b.input, strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w)};
   const WeightOperand grad_output{d.stages_grad ? staged_grad : b.grad_output, strides_of(Layout::nhwc, d.padded_out, s.out_h, s.out_w)};
-  auto problem = weight_problem<T>(s, d, input, grad_output, staged_grad + d.grad_bytes, b.grad_weight);
+  return weight_problem<T>(s, d, input, grad_output, staged_grad + d.grad_bytes, b.grad_weight);
+}
+
+template <class Gemm>
+void run_weight_tile(const Conv2dShape& s, const Conv2dBuffers& b, const WeightDivision& d, void* workspace, cudaStream_t stream) {
+  using Tile = typename Gemm::Tile;
+  using T = typename Tile::Element;
+  auto problem = staged_weight_problem<T>(s, b, d, workspace, stream);
   const Conv2dGeometry& g = problem.g;
   const int64_t pixels = pixels_of(s);
   const TensorAxes out_axes{{s.out_channels, pixels, 1, 1}, {d.padded_out, d.padded_out * pixels, d.padded_out * pixels}};

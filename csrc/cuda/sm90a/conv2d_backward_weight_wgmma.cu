@@ -110,6 +110,8 @@ void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStre
 
 }  // namespace
 
+int64_t expected_window_cycles(const Conv2dShape& s) { return choose<__half>(s).division.splits.cycles; }
+
 extern const Conv2dKernel conv2d_backward_weight_wgmma_sm90a = {"conv2d_backward_weight_wgmma_sm90a",
                                                                 90,
                                                                 Conv2dDirection::backward_weight,

@@ -25,8 +25,8 @@ struct WeightSplits {
 
 // What the host works out of a shape.
 struct WeightDivision {
-  // in_place: the operands are read as they lie.
-  WeightDivision(const Conv2dShape& s, const WeightTileSizes& sizes, bool in_place = false)
+  // pixels: of the depth. in_place: the operands are read as they lie.
+  WeightDivision(const Conv2dShape& s, const WeightTileSizes& sizes, int64_t pixels, bool in_place = false)
       : tile(sizes),
         element_bytes(s.dtype == DType::float32 ? 4 : 2),
         panels_of_tap(ceil_div(s.in_channels, tile.panel_channels)),
@@ -34,7 +34,7 @@ struct WeightDivision {
         row_tiles(ceil_div(s.out_channels, tile.rows)),
         col_tiles(ceil_div(panels, tile.panels)),
         sums(s.out_channels * panels * tile.panel_channels),
-        splits(split(pixels_of(s))),
+        splits(split(pixels)),
         padded_in(whole_chunks(s.in_channels)),
         padded_out(whole_chunks(s.out_channels)),
         stages_input(!in_place && ((s.layout == Layout::nchw && s.in_h * s.in_w > 1) || padded_in != s.in_channels)),
@@ -126,10 +126,13 @@ WeightChoice choose_tile(const Conv2dShape& s, const WeightCandidate (&candidate
     const WeightTileSizes& tile = candidate.tile;
     const int64_t cols = ceil_div(s.in_channels, tile.panel_channels) * s.kernel_h * s.kernel_w * tile.panel_channels;
     if (!suits_extent(tile.rows, s.out_channels) || !suits_extent(tile.panels * tile.panel_channels, cols)) continue;
-    const WeightDivision division(s, tile, in_place);
+    const WeightDivision division(s, tile, pixels_of(s), in_place);
     if (!best || division.splits.cycles < best->division.splits.cycles) best = WeightChoice{division, candidate};
   }
   return *best;
 }
+
+// That the row of windows in 16 bits is expected to take (conv2d_backward_weight_wgmma.cu).
+int64_t expected_window_cycles(const Conv2dShape& s);
 
 }  // namespace cnn_ext::cuda

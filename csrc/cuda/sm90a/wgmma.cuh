@@ -56,8 +56,8 @@ __device__ void pin(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// D += A * B of one warpgroup, 64 rows by 32, 64, 128 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane % 4, a
-// lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
+// D += A * B of one warpgroup, 64 rows by 32, 64, 128, 192 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane % 4,
+// a lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
 // kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types). Rows of TF32 may also come from registers, as words:
 //   a[0..3] = (row 16 * w + group, depth pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4)
 #define CNN_EXT_SUMS_8(d, i) \
@@ -72,7 +72,12 @@ __device__ void pin(float (&sums)[kCount]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51" \
   ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define CNN_EXT_SUMS_96(d, i) CNN_EXT_SUMS_64(d, i), CNN_EXT_SUMS_32(d, i + 64)
 #define CNN_EXT_SUMS_128(d, i) CNN_EXT_SUMS_64(d, i), CNN_EXT_SUMS_64(d, i + 64)
+#define CNN_EXT_NAMES_96                                                                                 \
+  CNN_EXT_NAMES_64                                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83" \
+  ", %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define CNN_EXT_NAMES_128                                                                                                           \
   CNN_EXT_NAMES_64                                                                                                                  \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, " \
@@ -111,6 +116,8 @@ __device__ void pin(float (&sums)[kCount]) {
 CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
 CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 CNN_EXT_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
+CNN_EXT_WGMMA_16BIT(192, 96, "%96", "%97", "%98", "%99", "%100", __half, "f16")
+CNN_EXT_WGMMA_16BIT(192, 96, "%96", "%97", "%98", "%99", "%100", __nv_bfloat16, "bf16")
 CNN_EXT_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132")
 CNN_EXT_WGMMA_TF32_ROWS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 CNN_EXT_WGMMA_TF32_ROWS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
