@@ -129,8 +129,8 @@ struct PointwiseScratch {
   bool packs_in_tasks;    // every weight is read by one block of points alone: who reads it packs it
   int64_t group_outputs;  // of a group, padded to whole units
   int64_t bias, workers;  // offsets into the workspace, behind the weights packed beforehand
-  int64_t sums, copy, worker_bytes;
-  int64_t unit_sums;  // elements
+  int64_t sums, rows, copy, worker_bytes;
+  int64_t unit_sums, rows_pitch;  // elements
   int64_t total(int threads) const { return workers + threads * worker_bytes; }
 };
 
@@ -158,7 +158,9 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;
   const int64_t summed_units = b.channel_blocks > 1 ? b.units : 1;
   s.unit_sums = writes_in_place ? 0 : b.lines * b.points * Tile::kMaxWidth;
-  s.copy = s.sums + aligned(summed_units * s.unit_sums * kSize);
+  s.rows = s.sums + aligned(summed_units * s.unit_sums * kSize);
+  s.rows_pitch = writes_in_place || !p.dest_has_gaps ? 0 : divide_up(b.lines * b.points, Tile::kV) * Tile::kV;
+  s.copy = s.rows + aligned(Tile::kV * s.rows_pitch * kSize);
   // Behind the last panel there is room for the rest of a vector.
   const int64_t copied =
       b.reading == Reading::panels ? b.points * b.channels : (Tile::kPointsInLanes ? b.channels : b.points) * b.copy_pitch;

@@ -2,6 +2,7 @@
 // source in a narrow row pitch, and sums from [point][output] to planes.
 #pragma once
 
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/transpose.h"
 
 namespace {
@@ -64,30 +65,62 @@ void copy_panels(const T* src, int64_t src_channel, int64_t channels, int64_t po
   }
 }
 
-// sums[point][pitch of outputs] to dst[output * channel_step + point * point_step].
-template <class T>
-void write_planes(const T* sums, int64_t pitch, int64_t points, int64_t outputs, T* dst, int64_t point_step, int64_t channel_step) {
+// Up to kV outputs of sums[point][pitch of outputs], from `first` on, in lanes: body(output, first point, points, vector of them).
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_each_transposed(const T* sums, int64_t pitch, int64_t points, int outputs,
+                                                               const Body& body) {
   constexpr int kV = kLanes<T>;
-  for (int64_t k = 0; k < outputs; k += kV) {
-    const int channels = static_cast<int>(outputs - k < kV ? outputs - k : kV);
-    for (int64_t i = 0; i < points; i += kV) {
-      const int items = static_cast<int>(points - i < kV ? points - i : kV);
-      Vec<T> square[kV];
+  for (int64_t i = 0; i < points; i += kV) {
+    const int items = static_cast<int>(points - i < kV ? points - i : kV);
+    Vec<T> square[kV];
 #pragma GCC unroll 16
-      for (int j = 0; j < kV; ++j) square[j] = j < items ? load(sums + (i + j) * pitch + k) : Vec<T>{};
-      transpose<T>(square);
-      T* place = dst + k * channel_step + i * point_step;
+    for (int j = 0; j < kV; ++j) square[j] = j < items ? load(sums + (i + j) * pitch) : Vec<T>{};
+    transpose<T>(square);
 #pragma GCC unroll 16
-      for (int j = 0; j < kV; ++j) {
-        if (j >= channels) continue;
-        if (point_step == 1) {
-          store_first(place + j * channel_step, square[j], items);
-        } else {
-          for (int l = 0; l < items; ++l) place[j * channel_step + l * point_step] = square[j][l];
-        }
-      }
+    for (int j = 0; j < kV; ++j) {
+      if (j < outputs) body(j, i, items, square[j]);
     }
   }
+}
+
+// sums[point][pitch of outputs] to dst[output * channel_step + point].
+template <class T>
+void write_planes(const T* sums, int64_t pitch, int64_t points, int64_t outputs, T* dst, int64_t channel_step) {
+  constexpr int kV = kLanes<T>;
+  for (int64_t k = 0; k < outputs; k += kV) {
+    T* const first = dst + k * channel_step;
+    for_each_transposed<T>(sums + k, pitch, points, static_cast<int>(outputs - k < kV ? outputs - k : kV),
+                           [&](int j, int64_t i, int items, Vec<T> v) { store_first(first + j * channel_step + i, v, items); });
+  }
+}
+
+// sums[point][pitch of outputs] to rows[output][row_pitch], for up to kV outputs.
+template <class T>
+void transpose_sums(const T* sums, int64_t pitch, int64_t points, int outputs, T* rows, int64_t row_pitch) {
+  for_each_transposed<T>(sums, pitch, points, outputs, [&](int j, int64_t i, int, Vec<T> v) { store(rows + j * row_pitch + i, v); });
+}
+
+// `points` elements to places `step` apart, of `count` elements, the others of which become zeros. `ahead` elements further will be written
+// next.
+template <class T>
+void write_spread(const T* src, int64_t points, int64_t step, T* dst, int64_t count, int64_t ahead) {
+  constexpr int kV = kLanes<T>;
+  const auto put = [&](int64_t at, Vec<T> v) {
+    __builtin_prefetch(dst + at + ahead, 1, 2);
+
+    if (at < count) store_first(dst + at, v, static_cast<int>(count - at < kV ? count - at : kV));
+  };
+  int64_t at = 0;
+  for (int64_t i = 0; i < points && step <= 2; i += kV) {
+    const Vec<T> v = load_first(src + i, static_cast<int>(points - i < kV ? points - i : kV));
+    put(at, step == 1 ? v : interleave_lower<T>(v, Vec<T>{}));
+    at += kV;
+    if (step == 1) continue;
+    put(at, interleave_upper<T>(v, Vec<T>{}));
+    at += kV;
+  }
+  for (; at < count; at += kV) put(at, Vec<T>{});
+  for (int64_t i = 0; i < points && step > 2; ++i) dst[i * step] = src[i];
 }
 
 }  // namespace

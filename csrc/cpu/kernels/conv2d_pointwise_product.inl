@@ -21,10 +21,19 @@ struct Product {
   int64_t source_image, source_row, source_point, source_channel;
   int64_t dest_image, dest_row, dest_point, dest_channel;
   int64_t weight_group, weight_output, weight_channel;
+  int64_t dest_map;    // elements of a plane of the destination
+  bool dest_has_gaps;  // between its points, which are to be zeros
 
   int64_t lines() const { return images * rows; }
   int64_t source_line(int64_t line) const { return line / rows * source_image + line % rows * source_row; }
   int64_t dest_line(int64_t line) const { return line / rows * dest_image + line % rows * dest_row; }
+  // Rather than channels side by side.
+  bool writes_planes() const { return dest_channel != 1; }
+  // From the point `point` of a line to where the next line begins, or the plane ends.
+  int64_t dest_until_next(int64_t line, int64_t point) const {
+    const int64_t row = line % rows;
+    return (row + 1 < rows ? dest_row : dest_map - row * dest_row) - point * dest_point;
+  }
   bool is_empty() const { return groups * outputs * lines() * points == 0; }
 };
 
@@ -34,8 +43,9 @@ inline bool is_pointwise(const Conv2dShape& s) {
          fits(s.in_w, s.out_w, s.stride_w);
 }
 
-// The shortest description: rows without gaps become one line, and so do images.
+// The shortest description: rows without gaps become one line, and so do images. Gaps in planes are filled row by row.
 inline void join_lines(Product& p) {
+  if (p.dest_has_gaps && p.writes_planes()) return;
   if (p.source_row == p.points * p.source_point && p.dest_row == p.points * p.dest_point) {
     p.points *= p.rows;
     p.rows = 1;
@@ -69,7 +79,9 @@ inline Product make_product(Conv2dDirection direction, const Conv2dShape& s) {
     p.source_image = f.dest_image, p.source_row = f.dest_row, p.source_point = f.dest_point, p.source_channel = f.dest_channel;
     p.dest_image = f.source_image, p.dest_row = f.source_row, p.dest_point = f.source_point, p.dest_channel = f.source_channel;
     p.weight_output = f.weight_channel, p.weight_channel = f.weight_output;
+    p.dest_has_gaps = s.out_h * s.out_w < s.in_h * s.in_w;
   }
+  p.dest_map = forward ? s.out_h * s.out_w : s.in_h * s.in_w;
   join_lines(p);
   return p;
 }

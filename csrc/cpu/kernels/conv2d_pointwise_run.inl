@@ -54,6 +54,7 @@ class PointwiseRun {
   T* memory(int64_t offset) const { return reinterpret_cast<T*>(memory_ + offset); }
   T* own_weights(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes); }
   T* own_sums(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.sums); }
+  T* own_rows(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.rows); }
   T* own_copy(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.copy); }
   const T* bias_of(int64_t group, int64_t unit) const {
     return memory(scratch_.bias) + group * scratch_.group_outputs + Tile::first(p_.outputs, unit);
@@ -148,34 +149,68 @@ class PointwiseRun {
   }
 
   // What is fetched while a block is summed: the source of the next one, a part of it with every tile. A source that lies in one piece is
-  // walked through; of larger planes every tile fetches the pieces of some channels, line after line, as memory likes to be read.
+  // walked through; of larger planes every tile fetches the pieces of some channels, line after line, as memory likes to be read, or, with
+  // outputs in the lanes, a line of each.
   struct Ahead {
     const T* source;
-    int64_t part;  // elements from tile to tile
+    int64_t part;           // elements from tile to tile, ...
+    int64_t slices, slice;  // ... after that many tiles, each of which is for channels so many elements further
     int64_t step, jump;
-    int64_t tiles;  // that still fetch
+    int64_t tiles, tile;  // that fetch; those that did
   };
 
   Ahead ahead_of(const Task& task, const Block& block, const Block& next) const {
     const T* source = source_ + task.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
-    if (p_.source_channel == 1 || b_.point_blocks == 1) {
+    if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
       const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
       const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
       const int64_t step = divide_up(elements, tiles * larger(1, p_.channels));
-      return {source, step * b_.channels, step, 0, tiles * b_.channel_blocks};
+      return {source, step * b_.channels, 1, 0, step, 0, tiles * b_.channel_blocks, 0};
     }
-    if (!Tile::kPointsInLanes) return {};
+    if (!Tile::kPointsInLanes) {
+      const int64_t lines = 1 + divide_up(next.lines * next.points * p_.source_point, kLineElements);
+      return {source, kLineElements, b_.channel_blocks, b_.channels * p_.source_channel, p_.source_channel, 0, lines * b_.channel_blocks,
+              0};
+    }
     const int64_t planes = divide_up(b_.channels, kAheadRun);
-    return {source, planes * p_.source_channel, kLineElements, p_.source_channel - kAheadRun * kLineElements,
-            divide_up(p_.channels, larger(1, planes))};
+    return {source,
+            planes * p_.source_channel,
+            1,
+            0,
+            kLineElements,
+            p_.source_channel - kAheadRun * kLineElements,
+            divide_up(p_.channels, larger(1, planes)),
+            0};
   }
 
   static void fetch_ahead(Ahead& ahead, PointwiseTile<T>& tile) {
     tile.ahead = tile.source, tile.ahead_step = 0, tile.ahead_jump = 0;
-    if (ahead.tiles == 0) return;
-    tile.ahead = ahead.source, tile.ahead_step = ahead.step, tile.ahead_jump = ahead.jump;
-    ahead.source += ahead.part;
-    --ahead.tiles;
+    if (ahead.tile == ahead.tiles) return;
+    tile.ahead = ahead.source + ahead.tile / ahead.slices * ahead.part + ahead.tile % ahead.slices * ahead.slice;
+    tile.ahead_step = ahead.step, tile.ahead_jump = ahead.jump;
+    ++ahead.tile;
+  }
+
+  // The sums of a block to lines with gaps, one plane after the other.
+  void write_lines(int worker, const Block& block, const T* sums, int64_t first, int64_t outputs) const {
+    T* const rows = own_rows(worker);
+    for (int64_t k = 0; k < outputs; k += Tile::kV) {
+      const int64_t count = smaller(outputs - k, Tile::kV);
+      transpose_sums(sums + k, Tile::kMaxWidth, block.lines * block.points, static_cast<int>(count), rows, scratch_.rows_pitch);
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t i = 0; i < block.lines; ++i) {
+          T* const dest = dest_ + p_.dest_line(block.line + i) + (first + k + j) * p_.dest_channel + block.point * p_.dest_point;
+          write_spread(rows + j * scratch_.rows_pitch + i * block.points, block.points, p_.dest_point, dest, written_elements(block, i),
+                       p_.dest_channel);
+        }
+      }
+    }
+  }
+
+  // Of a plane, with the i-th line of a block: who writes the end of a line writes the gap behind it.
+  int64_t written_elements(const Block& block, int64_t i) const {
+    const bool is_end = block.point + block.points == p_.points;
+    return is_end ? p_.dest_until_next(block.line + i, block.point) : block.points * p_.dest_point;
   }
 
   // Of the places where a tile's sums go, before they are first touched: in planes the last line of each output, else the points.
@@ -194,6 +229,7 @@ class PointwiseRun {
     const int64_t first = task.group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
     const int64_t width = Tile::width(p_.outputs, unit), tile_points = Tile::tile_points(block.points);
     const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1, panels = b_.reading == Reading::panels;
+    const bool writes_sums = !in_place && channel_block == b_.channel_blocks - 1;
     PointwiseTile<T> tile{};
     tile.weights = packed_weights(task.group, unit, channel_block);
     if (packs_in_tasks_) {
@@ -219,9 +255,9 @@ class PointwiseRun {
         fetch_out(tile, dest + begin * p_.dest_point, points, outputs, channel_block);
         Tile::run(tile, width, points);
       }
-      if (!in_place && channel_block == b_.channel_blocks - 1)
-        write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_point, p_.dest_channel);
+      if (writes_sums && !p_.dest_has_gaps) write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);
     }
+    if (writes_sums && p_.dest_has_gaps) write_lines(worker, block, sums - block.lines * block.points * Tile::kMaxWidth, first, outputs);
   }
 
   const Product p_;
@@ -287,7 +323,8 @@ Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed p
   const T* weight = static_cast<const T*>(buffers.weight);
   const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
   T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-  if (!forward && s.out_h * s.out_w < s.in_h * s.in_w) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
+  const bool writes_gaps = p.writes_planes() && !prefers_point_lanes<T>(p) && !p.is_empty();
+  if (p.dest_has_gaps && !writes_gaps) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
   if (p.is_empty()) return Outcome::done;
   if (prefers_point_lanes<T>(p)) {
     PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
