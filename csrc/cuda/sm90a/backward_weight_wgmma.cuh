@@ -22,6 +22,7 @@
 #include "cuda/sm90a/tensor_map.cuh"
 #include "cuda/sm90a/transposition.cuh"
 #include "cuda/sm90a/weight_division.cuh"
+#include "cuda/sm90a/weight_sums.cuh"
 
 namespace cnn_ext::cuda {
 
@@ -40,41 +41,6 @@ struct WeightTile {
   static constexpr int kSumPitch = kCols + (sizeof(T) == 2 ? 8 : 4);
   static constexpr int kSumBytes = rows * kSumPitch * static_cast<int>(sizeof(float));
 };
-
-// What stands for a pixel of the depth in the patch row: a rectangle of an image (conv2d_backward_weight_patch_wgmma.cu). Elsewhere it is
-// one pixel.
-struct WeightRectangle {
-  int lines, width, columns;  // columns: rectangles beside each other
-  int pitch, positions;       // of a line in shared memory; of a step
-  int stage_bytes;
-};
-
-template <class T>
-struct WeightProblem {
-  CUtensorMap grad_output_map, input_map;
-  const T* grad_output;
-  const T* input;
-  float* partials;  // [cluster][output channel][tap][channel, of whole panels]; null: one cluster, stored at once
-  T* grad_weight;
-  Conv2dGeometry g;
-  Strides in, out;
-  int panels_of_tap, panels, pixels, split_pixels;
-  int row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
-  FastDivisor tap_decoder, width_decoder;
-  PlaneDecoder pixel_decoder;
-  WeightRectangle rectangle;
-};
-
-// A panel of the columns: some channels of one tap. Numbered by row of taps, channels, tap of the row.
-struct Panel {
-  int first_channel, r, s;
-};
-
-template <class T>
-__device__ Panel panel_at(const WeightProblem<T>& p, int panel, int panel_channels) {
-  const int rest = p.width_decoder.quotient(panel), r = p.tap_decoder.quotient(rest);
-  return {(rest - r * p.panels_of_tap) * panel_channels, r, panel - rest * p.g.kernel_w};
-}
 
 struct WeightBlock {
   int first_row, first_panel, begin, end;  // end: of the pixels
@@ -137,11 +103,6 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
     }
     *sum = exact;
   }
-}
-
-template <class T>
-__device__ void store_weight(const WeightProblem<T>& p, int k, const Panel& panel, int channel, float sum) {
-  p.grad_weight[k * p.g.filter.n + channel * p.g.filter.c + panel.r * p.g.filter.h + panel.s * p.g.filter.w] = narrow<T>(sum);
 }
 
 // This thread's sums of one warpgroup product, whose first lies at `corner` of a tile in shared memory. kNextRow: from the row of its first
@@ -273,30 +234,6 @@ __global__ void __launch_bounds__(kBlockThreads, Gemm::kBlocks)
   if (p.cluster_blocks > 1) cluster_barrier();  // the others read this block's shared memory
 }
 
-// A few threads to a sum share its clusters where there are many (sum_lanes).
-template <class T, int kPanelChannels>
-__global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_constant__ WeightProblem<T> p, int64_t sums, int lanes) {
-  __shared__ float shares[kBlockThreads];
-  const int width = kBlockThreads / lanes, lane = static_cast<int>(threadIdx.x) / width;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
-  wait_for_launch_before();
-  float sum = 0;
-  if (index < sums) {
-#pragma unroll 8
-    for (int cluster = lane; cluster < p.clusters; cluster += lanes) sum += p.partials[cluster * sums + index];
-  }
-  shares[threadIdx.x] = sum;
-  __syncthreads();
-  if (lane > 0 || index >= sums) return;
-  const int line = p.panels * kPanelChannels;
-  const int k = static_cast<int>(index / line), col = static_cast<int>(index % line);
-  const Panel panel = panel_at(p, col / kPanelChannels, kPanelChannels);
-  const int channel = panel.first_channel + col % kPanelChannels;
-  if (channel >= p.g.group_in) return;
-  for (int other = 1; other < lanes; ++other) sum += shares[other * width + threadIdx.x];
-  store_weight(p, k, panel, channel, sum);
-}
-
 // step_cycles: that a step takes a block, once its operands are there.
 template <class Gemm>
 constexpr WeightTileSizes tile_sizes(int64_t step_cycles) {
@@ -321,7 +258,7 @@ WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, c
           {},
           static_cast<const T*>(grad_output.data),
           static_cast<const T*>(input.data),
-          d.splits.clusters > 1 ? static_cast<float*>(partials) : nullptr,
+          d.partial_bytes > 0 ? static_cast<float*>(partials) : nullptr,
           static_cast<T*>(grad_weight),
           g,
           input.strides,
@@ -351,10 +288,7 @@ void launch_weight_tile(WeightProblem<typename Gemm::Tile::Element>& problem, co
          overlapping(Grid(d.blocks(), kBlockThreads, std::max(Gemm::kOwnBytes + problem.stages * stage_bytes, Tile::kSumBytes),
                           problem.cluster_blocks)),
          stream, problem);
-  if (problem.clusters == 1) return;
-  const int lanes = sum_lanes({problem.clusters, d.splits.size});
-  launch(sum_clusters<typename Tile::Element, Tile::kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))),
-         stream, problem, d.sums, lanes);
+  if (problem.partials != nullptr) launch_cluster_sums<typename Tile::Element, Tile::kPanelChannels>(problem, d, stream);
 }
 
 // A problem with channels innermost, where they are put first if they are not.

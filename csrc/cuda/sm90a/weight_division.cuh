@@ -18,6 +18,9 @@ struct WeightTileSizes {
   int64_t rows, panels, panel_channels, step_pixels, stage_bytes, blocks, step_cycles;  // blocks: that share a multiprocessor
 };
 
+// The weights of an output channel in nchw are put in order in shared memory, some channels of all taps at a time.
+constexpr int64_t kMostTransposedTaps = 256;
+
 // How the pixels are shared. size: pixels of a block; the last may have fewer, or none. cycles: that all of it is expected to take.
 struct WeightSplits {
   int64_t clusters, cluster_blocks, size, cycles;
@@ -41,7 +44,9 @@ struct WeightDivision {
         stages_grad(!in_place && ((s.layout == Layout::nchw && s.out_h * s.out_w > 1) || padded_out != s.out_channels)),
         input_bytes(stages_input ? aligned(s.batch * s.in_h * s.in_w * padded_in * element_bytes) : 0),
         grad_bytes(stages_grad ? aligned(s.batch * s.out_h * s.out_w * padded_out * element_bytes) : 0),
-        partial_bytes(splits.clusters > 1 ? static_cast<int64_t>(sizeof(float)) * splits.clusters * sums : 0) {}
+        transposes(s.weight_layout == Layout::nchw && s.kernel_h * s.kernel_w > 1 && s.kernel_h * s.kernel_w <= kMostTransposedTaps &&
+                   sum_lanes({splits.clusters, splits.size}) == 1 && splits.clusters * sums <= kMostPartials),
+        partial_bytes(splits.clusters > 1 || transposes ? static_cast<int64_t>(sizeof(float)) * splits.clusters * sums : 0) {}
 
   static int64_t aligned(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
   int64_t whole_chunks(int64_t channels) const {
@@ -90,7 +95,9 @@ struct WeightDivision {
   WeightSplits splits;
   int64_t padded_in, padded_out;
   bool stages_input, stages_grad;
-  int64_t input_bytes, grad_bytes, partial_bytes;  // of the workspace
+  int64_t input_bytes, grad_bytes;  // of the workspace, as partial_bytes
+  bool transposes;                  // whether the launch that adds up clusters, be it one, puts taps innermost
+  int64_t partial_bytes;
 };
 
 inline bool suits_weight_wgmma(const Conv2dShape& s) {
