@@ -10,8 +10,8 @@
 //
 // Padding never multiplies, nor do groups with each other: a result that is NaN is added up again from the products that exist, alone.
 //
-// Not handled: strides of backward_input above 2; tiles that do not fit shared memory. Bound by waiting for memory: on an H100 ResNeXt's
-// layers of 56 x 56 take 17 us in 16 bits and 26 us in TF32 in nhwc, where moving their bytes would take 3 to 6.
+// Not handled: strides of backward_input above 2; tiles that do not fit shared memory. Bound by instructions beside the products, most of
+// them for addresses, in a single wave of blocks: what a thread needs of them for all of its pixels is worked out once.
 #include "cuda/gather_axis.h"
 #include "cuda/mma_fragments.cuh"
 #include "cuda/slab.cuh"
@@ -29,6 +29,7 @@ struct GatherSlabs {
         pitch(slab * bytes_of(s.dtype) + kChunkBytes),
         chunk_bits(__builtin_ctz(static_cast<unsigned>(slab * bytes_of(s.dtype) / kChunkBytes))),
         group_bits(__builtin_ctz(static_cast<unsigned>(s.in_channels / s.groups))),
+        unit_bits(__builtin_ctz(static_cast<unsigned>(slab / kUnit))),
         tap_bytes(slab / kUnit * 32 * bytes_of(s.dtype) / 2 * kChunkBytes),
         slabs(static_cast<int>(ceil_div<int64_t>(s.in_channels, slab))),
         phases_h(forward ? 1 : static_cast<int>(s.stride_h)),
@@ -43,6 +44,7 @@ struct GatherSlabs {
     for (int i = 0; i < phases_w; ++i) {
       w[i] = forward ? forward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w)
                      : backward_axis(g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, i);
+      tap_cols[i] = FastDivisor(w[i].taps);
     }
     int reach_h = 0, reach_w = 0, taps_h = 0, taps_w = 0;
     for (int i = 0; i < phases_h; ++i) reach_h = larger(reach_h, reach(h[i])), taps_h = larger(taps_h, h[i].taps);
@@ -51,16 +53,14 @@ struct GatherSlabs {
     filters = ceil_div(source.bytes(), kChunkBytes) * kChunkBytes;
     shared_bytes = filters + taps_h * taps_w * tap_bytes;
   }
-  static int reach(const GatherAxis& axis) {
-    return axis.taps == 0 ? 0 : (axis.taps - 1) * (axis.tap_step < 0 ? -axis.tap_step : axis.tap_step);
-  }
+  // Warps that share the units of a slab, each a part of the pixels or taps.
+  CNN_EXT_HOST_DEVICE int parts() const { return kWarps >> unit_bits; }
 
-  CNN_EXT_HOST_DEVICE int units() const { return slab / kUnit; }
-
-  int slab, pitch, chunk_bits, group_bits;
+  int slab, pitch, chunk_bits, group_bits, unit_bits;
   int tap_bytes;  // of the filters in shared memory
   int slabs, phases_h, phases_w;
   GatherAxis h[kMostPhaseStride], w[kMostPhaseStride];
+  FastDivisor tap_cols[kMostPhaseStride];
   PatchTiles tiles;
   StagedPixels source;
   int filters, shared_bytes;
@@ -78,7 +78,7 @@ struct GatherProblem {
   const T* bias;
   T* result;
   Strides source_strides, result_strides;
-  int64_t of_result, of_source, of_row, of_col;  // of the filters: from one channel of the result or the source to the next, between taps
+  int of_result, of_source, of_row, of_col;  // of the filters: from one channel of the result or the source to the next, between taps
   bool forward;
   int batch, channels, source_h, source_w, result_h, result_w, ranges;
 };
@@ -91,26 +91,13 @@ struct Share {
 // Of the filters: where those between the channels `from` of the source and `to` of the result, of one group, begin, and how far a tap of
 // the phase lies from there.
 template <class T>
-__device__ int64_t filter_of(const GatherProblem<T>& p, int from, int to) {
+__device__ int filter_of(const GatherProblem<T>& p, int from, int to) {
   const int member = (1 << p.slabs.group_bits) - 1;
-  return p.forward ? to * p.of_result + (from & member) * p.of_source : from * p.of_source + (to & member) * p.of_result;
+  return (p.forward ? to : to & member) * p.of_result + (p.forward ? from & member : from) * p.of_source;
 }
 template <class T>
-__device__ int64_t tap_of(const GatherProblem<T>& p, const GatherAxis& axis_h, const GatherAxis& axis_w, int r, int s) {
+__device__ int tap_of(const GatherProblem<T>& p, const GatherAxis& axis_h, const GatherAxis& axis_w, int r, int s) {
   return (axis_h.first_tap + r * axis_h.tap_distance) * p.of_row + (axis_w.first_tap + s * axis_w.tap_distance) * p.of_col;
-}
-
-// Where a pixel of a phase's tile lies in the result.
-struct ResultPixel {
-  int h, w;
-  bool exists;
-};
-template <class T>
-__device__ ResultPixel result_pixel(const GatherProblem<T>& p, Share share, const PlaneIndex& at, int pixel) {
-  const GatherAxis &axis_h = p.slabs.h[share.phase_h], &axis_w = p.slabs.w[share.phase_w];
-  const int h = axis_h.first_out + (at.h + p.slabs.tiles.row_of(pixel)) * axis_h.out_step;
-  const int w = axis_w.first_out + (at.w + p.slabs.tiles.col_of(pixel)) * axis_w.out_step;
-  return {h, w, h < p.result_h && w < p.result_w};
 }
 
 // The sum of the products that exist.
@@ -138,12 +125,14 @@ __device__ float exact_sum(const GatherProblem<T>& p, Share share, const PlaneIn
 // Replaces every result of a tile that is NaN. Not a part of the class: its registers must not go to memory for a call.
 template <class T>
 __device__ __attribute__((noinline)) void add_up_again(const GatherProblem<T>& p, Share share, PlaneIndex at) {
+  const GatherAxis &axis_h = p.slabs.h[share.phase_h], &axis_w = p.slabs.w[share.phase_w];
   for (int index = threadIdx.x; index < p.slabs.tiles.height * p.slabs.tiles.width * p.slabs.slab; index += kBlockThreads) {
     const int pixel = index / p.slabs.slab, channel = share.first_channel + index % p.slabs.slab;
-    const ResultPixel to = result_pixel(p, share, at, pixel);
-    if (!to.exists || channel >= p.channels) continue;
+    const int h = axis_h.first_out + (at.h + p.slabs.tiles.row_of(pixel)) * axis_h.out_step;
+    const int w = axis_w.first_out + (at.w + p.slabs.tiles.col_of(pixel)) * axis_w.out_step;
+    if (h >= p.result_h || w >= p.result_w || channel >= p.channels) continue;
     const Strides& strides = p.result_strides;
-    T& result = p.result[at.outer * strides.n + channel * strides.c + to.h * strides.h + to.w * strides.w];
+    T& result = p.result[at.outer * strides.n + channel * strides.c + h * strides.h + w * strides.w];
     if (isnan(widen(result))) result = narrow<T>(exact_sum(p, share, at, pixel, channel));
   }
 }
@@ -152,17 +141,18 @@ template <class T, bool kVector>
 class SlabGather {
  public:
   __device__ SlabGather(const GatherProblem<T>& problem, Share share)
-
       : p_(problem),
         t_(problem.slabs),
         share_(share),
+        unit_(static_cast<int>(threadIdx.x) / 32 & ((1 << t_.unit_bits) - 1)),
+        part_(static_cast<int>(threadIdx.x) / 32 >> t_.unit_bits),
+        channel_(share.first_channel + unit_ * kUnit + pair() * 4),
         h_(problem.slabs.h[share.phase_h]),
         w_(problem.slabs.w[share.phase_w]),
         shared_(dynamic_shared<unsigned char>()) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int channel = first_channel() + pair() * 4 + i;
-      bias_[i] = p_.bias != nullptr && channel < p_.channels ? widen(p_.bias[channel]) : 0.0f;
+      bias_[i] = p_.bias != nullptr && channel_ + i < p_.channels ? widen(p_.bias[channel_ + i]) : 0.0f;
     }
   }
 
@@ -188,67 +178,75 @@ class SlabGather {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int group() { return lane() / 4; }
   __device__ static int pair() { return lane() % 4; }
-  __device__ int unit() const { return static_cast<int>(threadIdx.x) / 32 % t_.units(); }
-  __device__ int part() const { return static_cast<int>(threadIdx.x) / 32 / t_.units(); }
-  __device__ int first_channel() const { return share_.first_channel + unit() * kUnit; }
+  static constexpr int kTapBatch = 3;  // whose filters are on their way at a time
+
+  // The thread's channels of a tile's image in the result, and where pixel 0 lies there.
+  struct ResultTile {
+    T* data;
+    int h, w;
+  };
 
   // Fetches what the windows of a tile read.
   __device__ void begin(const PlaneIndex& at) {
     begin_pixels<T, kVector>(
         slab_image(p_.source, p_.source_strides, at.outer, p_.source_h, p_.source_w, share_.first_channel, p_.channels), t_.source,
-        t_.chunk_bits, nearest(h_) + at.h * h_.step, nearest(w_) + at.w * w_.step, shared_);
+        t_.chunk_bits, lowest_tap(h_) + at.h * h_.step, lowest_tap(w_) + at.w * w_.step, shared_);
   }
 
   // A tile, 16 pixels after the other. Whether there is a NaN among its sums.
   __device__ bool convolve(const PlaneIndex& at) {
+    const ResultTile to{p_.result + at.outer * p_.result_strides.n + channel_ * p_.result_strides.c, h_.first_out + at.h * h_.out_step,
+                        w_.first_out + at.w * w_.out_step};
     bool meets_nan = false;
-    const int steps = t_.tiles.height * t_.tiles.width / kUnit, parts = kWarps / t_.units();
+    const int steps = t_.tiles.height * t_.tiles.width / kUnit, parts = t_.parts();
 #pragma unroll 1
-    for (int step = part(); step < steps; step += kSteps * parts) {
+    for (int step = part_; step < steps; step += kSteps * parts) {
       multiply(step, parts, steps);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) meets_nan |= step + i * parts < steps && store(at, i, (step + i * parts) * kUnit);
+      for (int i = 0; i < kSteps; ++i) meets_nan |= step + i * parts < steps && store(to, i, (step + i * parts) * kUnit);
     }
     return meets_nan;
   }
 
-  // The position of pixel 0's nearest tap, and how far tap j lies from there.
-  __device__ static int nearest(const GatherAxis& axis) { return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0); }
-  __device__ static int distance(const GatherAxis& axis, int j) {
-    return axis.tap_step < 0 ? (axis.taps - 1 - j) * -axis.tap_step : j * axis.tap_step;
-  }
-
   // [tap][unit][lane] words of fragments: for each of the two blocks of 8 columns two of the depth; in TF32 first those of 8 channels.
   __device__ void stage_filters() {
-    const T* elements[8];  // of the first tap; null: between two groups
+    int elements[8];  // of the first tap; negative: between two groups
+    const int first = share_.first_channel + unit_ * kUnit;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int word = word_of(i), j = word / 2 % 2;
       const int from = sizeof(T) == 4 ? word / 4 * 8 + word % 2 * 4 + pair() : word % 2 * 8 + pair() * 2 + i % 2;
-      const int to = group() / 2 * 4 + j * 2 + group() % 2;
-      const bool exists = from >> t_.group_bits == to >> t_.group_bits && first_channel() + larger(from, to) < p_.channels;
-      elements[i] = exists ? p_.weight + filter_of(p_, first_channel() + from, first_channel() + to) : nullptr;
+      const int to = group() / 2 * 4 + j * 2 + group() % 2, element = filter_of(p_, first + from, first + to);
+      elements[i] = from >> t_.group_bits == to >> t_.group_bits && first + larger(from, to) < p_.channels ? element : -1;
     }
-    const int taps = h_.taps * w_.taps;
-#pragma unroll 2
-    for (int tap = part(); tap < taps; tap += kWarps / t_.units()) {
-      const int r = tap / w_.taps;
-      const int64_t of_tap = tap_of(p_, h_, w_, r, tap - r * w_.taps);
-      uint32_t words[kWords] = {};
+    const FastDivisor& cols = t_.tap_cols[share_.phase_w];
+    const int taps = h_.taps * w_.taps, parts = t_.parts();
+#pragma unroll 1
+    for (int tap = part_; tap < taps; tap += kTapBatch * parts) {
+      T values[kTapBatch][8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const T value = elements[i] == nullptr ? narrow<T>(0) : elements[i][of_tap];
-        words[word_of(i)] |= bits_of(value) << (sizeof(T) == 4 ? 0 : i % 2 * 16);
+      for (int b = 0; b < kTapBatch; ++b) {
+        const int of_batch = smaller(tap + b * parts, taps - 1), r = cols.quotient(of_batch);
+        const T* weight = p_.weight + tap_of(p_, h_, w_, r, of_batch - r * w_.taps);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[b][i] = elements[i] < 0 ? narrow<T>(0) : weight[elements[i]];
       }
-      uint4* target = filters(tap);
 #pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) target[i * 32] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+      for (int b = 0; b < kTapBatch; ++b) {
+        if (tap + b * parts >= taps) break;
+        uint32_t words[kWords] = {};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) words[word_of(i)] |= bits_of(values[b][i]) << (sizeof(T) == 4 ? 0 : i % 2 * 16);
+        uint4* target = filters(tap + b * parts);
+#pragma unroll
+        for (int i = 0; i < kWords / 4; ++i) target[i * 32] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+      }
     }
   }
   // Which of the words holds element i of 8.
   __device__ static constexpr int word_of(int i) { return i * kWords / 8; }
   __device__ uint4* filters(int tap) const {
-    return reinterpret_cast<uint4*>(shared_ + t_.filters + tap * t_.tap_bytes) + unit() * 32 * (kWords / 4) + lane();
+    return reinterpret_cast<uint4*>(shared_ + t_.filters + tap * t_.tap_bytes) + unit_ * 32 * (kWords / 4) + lane();
   }
 
   __device__ void multiply(int step, int parts, int steps) {
@@ -257,17 +255,18 @@ class SlabGather {
     for (int i = 0; i < kSteps; ++i) {
       const int pixel = smaller(step + i * parts, steps - 1) * kUnit + lane() % 16;
       windows[i] = shared_ + t_.tiles.row_of(pixel) * h_.step * t_.source.of_row() + t_.tiles.col_of(pixel) * w_.step * t_.pitch +
-                   unit() * kUnit * static_cast<int>(sizeof(T)) + lane() / 16 * kChunkBytes;
+                   unit_ * kUnit * static_cast<int>(sizeof(T)) + lane() / 16 * kChunkBytes;
 #pragma unroll
       for (int v = 0; v < 8; ++v) sums_[i][v / 4][v % 4] = 0;
     }
     const uint4* filter = filters(0);
+    const int row_step = h_.tap_step * t_.source.of_row(), col_step = w_.tap_step * t_.pitch;
+    int of_row = tap_distance(h_, 0) * t_.source.of_row() + tap_distance(w_, 0) * t_.pitch;
 #pragma unroll 1
-    for (int r = 0; r < h_.taps; ++r) {
-      const int of_row = distance(h_, r) * t_.source.of_row();
+    for (int r = 0; r < h_.taps; ++r, of_row += row_step) {
+      int of_tap = of_row;
 #pragma unroll 3
-      for (int s = 0; s < w_.taps; ++s, filter += t_.tap_bytes / kChunkBytes) {
-        const int of_tap = of_row + distance(w_, s) * t_.pitch;
+      for (int s = 0; s < w_.taps; ++s, of_tap += col_step, filter += t_.tap_bytes / kChunkBytes) {
 #pragma unroll
         for (int half = 0; half < kWords / 4; ++half) {
           const uint4 b = filter[half * 32];
@@ -284,28 +283,29 @@ class SlabGather {
   }
 
   // Rounds the sums of 16 pixels from `first` on and stores them. Whether there is a NaN among them.
-  __device__ bool store(const PlaneIndex& at, int step, int first) const {
-    const Strides& strides = p_.result_strides;
+  __device__ bool store(const ResultTile& to, int step, int first) const {
+    const int of_h = static_cast<int>(p_.result_strides.h), of_w = static_cast<int>(p_.result_strides.w);
     bool meets_nan = false;
 #pragma unroll
     for (int v = 0; v < 4; v += 2) {
-      const ResultPixel to = result_pixel(p_, share_, at, first + group() + v * 4);
-      const int channel = first_channel() + pair() * 4;
-      if (!to.exists || channel >= p_.channels) continue;
+      const int pixel = first + group() + v * 4;
+      const int h = to.h + t_.tiles.row_of(pixel) * h_.out_step, w = to.w + t_.tiles.col_of(pixel) * w_.out_step;
+      if (h >= p_.result_h || w >= p_.result_w || channel_ >= p_.channels) continue;
       float values[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         values[i] = sums_[step][i / 2][v + i % 2];
         if (p_.bias != nullptr) values[i] += bias_[i];
-        meets_nan = meets_nan || isnan(values[i]);
+        meets_nan |= isnan(values[i]);
       }
-      T* target = p_.result + (at.outer * strides.n + channel * strides.c + to.h * strides.h + to.w * strides.w);
+      T* target = to.data + (h * of_h + w * of_w);
       if constexpr (kVector) {
         store_vector(target, values);
       } else {
+        const int of_c = static_cast<int>(p_.result_strides.c);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (channel + i < p_.channels) target[i * strides.c] = narrow<T>(values[i]);
+          if (channel_ + i < p_.channels) target[i * of_c] = narrow<T>(values[i]);
         }
       }
     }
@@ -315,6 +315,8 @@ class SlabGather {
   const GatherProblem<T>& p_;
   const GatherSlabs& t_;
   const Share share_;
+  const int unit_, part_;  // of the warp
+  const int channel_;      // the first of four of the thread
   const GatherAxis h_, w_;
   unsigned char* shared_;
   float bias_[4];
@@ -359,10 +361,10 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream
                                  static_cast<T*>(kForward ? b.output : b.grad_input),
                                  kForward ? g.in : g.out,
                                  kForward ? g.out : g.in,
-                                 kForward ? g.filter.n : g.filter.c,
-                                 kForward ? g.filter.c : g.filter.n,
-                                 g.filter.h,
-                                 g.filter.w,
+                                 static_cast<int>(kForward ? g.filter.n : g.filter.c),
+                                 static_cast<int>(kForward ? g.filter.c : g.filter.n),
+                                 static_cast<int>(g.filter.h),
+                                 static_cast<int>(g.filter.w),
                                  kForward,
                                  g.batch,
                                  static_cast<int>(s.in_channels),

@@ -14,6 +14,17 @@ struct GatherAxis {
   int first_out, out_step;
 };
 
+// The position of pixel 0's nearest tap, how far the farthest lies from there, and tap j.
+CNN_EXT_HOST_DEVICE inline int lowest_tap(const GatherAxis& axis) {
+  return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0);
+}
+CNN_EXT_HOST_DEVICE inline int reach(const GatherAxis& axis) {
+  return axis.taps == 0 ? 0 : (axis.taps - 1) * (axis.tap_step < 0 ? -axis.tap_step : axis.tap_step);
+}
+CNN_EXT_HOST_DEVICE inline int tap_distance(const GatherAxis& axis, int j) {
+  return axis.tap_step < 0 ? (axis.taps - 1 - j) * -axis.tap_step : j * axis.tap_step;
+}
+
 CNN_EXT_HOST_DEVICE inline GatherAxis forward_axis(int kernel, int stride, int pad, int dilation) {
   return {-pad, stride, dilation, 0, 1, kernel, 0, 1};
 }

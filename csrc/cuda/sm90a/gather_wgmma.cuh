@@ -54,15 +54,6 @@ struct PhaseDepth {
   FastDivisor taps, width;
 };
 
-inline int lowest_tap(const GatherAxis& axis) { return axis.first + (axis.tap_step < 0 ? (axis.taps - 1) * axis.tap_step : 0); }
-inline int reach(const GatherAxis& axis) {
-  return axis.taps == 0 ? 0 : (axis.taps - 1) * (axis.tap_step < 0 ? -axis.tap_step : axis.tap_step);
-}
-// How far tap j lies from the nearest.
-CNN_EXT_HOST_DEVICE inline int tap_distance(const GatherAxis& axis, int j) {
-  return axis.tap_step < 0 ? (axis.taps - 1 - j) * -axis.tap_step : j * axis.tap_step;
-}
-
 inline PhaseDepth phase_depth(const GatherAxis& h, const GatherAxis& w, int channel_boxes) {
   return {h, w, lowest_tap(h), lowest_tap(w), channel_boxes * h.taps * w.taps, FastDivisor(h.taps * w.taps), FastDivisor(w.taps)};
 }
