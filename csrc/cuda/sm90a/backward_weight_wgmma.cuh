@@ -11,8 +11,8 @@
 // sums through each other's shared memory, in order; where there are more, a second launch adds up those of the clusters. The splits follow
 // from the shape alone, so that every run has the same bits.
 //
-// Padding never multiplies: see gather_wgmma.cuh. Not handled: float64; groups; strides above 8, padding of more than 128, windows of more
-// than 256.
+// Padding never multiplies: see gather_wgmma.cuh. Not handled: float64; groups of 16 channels and fewer; strides above 8, padding of more
+// than 128, windows of more than 256.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -43,7 +43,8 @@ struct WeightTile {
 };
 
 struct WeightBlock {
-  int first_row, first_panel, begin, end;  // end: of the pixels
+  int first_row, last_row, group_channel, first_panel;  // last_row: of the group, whose input channels begin at group_channel
+  int begin, end;                                       // of the pixels
 };
 
 // The lines of a tile's sums that a block of a cluster finishes.
@@ -65,7 +66,7 @@ __device__ void fetch_part(const WeightProblem<typename Tile::Element>& p, const
   const bool exists = b.first_panel + i < p.panels;
   const Panel panel = panel_at(p, exists ? b.first_panel + i : 0, Tile::kPanelChannels);
   fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
-                exists ? panel.first_channel : p.panels_of_tap * Tile::kPanelChannels, out.w * p.g.stride_w - p.g.pad_left,
+                exists ? b.group_channel + panel.first_channel : p.g.groups * p.g.group_in, out.w * p.g.stride_w - p.g.pad_left,
                 out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w, panel.r * p.g.dilation_h, barrier);
 }
 
@@ -87,7 +88,7 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
     const Panel panel = panel_at(p, b.first_panel + col / Tile::kPanelChannels, Tile::kPanelChannels);
     const int channel = panel.first_channel + col % Tile::kPanelChannels;
     float* sum = sums + index / Tile::kCols * Tile::kSumPitch + col;
-    if (!isnan(*sum) || k >= p.g.group_out || channel >= p.g.group_in) continue;
+    if (!isnan(*sum) || k >= b.last_row || channel >= p.g.group_in) continue;
     float exact = 0;
     for (int pixel = b.begin; pixel < b.end; ++pixel) {
       const PlaneIndex at = p.pixel_decoder.at(pixel);
@@ -97,7 +98,7 @@ __device__ __noinline__ void add_up_again(const WeightProblem<typename Tile::Ele
         const int w = out_w * p.g.stride_w - p.g.pad_left + panel.s * p.g.dilation_w;
         if (out_h >= p.g.out_h || h < 0 || h >= p.g.in_h || w < 0 || w >= p.g.in_w) continue;
         const auto* grad_output = p.grad_output + k * p.out.c + at.outer * p.out.n + out_h * p.out.h + out_w * p.out.w;
-        const auto* input = p.input + channel * p.in.c + at.outer * p.in.n + h * p.in.h + w * p.in.w;
+        const auto* input = p.input + (b.group_channel + channel) * p.in.c + at.outer * p.in.n + h * p.in.h + w * p.in.w;
         exact = fmaf(widen(*grad_output), widen(*input), exact);
       }
     }
@@ -157,7 +158,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
   constexpr int kQuads = Tile::kCols / 4, kLinesAtOnce = kBlockThreads / kQuads;
   const int col = threadIdx.x % kQuads * 4, share = threadIdx.x / kQuads, panel = b.first_panel + col / Tile::kPanelChannels;
   if (share >= kLinesAtOnce || panel >= p.panels) return;
-  const int last = smaller(lines.last, p.g.group_out - b.first_row);
+  const int last = smaller(lines.last, b.last_row - b.first_row);
   const auto for_lines = [&](const auto& store) {
 #pragma unroll 4
     for (int line = lines.first + share; line < last; line += kLinesAtOnce) {
@@ -166,7 +167,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
   };
   if (p.partials != nullptr) {
     const int64_t line_sums = static_cast<int64_t>(p.panels) * Tile::kPanelChannels;
-    float* target = p.partials + cluster * p.g.group_out * line_sums + b.first_panel * Tile::kPanelChannels + col;
+    float* target = p.partials + cluster * p.g.groups * p.g.group_out * line_sums + b.first_panel * Tile::kPanelChannels + col;
     return for_lines([&](int k, const float4& quad) { *reinterpret_cast<float4*>(target + k * line_sums) = quad; });
   }
   const Panel at = panel_at(p, panel, Tile::kPanelChannels);
@@ -205,10 +206,16 @@ __global__ void __launch_bounds__(kBlockThreads, Gemm::kBlocks)
     prefetch_map(p.input_map);
   }
   init_pipeline(barriers, p.stages);
-  const int place = blockIdx.x % p.cluster_blocks, tile = blockIdx.x / p.cluster_blocks, row_tile = tile % p.row_tiles;
-  const int rest = tile / p.row_tiles, col_tile = rest % p.col_tiles, cluster = rest / p.col_tiles;
+  const int place = blockIdx.x % p.cluster_blocks, tile = blockIdx.x / p.cluster_blocks, row_tiles = p.group_row_tiles * p.g.groups;
+  const int row_tile = tile % row_tiles, group = row_tile / p.group_row_tiles, first_row_tile = group * p.group_row_tiles;
+  const int rest = tile / row_tiles, col_tile = rest % p.col_tiles, cluster = rest / p.col_tiles;
   const int first_split = cluster * p.cluster_blocks, split = first_split + place;
-  WeightBlock b{row_tile * Tile::kRows, col_tile * Tile::kPanels, split * p.split_pixels, smaller(p.pixels, (split + 1) * p.split_pixels)};
+  WeightBlock b{group * p.g.group_out + (row_tile - first_row_tile) * Tile::kRows,
+                (group + 1) * p.g.group_out,
+                group * p.g.group_in,
+                col_tile * Tile::kPanels,
+                split * p.split_pixels,
+                smaller(p.pixels, (split + 1) * p.split_pixels)};
   unsigned char* shared = dynamic_shared<unsigned char>();
   float* sums = reinterpret_cast<float*>(shared);
   wait_for_launch_before();
@@ -267,7 +274,7 @@ WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, c
           static_cast<int>(d.panels),
           static_cast<int>(pixels_of(s)),
           static_cast<int>(d.splits.size),
-          static_cast<int>(d.row_tiles),
+          static_cast<int>(d.row_tiles / s.groups),
           static_cast<int>(d.col_tiles),
           static_cast<int>(d.splits.clusters),
           static_cast<int>(d.splits.cluster_blocks),

@@ -99,7 +99,7 @@ class PatchGemm {
     if (box < Tile::kRowBoxes) {
       fetch_box(target, p_.grad_output_map, b_.first_row + box * kWarpgroupRows, 0, line * p_.rectangle.columns + at.w, at.outer, barrier);
     } else {
-      fetch_box(target, p_.input_map, panel_.first_channel, at.w * p_.rectangle.width - p_.g.pad_left,
+      fetch_box(target, p_.input_map, b_.group_channel + panel_.first_channel, at.w * p_.rectangle.width - p_.g.pad_left,
                 line - p_.g.pad_top + panel_.r * p_.g.dilation_h, at.outer, barrier);
     }
   }
@@ -189,7 +189,7 @@ void run_patch(const Conv2dShape& s, const Conv2dBuffers& b, const PatchChoice& 
 template <class T, int kRows>
 void consider(const Conv2dShape& s, std::optional<PatchChoice>& best) {
   using Gemm = PatchGemm<T, kRows>;
-  if (!suits_extent(kRows, s.out_channels)) return;
+  if (!suits_extent(kRows, s.out_channels / s.groups)) return;
   const RectangleChoice rectangles = choose_rectangle<kRows>(s, Gemm::kBlocks == 2);
   if (rectangles.steps == 0) return;
   const WeightRectangle& rectangle = rectangles.rectangle;
@@ -209,7 +209,7 @@ std::optional<PatchChoice> choose(const Conv2dShape& s) {
 
 bool accepts(const Conv2dShape& s) {
   if (s.dtype == DType::float32 || !suits_weight_wgmma(s) || s.stride_h != 1 || s.stride_w != 1 || s.kernel_w != kTaps ||
-      s.in_channels <= kPanelChannels / 2) {
+      s.in_channels / s.groups <= kPanelChannels / 2) {
     return false;
   }
   const auto choice = choose<__half>(s);

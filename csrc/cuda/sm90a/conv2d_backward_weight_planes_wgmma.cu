@@ -53,7 +53,7 @@ class PlanesGemm {
     const PlaneIndex at = p_.pixel_decoder.at(pixel);
     announce(barrier, Tile::kStageBytes);
     fetch_box(stage, p_.grad_output_map, at.w, b_.first_row, at.outer, 0, barrier);
-    fetch_box(stage + Tile::kRowTileBytes, p_.input_map, at.w, b_.first_panel * kPanelChannels, at.outer, 0, barrier);
+    fetch_box(stage + Tile::kRowTileBytes, p_.input_map, at.w, b_.group_channel + b_.first_panel * kPanelChannels, at.outer, 0, barrier);
   }
 
   __device__ void multiply(const unsigned char* stage) {

@@ -96,7 +96,7 @@ constexpr WeightCandidate kWide[] = {candidate<T, 64, 2, 32>(470),  candidate<T,
 
 template <class T>
 WeightChoice choose(const Conv2dShape& s) {
-  return s.in_channels <= 32 ? choose_tile(s, kNarrow<T>) : choose_tile(s, kWide<T>);
+  return s.in_channels / s.groups <= 32 ? choose_tile(s, kNarrow<T>) : choose_tile(s, kWide<T>);
 }
 
 bool accepts(const Conv2dShape& s) { return s.dtype != DType::float32 && suits_weight_wgmma(s); }

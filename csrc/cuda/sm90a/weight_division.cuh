@@ -32,9 +32,9 @@ struct WeightDivision {
   WeightDivision(const Conv2dShape& s, const WeightTileSizes& sizes, int64_t pixels, bool in_place = false)
       : tile(sizes),
         element_bytes(s.dtype == DType::float32 ? 4 : 2),
-        panels_of_tap(ceil_div(s.in_channels, tile.panel_channels)),
+        panels_of_tap(ceil_div(s.in_channels / s.groups, tile.panel_channels)),
         panels(panels_of_tap * s.kernel_h * s.kernel_w),
-        row_tiles(ceil_div(s.out_channels, tile.rows)),
+        row_tiles(ceil_div(s.out_channels / s.groups, tile.rows) * s.groups),
         col_tiles(ceil_div(panels, tile.panels)),
         sums(s.out_channels * panels * tile.panel_channels),
         splits(split(pixels)),
@@ -100,10 +100,16 @@ struct WeightDivision {
   int64_t partial_bytes;
 };
 
+// Narrow groups have rows of their own; others are read by whole chunks.
+inline bool suits_weight_groups(const Conv2dShape& s) {
+  const int64_t group_in = s.in_channels / s.groups, chunk = s.dtype == DType::float32 ? kChunk<float> : kChunk<__half>;
+  return s.groups == 1 || (group_in > kMostGroupChannels && group_in % chunk == 0 && s.out_channels / s.groups % chunk == 0);
+}
+
 inline bool suits_weight_wgmma(const Conv2dShape& s) {
   const WindowAxis h{-static_cast<int>(s.pad_top), static_cast<int>(s.stride_h), static_cast<int>(s.out_h)};
   const WindowAxis w{-static_cast<int>(s.pad_left), static_cast<int>(s.stride_w), static_cast<int>(s.out_w)};
-  return s.padding_mode == PaddingMode::zeros && s.groups == 1 && s.batch > 0 && suits_mma(s) &&
+  return s.padding_mode == PaddingMode::zeros && suits_weight_groups(s) && s.batch > 0 && suits_mma(s) &&
          fits_copy_engine(h, static_cast<int>(s.in_h), static_cast<int>((s.kernel_h - 1) * s.dilation_h)) &&
          fits_copy_engine(w, static_cast<int>(s.in_w), static_cast<int>((s.kernel_w - 1) * s.dilation_w));
 }
@@ -131,8 +137,8 @@ WeightChoice choose_tile(const Conv2dShape& s, const WeightCandidate (&candidate
   std::optional<WeightChoice> best;
   for (const WeightCandidate& candidate : candidates) {
     const WeightTileSizes& tile = candidate.tile;
-    const int64_t cols = ceil_div(s.in_channels, tile.panel_channels) * s.kernel_h * s.kernel_w * tile.panel_channels;
-    if (!suits_extent(tile.rows, s.out_channels) || !suits_extent(tile.panels * tile.panel_channels, cols)) continue;
+    const int64_t cols = ceil_div(s.in_channels / s.groups, tile.panel_channels) * s.kernel_h * s.kernel_w * tile.panel_channels;
+    if (!suits_extent(tile.rows, s.out_channels / s.groups) || !suits_extent(tile.panels * tile.panel_channels, cols)) continue;
     const WeightDivision division(s, tile, pixels_of(s), in_place);
     if (!best || division.splits.cycles < best->division.splits.cycles) best = WeightChoice{division, candidate};
   }

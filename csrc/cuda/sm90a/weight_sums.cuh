@@ -24,13 +24,13 @@ struct WeightProblem {
   Conv2dGeometry g;
   Strides in, out;
   int panels_of_tap, panels, pixels, split_pixels;
-  int row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
+  int group_row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
   FastDivisor tap_decoder, width_decoder;
   PlaneDecoder pixel_decoder;
   WeightRectangle rectangle;
 };
 
-// A panel of the columns: some channels of one tap. Numbered by row of taps, channels, tap of the row.
+// A panel of the columns: some channels of one tap, those of a group. Numbered by row of taps, channels, tap of the row.
 struct Panel {
   int first_channel, r, s;
 };
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_clusters_to_planes(const __
   T* weights = dynamic_shared<T>();  // [channel][tap]
   const int k = blockIdx.x / p.panels_of_tap, channel_panel = blockIdx.x % p.panels_of_tap, first_channel = channel_panel * kPanelChannels;
   const int taps = p.g.kernel_h * p.g.kernel_w, channel = threadIdx.x % kQuads * 4;
-  const int64_t line = static_cast<int64_t>(p.panels) * kPanelChannels, sums = line * p.g.group_out;
+  const int64_t line = static_cast<int64_t>(p.panels) * kPanelChannels, sums = line * p.g.group_out * p.g.groups;
   wait_for_launch_before();
   for (int tap = threadIdx.x / kQuads; tap < taps; tap += kTapsAtOnce) {
     const int r = p.width_decoder.quotient(tap), s = tap - r * p.g.kernel_w;
@@ -103,7 +103,7 @@ template <class T, int kPanelChannels>
 void launch_cluster_sums(const WeightProblem<T>& problem, const WeightDivision& d, cudaStream_t stream) {
   if (d.transposes) {
     const int64_t bytes = kPanelChannels * problem.g.kernel_h * problem.g.kernel_w * static_cast<int64_t>(sizeof(T));
-    const Grid grid(problem.g.group_out * d.panels_of_tap, kBlockThreads, static_cast<size_t>(bytes));
+    const Grid grid(problem.g.group_out * problem.g.groups * d.panels_of_tap, kBlockThreads, static_cast<size_t>(bytes));
     launch(sum_clusters_to_planes<T, kPanelChannels>, overlapping(grid), stream, problem);
     return;
   }
