@@ -58,7 +58,8 @@ class BackwardWeight {
     max_out_ = divide_up(work_.out_blocks, split_.out_ranges) * work_.out_block;
     max_in_ = smaller(work_.group_in, divide_up(work_.in_blocks, split_.in_ranges) * divide_up(work_.group_in, work_.in_blocks));
     const int64_t row = Tiles::window_columns(s_) * max_in_ * element();
-    blocking_ = blocking_for(work_, split_.pixel_ranges, s_.out_w * max_out_ * element() + s_.stride_h * row,
+    const int64_t new_rows = s_.stride_h / Tiles::row_step(s_);  // of the input, for every row of the output
+    blocking_ = blocking_for(work_, split_.pixel_ranges, s_.out_w * max_out_ * element() + new_rows * row,
                              larger(0, (s_.kernel_h - 1) * s_.dilation_h + 1 - s_.stride_h) * row);
     split_.pixel_ranges = larger(1, smaller(split_.pixel_ranges, blocking_.blocks));
     window_rows_ = Tiles::window(s_, {0, blocking_.rows}).rows;
@@ -115,7 +116,7 @@ class BackwardWeight {
             out_block,
             divide_up(group_out, out_block),
             larger(1, divide_up(group_in, Tiles::template channels<T>(static_cast<int>(out_block / kLanes<T>)))),
-            s.in_h * s.in_w,
+            divide_up(s.in_h, Tiles::row_step(s)) * divide_up(s.in_w, Tiles::column_step(s)),
             element()};
   }
 
@@ -201,11 +202,12 @@ class BackwardWeight {
 
   void pack_input(const T* input, const Channels& channels, const Block& block, const Window& window, T* packed) const {
     const int64_t image = s_.in_channels * s_.in_h * s_.in_w, pixels = block.images.size() * window.rows * window.columns;
-    const int64_t run = s_.layout == Layout::nchw ? larger(1, window.rows) : divide_up(kPackPixels, window.columns);
+    const int64_t run = s_.layout == Layout::nchw ? larger(1, window.rows) : divide_up(kPackPixels, larger(1, window.columns));
     const int64_t first_channel = first_in(channels.in_blocks.begin);
     for (int64_t n = 0; n < block.images.size(); ++n) {
       for (int64_t row = 0; row < window.rows; row += run) {
-        const Window part{window.row + row, smaller(run, window.rows - row), window.column, window.columns};
+        Window part = window;
+        part.row += row * window.row_step, part.rows = smaller(run, window.rows - row);
         for (int64_t b = channels.in_blocks.begin; b < channels.in_blocks.end; ++b) {
           const int64_t first = first_in(b), count = first_in(b + 1) - first;
           pack_window(s_, input + (block.images.begin + n) * image, channels.group * work_.group_in + first, count, part,

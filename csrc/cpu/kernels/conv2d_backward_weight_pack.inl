@@ -4,6 +4,7 @@
 
 #include "core/padding.h"
 #include "cpu/kernel.h"
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/pieces.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -27,6 +28,34 @@ inline void pack_few_planes(const T* source, int64_t plane, int channels, int64_
   }
   for (; first < pixels; ++first) {
     for (int i = 0; i < channels; ++i) destination[first * channels + i] = source[i * plane + first];
+  }
+}
+
+// `count` elements, `step` apart, in the first lanes; the others are zero.
+template <class T>
+inline Vec<T> load_apart(const T* p, int64_t step, int count) {
+  constexpr int lanes = kLanes<T>;
+  if (step != 2) return load_strided(p, step, first_lanes<T>(count), Vec<T>{});
+  const int elements = 2 * count - 1, lower = elements < lanes ? elements : lanes;
+  return even_lanes<T>(load_first(p, lower), load_first(p + lower, elements - lower));
+}
+
+// The first `channels` <= lanes channels of `pixels` pixels of a row of planes, `pixel_step` apart, as pack_planes().
+template <class T>
+inline void pack_planes_apart(const T* source, int64_t plane, int64_t pixel_step, int channels, int64_t pixels, T* destination,
+                              int64_t step, int written) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t first = 0; first < pixels; first += lanes) {
+    const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
+    Vec<T> rows[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      rows[i] = i < channels ? load_apart(source + i * plane + first * pixel_step, pixel_step, count) : Vec<T>{};
+    transpose<T>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i < count) store_first(destination + (first + i) * step, rows[i], written);
+    }
   }
 }
 
@@ -95,20 +124,22 @@ inline void pack_neighbours(const T* source, int64_t count, T* destination) {
   if (i < count) store_first(destination + i, load_first(source + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
 
-// Channels [channel, channel + channels) of a run of neighbouring pixels of one image of `planes` channels of `plane` pixels, the first at
-// `pixel`. With kZeroFill the last vector of each pixel is filled up with zeros, else nothing is written past the last channel.
+// Channels [channel, channel + channels) of a run of pixels, `pixel_step` apart, of one image of `planes` channels of `plane` pixels, the
+// first at `pixel`. With kZeroFill the last vector of each pixel is filled up with zeros, else nothing is written past the last channel.
 template <bool kZeroFill, class T>
 inline void pack_run(Layout layout, const T* image, int64_t planes, int64_t plane, int64_t channel, int64_t channels, int64_t pixel,
-                     int64_t pixels, T* destination, int64_t step) {
-  if (layout == Layout::nhwc && channels == planes && channels == step)
+                     int64_t pixels, T* destination, int64_t step, int64_t pixel_step = 1) {
+  if (layout == Layout::nhwc && channels == planes && channels == step && pixel_step == 1)
     return pack_neighbours(image + pixel * planes, pixels * planes, destination);
   for (int64_t c = 0; c < channels; c += kLanes<T>) {
     const int count = channels - c < kLanes<T> ? static_cast<int>(channels - c) : kLanes<T>;
     const int written = kZeroFill ? kLanes<T> : count;
-    if (layout == Layout::nchw) {
+    if (layout == Layout::nchw && pixel_step > 1) {
+      pack_planes_apart(image + (channel + c) * plane + pixel, plane, pixel_step, count, pixels, destination + c, step, written);
+    } else if (layout == Layout::nchw) {
       pack_planes(image + (channel + c) * plane + pixel, plane, count, pixels, destination + c, step, written);
     } else {
-      pack_pixels(image + pixel * planes + channel + c, planes, count, pixels, destination + c, step, written);
+      pack_pixels(image + pixel * planes + channel + c, pixel_step * planes, count, pixels, destination + c, step, written);
     }
   }
 }
@@ -118,9 +149,11 @@ inline void fill_zeros(T* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = T{0};
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of a plane, also outside it.
+// `rows` rows from `row` on and `columns` columns from `column` on of a plane, also outside it; with steps from one to the next only
+// inside.
 struct Window {
   int64_t row, rows, column, columns;
+  int64_t row_step = 1, column_step = 1;
 };
 
 // Columns [begin, end) of a window's row that lie outside the image: what the padding mode puts there.
@@ -143,6 +176,13 @@ inline void pack_padding(const Conv2dShape& s, const T* image, int64_t channel, 
 template <class T>
 inline void pack_window(const Conv2dShape& s, const T* image, int64_t channel, int64_t channels, const Window& window, T* destination) {
   const int64_t plane = s.in_h * s.in_w, row_elements = window.columns * channels;
+  if (window.row_step > 1 || window.column_step > 1) {
+    for (int64_t i = 0; i < window.rows; ++i) {
+      pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, (window.row + i * window.row_step) * s.in_w + window.column,
+                      window.columns, destination + i * row_elements, channels, window.column_step);
+    }
+    return;
+  }
   const bool rows_inside = window.row >= 0 && window.row + window.rows <= s.in_h;
   if (rows_inside && window.column == 0 && window.columns == s.in_w) {  // one run
     pack_run<false>(s.layout, image, s.in_channels, plane, channel, channels, window.row * s.in_w, window.rows * s.in_w, destination,

@@ -16,6 +16,8 @@ struct PaddedTiles {
     const bool pads = all.row < 0 || all.column < 0 || all.row + all.rows > s.in_h || all.column + all.columns > s.in_w;
     return pads && s.padding_mode == PaddingMode::zeros;
   }
+  static int64_t row_step(const Conv2dShape&) { return 1; }
+  static int64_t column_step(const Conv2dShape&) { return 1; }
   static int64_t window_columns(const Conv2dShape& s) { return (s.out_w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1; }
 
   static Window window(const Conv2dShape& s, Range rows) {

@@ -18,6 +18,8 @@ struct TapTiles {
   static int64_t channels(int) {
     return kMostChannels;
   }
+  static int64_t row_step(const Conv2dShape&) { return 1; }
+  static int64_t column_step(const Conv2dShape&) { return 1; }
   static int64_t window_columns(const Conv2dShape& s) { return (s.out_w - 1) * s.stride_w + s.kernel_w; }
 
   // All input rows that these output rows read, padding included.
