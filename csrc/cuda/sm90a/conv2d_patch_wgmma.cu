@@ -42,12 +42,11 @@ struct PatchPlan {
     const Conv2dGeometry g(s);
     const GatherAxis h = gather_axis_h(g, kForward, 0), w = gather_axis_w(g, kForward, 0);
     const int64_t reach_h = reach(h), reach_w = reach(w);
-    // A 1x1 convolution has no lines: its pixels are one, of an image or, where they lie in a row, of the batch.
+    // A 1x1 convolution has no lines: its pixels are one.
     const bool flat = side.taps == 1 && h.first == 0 && w.first == 0 && side.pixel_h == side.source_h && side.pixel_w == side.source_w;
-    batch = flat && s.layout == Layout::nhwc ? 1 : s.batch;
-    const int64_t line_pixels = s.batch == 0 ? 0 : side.rows / batch;
-    source_h = flat ? 1 : side.source_h, source_w = flat ? line_pixels : side.source_w;
-    result_h = flat ? 1 : side.pixel_h, result_w = flat ? line_pixels : side.pixel_w;
+    batch = flat ? 1 : s.batch;
+    source_h = flat ? 1 : side.source_h, source_w = flat ? side.rows : side.source_w;
+    result_h = flat ? 1 : side.pixel_h, result_w = flat ? side.rows : side.pixel_w;
     tile = rectangles(result_h, result_w, reach_h, reach_w);
     tiles = batch * tile.tiles_h * tile.tiles_w;
     element_bytes = side.is_16_bit ? 2 : 4;
@@ -95,6 +94,8 @@ struct PatchPlan {
 
 template <bool kForward>
 bool accepts(const Conv2dShape& s) {
+  // In nchw a 1x1 convolution is its stores, for which the row that fetches windows has shared memory.
+  if (s.layout == Layout::nchw && s.kernel_h * s.kernel_w == 1) return false;
   if (s.groups != 1 || s.stride_h != 1 || s.stride_w != 1 || s.batch == 0 || !suits_copy_engine<kForward>(s)) {
     return false;
   }
@@ -130,6 +131,8 @@ PatchGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool rel
   p.tile_h = static_cast<int>(plan.tile.height), p.tile_w = static_cast<int>(plan.tile.width), p.tiles = static_cast<int>(plan.tiles);
   p.box_bytes = static_cast<int>(plan.patch_box_bytes), p.fetched_bytes = static_cast<int>(plan.fetched_bytes);
   p.buffers = static_cast<int>(plan.buffers);
+  const bool is_even = plan.tile.width % 2 == 0 && plan.tile.pitch % 2 == 0 && plan.result_w % 2 == 0;
+  p.stores_pairs = sizeof(T) == 2 && s.layout == Layout::nchw && is_even && is_aligned(g.result);
   return p;
 }
 

@@ -6,7 +6,7 @@
 // patch of the source that it reads, padding as zeros, line by line, so that the positions of the patch are one sequence, and the taps of
 // position i of the result are positions i + r * pitch + s of the patch: the matrix unit multiplies 128 positions in a row for each tap,
 // beginning where the tap lies. The positions between one line of the rectangle and the next are multiplied in vain. A 1x1 convolution
-// has no lines: all pixels of the batch are one in nhwc, those of an image in nchw.
+// has no lines: all pixels of the batch are one.
 //
 // Two warpgroups of a block have tiles of their own, the next patch of each on its way where memory suffices: while one of them stores, the
 // other multiplies. Blocks stay, and take tile after tile.
@@ -15,8 +15,8 @@
 //
 // Padding never multiplies: a sum that is NaN, and no other, is added up again, tap by tap without the padding, once it has been stored.
 //
-// Not handled: strides, groups, filters that leave no room for patches. Bound by shared memory, from which the matrix unit reads 64
-// rows for each 32 to 128 columns; by memory where there are few taps.
+// Not handled: strides, groups, 1x1 in nchw, filters that leave no room for patches. Bound by shared memory, from which the matrix unit
+// reads 64 rows for each 32 to 128 columns; by memory where there are few taps.
 #pragma once
 
 #include "cuda/sm90a/gather_wgmma.cuh"
@@ -36,6 +36,7 @@ struct PatchGather {
   int tile_h, tile_w, tiles;     // the rectangle, and how many there are
   int box_bytes, fetched_bytes;  // of shared memory for one box of channels of a patch, and what is fetched of it
   int buffers;                   // patches of a worker: 2 where they fit
+  bool stores_pairs;             // nchw, whose pixels are stored two at a time
 };
 
 // Replaces what is NaN among this warp's rows of the stored tile.
@@ -153,19 +154,32 @@ class PatchWorker {
     return g.result + corner.outer * g.result_strides.n + h * g.result_strides.h + w * g.result_strides.w;
   }
 
+  // Stores the sums of 64 positions from `first` on. Whether there is a NaN among this thread's that exist.
+  __device__ bool store_half(const RowTarget<T>& target, const PlaneIndex& corner, int first, float (&sums)[kSums]) const {
+    const int warp_first = first + threadIdx.x % kWarpgroupThreads / 32 * 16, row = warp_first + threadIdx.x % 32 / 4;
+    T *line = line_of(corner, row), *line_of_8 = line_of(corner, row + 8);
+    finish_sums(target, sums);
+    bool meets_nan = false;
+    if constexpr (sizeof(T) == 2) {
+      if (p_.stores_pairs) {
+        store_pixel_pairs(target, line_of(corner, warp_first + row_of_pixel_pair()), sums);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) meets_nan |= isnan(sums[i]) && (i % 4 < 2 ? line : line_of_8) != nullptr;
+        return meets_nan;
+      }
+    }
+    meets_nan = store_line<0>(target, line, sums);
+    return store_line<1>(target, line_of_8, sums) || meets_nan;
+  }
+
   __device__ void store(const PlaneIndex& tile) {
     const WgmmaGather<T>& g = p_.gather;
     const bool has_lines = g.result_strides.c == 1;
     const RowTarget<T> target{g.bias, g.relu, first_col_, g.cols, static_cast<int>(g.result_strides.c), has_lines && g.result_chunk > 1};
     const PlaneIndex corner = corner_of(tile);
-    const int row = threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
     bool meets_nan = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      finish_sums(target, sums_[half]);
-      meets_nan |= store_line<0>(target, line_of(corner, half * kWarpgroupRows + row), sums_[half]);
-      meets_nan |= store_line<1>(target, line_of(corner, half * kWarpgroupRows + row + 8), sums_[half]);
-    }
+    for (int half = 0; half < 2; ++half) meets_nan |= store_half(target, corner, half * kWarpgroupRows, sums_[half]);
     if (__any_sync(0xFFFFFFFF, meets_nan)) {
       __syncwarp();
       store_again<T, kCols>(p_, corner, first_col_);

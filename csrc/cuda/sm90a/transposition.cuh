@@ -1,6 +1,7 @@
 // Copies that put one axis of a tensor innermost, padded with zeros to whole chunks: what lets the products read any layout by chunks of 16
-// bytes. target[batch][across][along], along innermost, from source[batch][along][across] with any strides. A block moves a tile of 64 x 64
-// through shared memory; it reads as many neighbours at once as the strides allow and writes chunks.
+// bytes. target[batch][across][along], along innermost, from source[batch][along][across] with any strides. A block moves a tile of
+// 4096 elements, 16, 32 or 64 of them along, through shared memory; it reads as many neighbours at once as the strides allow and writes
+// chunks.
 //
 // Bound by memory: one read and one write of every element.
 #pragma once
@@ -13,7 +14,9 @@ namespace cnn_ext::cuda {
 
 // Strides in elements. The batch has two axes.
 struct Transposition {
-  int64_t blocks() const { return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, kTile) * ceil_div(across, kTile); }
+  int64_t blocks(int tile_along) const {
+    return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, tile_along) * ceil_div(across, kTile / tile_along);
+  }
   // Whether `count` neighbours across the source are one aligned access.
   bool reads(const void* source, int count) const {
     return source_across == 1 && across % count == 0 && source_along % count == 0 && source_outer % count == 0 &&
@@ -21,12 +24,11 @@ struct Transposition {
   }
 
   // Whether lines along are one run of memory, short across.
-  bool has_slabs() const { return source_across == 1 && source_along == across && across < kTile; }
-  int slab_along() const { return kSlab / across / 8 * 8; }  // whole chunks
+  bool has_slabs() const { return source_across == 1 && source_along == across && across < 64; }
+  int slab_along() const { return kTile / across / 8 * 8; }  // whole chunks
   int64_t slab_blocks() const { return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, slab_along()); }
 
-  static constexpr int kTile = 64;
-  static constexpr int kSlab = 4096;  // elements, in shared memory
+  static constexpr int kTile = 4096;  // elements, in shared memory
   int outer, inner;
   int along, padded_along, across;
   int64_t source_outer, source_inner, source_along, source_across;
@@ -49,21 +51,22 @@ struct alignas(sizeof(T) * kCount) Neighbours {
   T values[kCount];
 };
 
-// kRead: neighbours across that a thread reads at once; kReadAcross: whether neighbouring threads read across the source, or along it.
-template <class T, int kRead, bool kReadAcross>
+// kAlong: of the tile. kRead: neighbours across that a thread reads at once; kReadAcross: whether neighbouring threads read across the
+// source, or along it.
+template <class T, int kAlong, int kRead, bool kReadAcross>
 __global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, const T* source, T* target) {
-  constexpr int kTile = Transposition::kTile, kReads = kTile / kRead, kWrites = kTile / kChunk<T>;
+  constexpr int kAcross = Transposition::kTile / kAlong, kReads = kAcross / kRead, kWrites = kAlong / kChunk<T>;
   // The pitch spreads the columns over the banks.
-  __shared__ T tile[kTile][kTile + 4 / sizeof(T)];
-  const int tiles_along = ceil_div(t.padded_along, kTile), tiles_across = ceil_div(t.across, kTile);
+  __shared__ T tile[kAcross][kAlong + 4 / sizeof(T)];
+  const int tiles_along = ceil_div(t.padded_along, kAlong), tiles_across = ceil_div(t.across, kAcross);
   const int batch = blockIdx.x / (tiles_along * tiles_across), rest = blockIdx.x % (tiles_along * tiles_across);
-  const int first_along = rest / tiles_across * kTile, first_across = rest % tiles_across * kTile;
+  const int first_along = rest / tiles_across * kAlong, first_across = rest % tiles_across * kAcross;
   source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner;
   target += batch / t.inner * t.target_outer + batch % t.inner * t.target_inner;
   wait_for_launch_before();
 #pragma unroll
-  for (int unit = threadIdx.x; unit < kTile * kReads; unit += kBlockThreads) {
-    const int i = kReadAcross ? unit / kReads : unit % kTile, j = (kReadAcross ? unit % kReads : unit / kTile) * kRead;
+  for (int unit = threadIdx.x; unit < kAlong * kReads; unit += kBlockThreads) {
+    const int i = kReadAcross ? unit / kReads : unit % kAlong, j = (kReadAcross ? unit % kReads : unit / kAlong) * kRead;
     const int along = first_along + i, across = first_across + j;
     Neighbours<T, kRead> read;
 #pragma unroll
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, cons
   }
   __syncthreads();
 #pragma unroll
-  for (int unit = threadIdx.x; unit < kTile * kWrites; unit += kBlockThreads) {
+  for (int unit = threadIdx.x; unit < kAcross * kWrites; unit += kBlockThreads) {
     const int i = unit % kWrites * kChunk<T>, j = unit / kWrites;
     const int along = first_along + i, across = first_across + j;
     if (along >= t.padded_along || across >= t.across) continue;
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, cons
 // kRead: elements that a thread reads at once.
 template <class T, int kRead>
 __global__ void __launch_bounds__(kBlockThreads) transpose_slabs(Transposition t, int slab_along, const T* source, T* target) {
-  __shared__ __align__(kChunkBytes) T slab[Transposition::kSlab];
+  __shared__ __align__(kChunkBytes) T slab[Transposition::kTile];
   const int slabs = ceil_div(t.padded_along, slab_along), batch = blockIdx.x / slabs, first = blockIdx.x % slabs * slab_along;
   const int lines = smaller(slab_along, t.along - first), chunks = smaller(slab_along, t.padded_along - first) / kChunk<T>;
   source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner + first * t.source_along;
@@ -117,15 +120,24 @@ void launch_slabs(const Transposition& t, const T* source, T* target, cudaStream
   launch(kernel, overlapping(Grid(t.slab_blocks())), stream, t, t.slab_along(), source, target);
 }
 
-template <class T>
-void launch_transposition(const Transposition& t, const void* source, void* target, cudaStream_t stream) {
-  if (t.has_slabs()) return launch_slabs(t, static_cast<const T*>(source), static_cast<T*>(target), stream);
+template <class T, int kAlong>
+void launch_tiles(const Transposition& t, const T* source, T* target, cudaStream_t stream) {
   constexpr int kHalf = kChunk<T> / 2;
-  const auto kernel = t.reads(source, kChunk<T>)          ? transpose<T, kChunk<T>, true>
-                      : t.reads(source, kHalf)            ? transpose<T, kHalf, true>
-                      : t.source_across <= t.source_along ? transpose<T, 1, true>
-                                                          : transpose<T, 1, false>;
-  launch(kernel, overlapping(Grid(t.blocks())), stream, t, static_cast<const T*>(source), static_cast<T*>(target));
+  const auto kernel = t.reads(source, kChunk<T>)          ? transpose<T, kAlong, kChunk<T>, true>
+                      : t.reads(source, kHalf)            ? transpose<T, kAlong, kHalf, true>
+                      : t.source_across <= t.source_along ? transpose<T, kAlong, 1, true>
+                                                          : transpose<T, kAlong, 1, false>;
+  launch(kernel, overlapping(Grid(t.blocks(kAlong))), stream, t, source, target);
+}
+
+template <class T>
+void launch_transposition(const Transposition& t, const void* from, void* to, cudaStream_t stream) {
+  const T* source = static_cast<const T*>(from);
+  T* target = static_cast<T*>(to);
+  if (t.has_slabs()) return launch_slabs(t, source, target, stream);
+  if (t.padded_along <= 16) return launch_tiles<T, 16>(t, source, target, stream);
+  if (t.padded_along <= 32) return launch_tiles<T, 32>(t, source, target, stream);
+  launch_tiles<T, 64>(t, source, target, stream);
 }
 
 }  // namespace cnn_ext::cuda
