@@ -37,6 +37,7 @@ int64_t weight_col_tiles_of(const Conv2dShape& s) { return ceil_div<int64_t>(s.o
 struct WeightPatch {
   WeightPatch(const Conv2dGeometry& g, const PatchTiles& tiles, DType dtype, int cols)
       : terms(g.group_in * g.kernel_h * g.kernel_w),
+        all_tiles(ceil_div(terms, 8)),
         term_groups(1),
         patch_h((tiles.height - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1),
         patch_w((tiles.width - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1),
@@ -46,14 +47,14 @@ struct WeightPatch {
         patch_bytes(ceil_div(plane * g.group_in * bytes_of(dtype), kChunkBytes) * kChunkBytes),
         copy_bytes(bytes_of(dtype) == 2 ? patch_bytes : 0),
         shared_bytes(larger(patch_bytes + copy_bytes, kBlockThreads / 2 * kMostSums * static_cast<int>(sizeof(float)))) {
-    const int all = ceil_div(terms, 8);
-    while (term_groups < kWarps && all > term_groups * term_tiles(cols)) term_groups *= 2;
-    warp_tiles = ceil_div(all, term_groups);
+    while (term_groups < kWarps && all_tiles > term_groups * term_tiles(cols)) term_groups *= 2;
+    warp_tiles = ceil_div(all_tiles, term_groups);
   }
 
-  int terms, term_groups, warp_tiles;  // warp_tiles: of 8 terms
-  int patch_h, patch_w;                // in pixels
-  int phase_pitch, pitch, plane;       // of the patch, in elements
+  int terms, all_tiles;           // tiles: of 8 terms
+  int term_groups, warp_tiles;    // of them, of a group
+  int patch_h, patch_w;           // in pixels
+  int phase_pitch, pitch, plane;  // of the patch, in elements
   int patch_bytes, copy_bytes, shared_bytes;
 };
 
@@ -94,27 +95,31 @@ class PatchBackwardWeight {
         shared_(dynamic_shared<unsigned char>()),
         first_col_(first_col),
         first_tile_(warp() % t.term_groups * t.warp_tiles) {
+    // Through shared memory: in registers alone they would be computed again for each product.
+    int* places = dynamic_shared<int>();
+    for (int term = threadIdx.x; term < t.all_tiles * 8; term += kBlockThreads) places[term] = place_of(term < t.terms ? term : 0);
+    __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kTermTiles; ++j) {
-      const int term = (first_tile_ + j) * 8 + group();
-      const Tap tap = p.decoder.at(term < t.terms ? term : 0);
-      const int w = tap.s * g.dilation_w, moved = p.phase.quotient(w);
-      const int element = tap.channel * t.plane + tap.r * g.dilation_h * t.pitch + (w - moved * g.stride_w) * t.phase_pitch + moved;
-      terms_[j] = word_place<T>(t.copy_bytes, element);
-    }
+    for (int j = 0; j < kTermTiles; ++j) terms_[j] = places[smaller(first_tile_ + j, t.all_tiles - 1) * 8 + group()];
   }
 
   __device__ void run(int range, int ranges) {
     const int pixel_group = warp() / t.term_groups, pixel_groups = kWarps / t.term_groups;
     for (TileCursor tile(p.tiles, range, ranges); tile.is_in(g.batch); tile.advance()) {
       const PlaneIndex at = tile.at();
+      int step = next_step(at, pixel_group, pixel_groups);
+      if (step < kSteps) fetch(at, step);
       __syncthreads();
       stage(at);
       __syncthreads();
 #pragma unroll 1
-      for (int step = pixel_group; step < kTilePixels / kStepPixels; step += pixel_groups) {
-        const int first = step * kStepPixels;
-        if (at.h + p.tiles.row_of(first) < g.out_h && at.w + p.tiles.col_of(first) < g.out_w) multiply(at, first);
+      while (step < kSteps) {
+        uint32_t a[kRowTiles][4];
+        take(a);
+        const int now = step;
+        step = next_step(at, step + pixel_groups, pixel_groups);
+        if (step < kSteps) fetch(at, step);
+        multiply(now, a);
       }
     }
     add_up_warps(pixel_group, pixel_groups);
@@ -125,7 +130,9 @@ class PatchBackwardWeight {
  private:
   static constexpr int kRowTiles = kCols / 16, kTermTiles = term_tiles(kCols);
   static constexpr int kOwnPixels = 2 * kPerWord<T>, kStepPixels = 4 * kOwnPixels;  // of a thread, of an instruction
-  static constexpr int kOwnCols = kCols / 8;                                        // of a thread in nhwc
+  static constexpr int kSteps = kTilePixels / kStepPixels;
+  static constexpr int kOwnCols = kCols / 8;                             // of a thread in nhwc
+  static constexpr int kReadWords = kNhwc ? kOwnCols / kPerWord<T> : 2;  // side by side
 
   __device__ static int warp() { return threadIdx.x / 32; }
   __device__ static int lane() { return threadIdx.x % 32; }
@@ -137,19 +144,35 @@ class PatchBackwardWeight {
   }
 
   __device__ void stage(const PlaneIndex& at) const {
-    stage_patch<8>(g, p.lines, p.input, at, shared_, t.copy_bytes, [this](int row, int x, int line) {
-      const int column = p.pixel.quotient(x), c = line + x - column * p.lines.pixel;
-      const int moved = p.phase.quotient(column);
-      return c * t.plane + row * t.pitch + (column - moved * g.stride_w) * t.phase_pitch + moved;
-    });
+    stage_patch<kNhwc ? 4 : 2, kNhwc>(
+        g, p.lines, p.input, at, shared_, t.copy_bytes, [this](int row, int line) { return line * t.plane + row * t.pitch; },
+        [this](int x) {
+          const int column = kNhwc ? p.pixel.quotient(x) : x, c = kNhwc ? x - column * p.lines.pixel : 0;
+          const int moved = p.phase.quotient(column);
+          return c * t.plane + (column - moved * g.stride_w) * t.phase_pitch + moved;
+        });
   }
 
-  // Adds the products of the pixels of an instruction, of which `first` of the tile is the first.
-  __device__ void multiply(const PlaneIndex& at, int first) {
-    first += pair() * kOwnPixels;
-    const int row = p.tiles.row_of(first), col = p.tiles.col_of(first);
-    uint32_t a[kRowTiles][4];
-    p.has_vectors ? load<true>(at.outer, at.h + row, at.w + col, a) : load<false>(at.outer, at.h + row, at.w + col, a);
+  // Where the elements that a term multiplies begin in the patch, in bytes.
+  __device__ int place_of(int term) const {
+    const Tap tap = p.decoder.at(term);
+    const int w = tap.s * g.dilation_w, moved = p.phase.quotient(w);
+    const int element = tap.channel * t.plane + tap.r * g.dilation_h * t.pitch + (w - moved * g.stride_w) * t.phase_pitch + moved;
+    return word_place<T>(t.copy_bytes, element);
+  }
+
+  // The first step from `step` on, at this distance, that has pixels.
+  __device__ int next_step(const PlaneIndex& at, int step, int distance) const {
+    for (; step < kSteps; step += distance) {
+      const int first = step * kStepPixels;
+      if (at.h + p.tiles.row_of(first) < g.out_h && at.w + p.tiles.col_of(first) < g.out_w) break;
+    }
+    return step;
+  }
+
+  // Adds the products of the pixels of a step.
+  __device__ void multiply(int step, const uint32_t (&a)[kRowTiles][4]) {
+    const int first = step * kStepPixels + pair() * kOwnPixels, row = p.tiles.row_of(first), col = p.tiles.col_of(first);
     const unsigned char* pixels = shared_ + (row * g.stride_h * t.pitch + col) * static_cast<int>(sizeof(T));
 #pragma unroll
     for (int j = 0; j < kTermTiles; ++j) {
@@ -161,38 +184,52 @@ class PatchBackwardWeight {
     }
   }
 
-  // The fragments of grad_output for this thread's pixels, from (h, w) on in a row.
+  // Reads grad_output of this thread's pixels of a step, which lie in a row: of each pixel kOwnCols channels in nhwc, or else a channel of
+  // each half of a fragment.
+  __device__ void fetch(const PlaneIndex& at, int step) { p.has_vectors ? fetch_words<true>(at, step) : fetch_words<false>(at, step); }
+
   template <bool kVector>
-  __device__ void load(int n, int h, int w, uint32_t (&a)[kRowTiles][4]) const {
-    const bool row_exists = h < g.out_h;
-    const T* source = p.grad_output + n * g.out.n + h * g.out.h + w * g.out.w + first_col_ * g.out.c;
-    if constexpr (kNhwc) {
-      uint32_t words[kOwnPixels][kOwnCols / kPerWord<T>];
-      source += group() * kOwnCols;
-      const int cols = g.group_out - first_col_ - group() * kOwnCols;
+  __device__ void fetch_words(const PlaneIndex& at, int step) {
+    const int first = step * kStepPixels + pair() * kOwnPixels, h = at.h + p.tiles.row_of(first), w = at.w + p.tiles.col_of(first);
+    const T* source = p.grad_output + at.outer * g.out.n + h * g.out.h + w * g.out.w + first_col_ * g.out.c;
+    source += kNhwc ? group() * kOwnCols : group() * g.out.c;
+    constexpr int kReads = kNhwc ? kOwnPixels : 2 * kRowTiles;
+    exists_ = 0;
 #pragma unroll
-      for (int i = 0; i < kOwnPixels; ++i)
-        read_words<kVector>(source + i * g.out.w, row_exists && w + i < g.out_w ? cols : 0, p.grad_output, words[i]);
+    for (int i = 0; i < kReads; ++i, source += kNhwc ? g.out.w : 8 * g.out.c) {
+      const bool is_in = h < g.out_h && (kNhwc ? w + i < g.out_w : channel_of(i / 2, i % 2) < g.group_out);
+      const int count = !is_in ? 0 : kNhwc ? g.group_out - channel_of(0, 0) : g.out_w - w;
+      if constexpr (kVector) {
+        constexpr int kAtOnce = smaller(kReadWords, 4);
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if constexpr (sizeof(T) == 4) {
-          a[i][0] = words[0][2 * i], a[i][1] = words[0][2 * i + 1], a[i][2] = words[1][2 * i], a[i][3] = words[1][2 * i + 1];
-        } else {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t x = words[2 * half][i], y = words[2 * half + 1][i];
-            a[i][2 * half] = (x & 0xFFFF) | y << 16;
-            a[i][2 * half + 1] = x >> 16 | (y & 0xFFFF0000);
-          }
-        }
+        for (int v = 0; v < kReadWords; v += kAtOnce)
+          load_words<kAtOnce>((count > 0 ? source : p.grad_output) + v * kPerWord<T>, fetched_[i] + v);
+      } else {
+        read_words<false>(source, count, p.grad_output, fetched_[i]);
       }
-    } else {
-      source += group() * g.out.c;
+      exists_ |= (count > 0 ? 1u : 0u) << i;
+    }
+  }
+
+  // What was fetched, as fragments.
+  __device__ void take(uint32_t (&a)[kRowTiles][4]) const {
+    const auto word = [&](int i, int v) {
+      const uint32_t bits = sizeof(T) == 4 ? to_tf32(__uint_as_float(fetched_[i][v])) : fetched_[i][v];
+      return exists_ >> i & 1 ? bits : 0;
+    };
 #pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i, source += 8 * g.out.c) {
-        uint32_t words[2];
-        read_words<kVector>(source, row_exists && channel_of(i / 2, i % 2) < g.group_out ? g.out_w - w : 0, p.grad_output, words);
-        a[i / 2][i % 2] = words[0], a[i / 2][2 + i % 2] = words[1];
+    for (int i = 0; i < kRowTiles; ++i) {
+      if constexpr (!kNhwc) {
+        a[i][0] = word(2 * i, 0), a[i][1] = word(2 * i + 1, 0), a[i][2] = word(2 * i, 1), a[i][3] = word(2 * i + 1, 1);
+      } else if constexpr (sizeof(T) == 4) {
+        a[i][0] = word(0, 2 * i), a[i][1] = word(0, 2 * i + 1), a[i][2] = word(1, 2 * i), a[i][3] = word(1, 2 * i + 1);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t x = word(2 * half, i), y = word(2 * half + 1, i);
+          a[i][2 * half] = (x & 0xFFFF) | y << 16;
+          a[i][2 * half + 1] = x >> 16 | (y & 0xFFFF0000);
+        }
       }
     }
   }
@@ -290,6 +327,8 @@ class PatchBackwardWeight {
   unsigned char* shared_;
   const int first_col_, first_tile_;
   int terms_[kTermTiles];  // where this thread's terms are in the patch, in bytes
+  unsigned exists_ = 0;    // a bit for each row of words fetched
+  uint32_t fetched_[kNhwc ? kOwnPixels : 2 * kRowTiles][kReadWords];
   float sums_[kRowTiles][kTermTiles][4] = {};
 };
 

@@ -133,8 +133,9 @@ class PatchForward {
   }
 
   __device__ bool stage(const PlaneIndex& at) const {
-    return stage_patch<4>(g, p.lines, p.input, at, shared_ + t.patch, t.copy_bytes,
-                          [this](int row, int x, int c) { return row * t.pitch + x * p.lines.channels + c; });
+    return stage_patch<4, kPixelRows>(
+        g, p.lines, p.input, at, shared_ + t.patch, t.copy_bytes, [this](int row, int c) { return row * t.pitch + c; },
+        [this](int x) { return kPixelRows ? x : x * p.lines.channels; });
   }
 
   __device__ void multiply() {
