@@ -22,12 +22,20 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
     }
   });
+  const auto write = [&](const auto& store_last) __attribute__((always_inline)) {
 #pragma GCC unroll 28
-  for (int i = 0; i < kPoints; ++i) {
-    const T* from = task.before + i / kCols * task.before_row_pitch + i % kCols * task.before_pitch;
-    T* to = task.out + i / kCols * task.row_pitch + i % kCols * task.pitch;
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(to + v * kV, load(from + v * kV) + sum[i][v]);
+    for (int i = 0; i < kPoints; ++i) {
+      const T* from = task.before + i / kCols * task.before_row_pitch + i % kCols * task.before_pitch;
+      T* to = task.out + i / kCols * task.row_pitch + i % kCols * task.pitch;
+      if constexpr (kVectors == 2) store(to, load(from) + sum[i][0]);
+      store_last(to + (kVectors - 1) * kV, load(from + (kVectors - 1) * kV) + sum[i][kVectors - 1]);
+    }
+  };
+  const int last = task.last;
+  if (last == kV) {
+    write([](T* to, Vec<T> total) __attribute__((always_inline)) { store(to, total); });
+  } else {
+    write([last](T* to, Vec<T> total) __attribute__((always_inline)) { store_first(to, total, last); });
   }
 }
 

@@ -261,14 +261,13 @@ class GatherRun {
     return p.images * ceil_div(p.rows, Tile::rows(Tile::kMaxWidth, p.cols, p.rows)) * Tile::tiles(p.cols);
   }
 
-  Writing writing_of(const Part& part, int64_t channel_block, int64_t unit, const Sink& sink) const {
+  Writing writing_of(const Part& part, int64_t channel_block, const Sink& sink) const {
     if constexpr (Sink::kTakesUnits) {
       return Writing::in_scratch;
     } else {
       if (channel_block + 1 < part.reduction.blocks) return Writing::in_scratch;
       const Strides& grid = sink.grid;
-      const bool lanes_are_inner =
-          Tile::kChannelsInner ? grid.c == 1 && Tile::width(cover_.outputs, unit) == outputs_of(unit) : grid.w == 1;
+      const bool lanes_are_inner = (Tile::kChannelsInner ? grid.c : grid.w) == 1;
       if (lanes_are_inner) return Writing::in_place;
       return Tile::kChannelsInner && part.reduction.blocks > 1 ? Writing::by_units : Writing::by_tiles;
     }
@@ -285,7 +284,7 @@ class GatherRun {
     const T* weights = packs_in_tasks_ ? own_weights(worker) : packed_weights(part, p.group, unit, channel_block);
     const Sink sink = ends_.sink(g);
     const SumsWriter<T, Tile, Sink> writer{sink};
-    Writing writing = writing_of(part, channel_block, unit, sink);
+    Writing writing = writing_of(part, channel_block, sink);
     if (interleaved && writing != Writing::in_scratch) writing = Writing::interleaved;
     // The sums of more than a tile are kept while blocks of channels are added to them, and for who takes them together.
     const bool keeps_sums = part.reduction.blocks > 1 || interleaved || Sink::kTakesUnits;
@@ -318,10 +317,10 @@ class GatherRun {
           tile.source_ahead = source.next(tile.runs * tile.run_steps, tile.weights);
           if constexpr (!Sink::kTakesUnits) {
             T* const dst = sink.point(p.n + image, channel, p.y + y, p.x + x);
-            if (writing == Writing::in_place) writer.write_in_place(tile, dst, cols);
+            if (writing == Writing::in_place) writer.write_in_place(tile, dst, cols, outputs);
             tile.dest_ahead = writer.ahead(tile, writing, dst, rows, cols, outputs);
             Tile::run(tile, width, rows, cols);
-            if (rectifies) Tile::rectify(tile, width, rows, cols);
+            if (rectifies) Tile::rectify(tile, writing == Writing::in_place ? outputs : width, rows, cols);
             if (writing == Writing::by_tiles) writer.write_tile(tile, rows, cols, outputs, dst);
           } else {
             tile.dest_ahead = fetch_nothing(tile.weights);

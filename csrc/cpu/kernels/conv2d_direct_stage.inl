@@ -6,7 +6,7 @@
 #include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/kernels/conv2d_direct_gather.inl"
 #include "cpu/simd/lanes.h"
-#include "cpu/simd/transpose.h"
+#include "cpu/simd/pieces.h"
 
 namespace {
 
@@ -170,6 +170,51 @@ inline void write_zeros(T* p, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; j += kLanes<T>) store(p + j, zeros);
 }
 
+// The elements of kStep vectors in a row, dealt out: vector i gets every kStep-th one from i on.
+template <class T>
+inline void deal_out(Vec<T> (&v)[2]) {
+  const Vec<T> even = even_lanes<T>(v[0], v[1]);
+  v[1] = odd_lanes<T>(v[0], v[1]), v[0] = even;
+}
+template <class T>
+inline void deal_out(Vec<T> (&v)[4]) {
+  Vec<T> low[2] = {v[0], v[1]}, high[2] = {v[2], v[3]};
+  deal_out<T>(low), deal_out<T>(high);
+  Vec<T> even[2] = {low[0], high[0]}, odd[2] = {low[1], high[1]};
+  deal_out<T>(even), deal_out<T>(odd);
+  v[0] = even[0], v[1] = odd[0], v[2] = even[1], v[3] = odd[1];
+}
+
+// `count` columns of each of kStep phases, side by side from dst on: row[first], row[first + 1], ... in turn, with zeros outside row[0,
+// size).
+template <int kStep, class T>
+inline void stage_phases(const T* row, int64_t first, int64_t size, int64_t count, T* dst) {
+  constexpr int kV = kLanes<T>;
+  for (int64_t j = 0; j < count; j += kV) {
+    const int64_t at = first + j * kStep;
+    const int lanes = static_cast<int>(count - j < kV ? count - j : kV);
+    Vec<T> v[kStep];
+    if (at >= 0 && at + kStep * kV <= size) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kStep; ++i) v[i] = load(row + at + i * kV);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kStep; ++i) {
+        const int64_t from = at + i * kV, low = clamp(-from, 0, kV), high = clamp(size - from, low, kV);
+        v[i] = low < high ? load_between(row + from, static_cast<int>(low), static_cast<int>(high)) : Vec<T>{};
+      }
+    }
+    deal_out<T>(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) lanes == kV ? store(dst + i * count + j, v[i]) : store_first(dst + i * count + j, v[i], lanes);
+  }
+}
+
+// Whether stage_phases() stages rows: it writes the zeros of the padding, and phases that nobody reads, too.
+inline bool stages_phases(const Axis& a) {
+  return (a.source_step == 2 || a.source_step == 4) && a.taps >= a.source_step && a.padding_mode == PaddingMode::zeros;
+}
+
 // Rows that are dense in memory: one channel after the other.
 template <class T, class Source>
 __attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source, T* line,
@@ -179,6 +224,15 @@ __attribute__((noinline)) void stage_planes(const Gather& g, const StagedLayout&
   for (int64_t r = 0; r < rows; ++r) {
     if (!is_read(g.h, task.rows, r)) continue;
     const int64_t y = cnn_ext::source_position(g.h.padding_mode, task.first_row + r, g.h.source_size);
+    if (stages_phases(g.w)) {
+      T* dst = staged + r * l.row_pitch;
+      const int64_t size = y < 0 ? 0 : g.w.source_size;
+      for (int64_t c = 0; c < task.channels; ++c, dst += l.channel_pitch) {
+        const T* row = y < 0 ? nullptr : source.row(task.n, task.channel + c, y, line);
+        step == 2 ? stage_phases<2>(row, task.first_col, size, l.cols, dst) : stage_phases<4>(row, task.first_col, size, l.cols, dst);
+      }
+      continue;
+    }
     for (int64_t phase = 0; phase < step; ++phase) {
       if (step > 1 && !is_phase_read(g.w, phase)) continue;
       const int64_t first = task.first_col + phase;
@@ -228,6 +282,33 @@ inline __attribute__((always_inline)) void write_pixels(const Pixel& pixel, int 
   }
 }
 
+// Columns [0, count) of a phase of 2 channels up to a piece of them: those of `cols` lie `distance` apart from pixel(0) on, and behind the
+// first `followed` of them there are others, so that whole pieces can be read. The others are zeros.
+template <class T>
+inline void stage_few_channels(const T* pixel, int64_t distance, int64_t channels, int64_t count, const Inside& cols, int64_t followed,
+                               T* dst, int64_t channel_pitch) {
+  constexpr int kV = kLanes<T>, kPiece = kPieceLanes<T>;
+  for (int64_t c = 0; c < channels; ++c) write_zeros(dst + c * channel_pitch, 0, cols.begin);
+  int64_t j = cols.begin;
+  for (; j + kV <= followed; j += kV) {
+    const T* places[kV];
+    Vec<T> v[kPiece];
+#pragma GCC unroll 16
+    for (int i = 0; i < kV; ++i) places[i] = pixel + (j + i) * distance;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPiece; ++i) v[i] = load_pieces<T>(places + i, 0);
+    transpose_pieces<T>(v);
+#pragma GCC unroll 4
+    for (int c = 0; c < kPiece; ++c) {
+      if (c < channels) store(dst + c * channel_pitch + j, v[c]);
+    }
+  }
+  for (; j < cols.end; ++j) {
+    for (int64_t c = 0; c < channels; ++c) dst[c * channel_pitch + j] = pixel[j * distance + c];
+  }
+  for (int64_t c = 0; c < channels; ++c) write_zeros(dst + c * channel_pitch, cols.end, count);
+}
+
 // Channels innermost: squares of lanes x lanes are transposed on the way.
 template <class T, class Source>
 __attribute__((noinline)) void stage_channels_last(const Gather& g, const StagedLayout& l, const StageTask& task, const Source& source,
@@ -246,7 +327,16 @@ __attribute__((noinline)) void stage_channels_last(const Gather& g, const Staged
       for (int64_t c = 0; c < task.channels; c += kV) {
         const int lanes = static_cast<int>(clamp(task.channels - c, 0, kV));
         const auto pixels = source.pixels(task.n, task.channel + c, y);
-        for (int64_t j = 0; j < l.cols; j += kV) {
+        bool is_staged = false;
+        if constexpr (!Source::kMakesRows) {
+          if (task.channels > 1 && task.channels <= kPieceLanes<T>) {
+            const int64_t followed = y < 0 ? 0 : inside(first, step, l.cols, g.w.source_size - 1).end;
+            stage_few_channels(pixels.first + first * pixels.pixel, step * pixels.pixel, task.channels, l.cols, cols, followed, dst,
+                               l.channel_pitch);
+            is_staged = true;
+          }
+        }
+        for (int64_t j = 0; j < l.cols && !is_staged; j += kV) {
           T* const place = dst + c * l.channel_pitch + j;
           if (lanes == kV && j >= cols.begin && j + kV <= cols.end) {
             write_pixels([&](int i) { return pixels.at(first + (j + i) * step, kV); }, kV, place, l.channel_pitch);

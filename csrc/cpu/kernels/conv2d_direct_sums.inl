@@ -20,9 +20,9 @@ struct SumsWriter {
   static constexpr int64_t kSize = sizeof(T);
 
   // Lets a tile store its sums at `dst` itself.
-  void write_in_place(TileTask<T>& tile, T* dst, int64_t cols) const {
+  void write_in_place(TileTask<T>& tile, T* dst, int64_t cols, int64_t outputs) const {
     tile.out = dst, tile.pitch = Tile::kChannelsInner ? sink.grid.w : sink.grid.c, tile.row_pitch = sink.grid.h;
-    tile.last = static_cast<int>((cols - 1) % kLanes<T> + 1);
+    tile.last = static_cast<int>(((Tile::kChannelsInner ? outputs : cols) - 1) % kLanes<T> + 1);
   }
 
   // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon. Where channels are

@@ -24,7 +24,7 @@ struct TileTask {
   T* out;
   int64_t pitch;      // from one of these to the next
   int64_t row_pitch;  // from a row to the next
-  int last;           // of a pixel tile: lanes to write of a row's last vector
+  int last;           // lanes to write of the last vector: of a pixel tile's rows, of a channel tile's grid points
   // What is fetched meanwhile: a part of what will be staged next, of where sums will go, and, in each run, of the weights that follow.
   Fetch source_ahead, dest_ahead, weights_ahead;
 };
