@@ -171,6 +171,7 @@ WgmmaGather<T> operands_of(const Conv2dShape& s, const Conv2dBuffers& b, bool re
   p.channel_boxes = static_cast<int>(ceil_div<int64_t>(side.depth_channels, box));
   const int64_t neighbours = s.layout == Layout::nhwc ? side.cols : side.phases == 1 ? side.result_plane : 1;
   p.result_chunk = neighbours % side.chunk == 0 && is_aligned(p.result) ? static_cast<int>(side.chunk) : 1;
+  p.result_pairs = s.layout == Layout::nhwc && side.cols % 2 == 0 && is_aligned(p.result);
   p.phases = static_cast<int>(side.phases);
   for (int phase = 0; phase < p.phases; ++phase) {
     p.phase[phase] = phase_depth(gather_axis_h(g, kForward, phase), gather_axis_w(g, kForward, phase), p.channel_boxes);

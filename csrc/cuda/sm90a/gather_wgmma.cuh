@@ -83,7 +83,8 @@ struct WgmmaGather {
   int source_h, source_w, result_h, result_w;
   int depth_channels, channel_boxes, cols, pixels;
   PlaneDecoder pixel_decoder;
-  int result_chunk;  // neighbouring elements of the result that are stored at once: channels in nhwc, pixels in nchw
+  int result_chunk;   // neighbouring elements of the result that are stored at once: channels in nhwc, pixels in nchw
+  bool result_pairs;  // whether two channels may be: lines of nhwc begin at even places
   int phases, row_tiles, col_tiles, stages;
   int parts, cluster_blocks;  // of the depth; that share them: all or one
 };
@@ -314,7 +315,7 @@ class WgmmaGatherGemm {
   // From registers to nhwc.
   __device__ void store_rows() {
     const T* bias = p_.bias == nullptr ? nullptr : p_.bias + place_.group * p_.cols;
-    const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, /*channel_stride=*/1, p_.result_chunk > 1};
+    const RowTarget<T> target{bias, p_.relu, place_.first_col, p_.cols, /*channel_stride=*/1, p_.result_chunk > 1, p_.result_pairs};
     const int first = place_.first_row + threadIdx.x / 32 * 16, pixel = first + threadIdx.x % 32 / 4;
     finish_sums(target, sums_);
     bool meets_nan = store_line<0>(target, result_pixel(p_, phase_, place_, pixel), sums_);

@@ -175,7 +175,8 @@ class PatchWorker {
   __device__ void store(const PlaneIndex& tile) {
     const WgmmaGather<T>& g = p_.gather;
     const bool has_lines = g.result_strides.c == 1;
-    const RowTarget<T> target{g.bias, g.relu, first_col_, g.cols, static_cast<int>(g.result_strides.c), has_lines && g.result_chunk > 1};
+    const RowTarget<T> target{
+        g.bias, g.relu, first_col_, g.cols, static_cast<int>(g.result_strides.c), has_lines && g.result_chunk > 1, g.result_pairs};
     const PlaneIndex corner = corner_of(tile);
     bool meets_nan = false;
 #pragma unroll

@@ -39,6 +39,7 @@ struct RowTarget {
   int first_col, cols;
   int channel_stride;
   bool whole_chunks;  // whether channels lie side by side and lines begin and end with whole aligned chunks
+  bool whole_pairs;   // the same of two channels
 };
 
 // Adds the bias and applies the ReLU, where there are.
@@ -63,7 +64,7 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
 #pragma unroll
   for (int j = 0; j < kColumnBlocks; ++j) meets_nan |= isnan(sums[4 * j + 2 * kHalf]) | isnan(sums[4 * j + 2 * kHalf + 1]);
   const auto pair_of = [&](int j) { return ElementPair<T>{narrow<T>(sums[4 * j + 2 * kHalf]), narrow<T>(sums[4 * j + 2 * kHalf + 1])}; };
-  if (!target.whole_chunks) {
+  if (!target.whole_pairs) {
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
       const int col = target.first_col + 8 * j + 2 * pair;
@@ -71,7 +72,7 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
       if (line != nullptr && col < target.cols) line[col * target.channel_stride] = elements.first;
       if (line != nullptr && col + 1 < target.cols) line[(col + 1) * target.channel_stride] = elements.second;
     }
-  } else if constexpr (sizeof(T) == 2) {
+  } else if (sizeof(T) == 2 && target.whole_chunks) {
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; j += 4) {
       ChunkWords words;
@@ -84,7 +85,7 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
       const int col = target.first_col + 8 * (j + pair);
       if (line != nullptr && col < target.cols) *reinterpret_cast<ChunkWords*>(line + col) = words;
     }
-  } else {  // the four lanes of a row write 32 bytes
+  } else {  // the four lanes of a row write 16 or 32 bytes
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
       const int col = target.first_col + 8 * j + 2 * pair;
