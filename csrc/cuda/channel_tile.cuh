@@ -120,17 +120,13 @@ __device__ PairValues staged_pair(const void* staged) {
   return widen_pair(load_vector<kPair>(static_cast<const T*>(staged)));
 }
 
-// The pairs of kCount neighbouring pixels, and of a row of taps.
+__device__ inline PairValues tap_at(const float* filters, int tap) { return staged_pair<float>(filters + tap * kFilterPitch); }
+
+// The pairs of kCount neighbouring pixels.
 template <class T, int kCount>
 __device__ void load_pixels(const unsigned char* staged, PairValues (&pixels)[kCount]) {
 #pragma unroll
   for (int x = 0; x < kCount; ++x) pixels[x] = staged_pair<T>(staged + x * kPixelBytes<T>);
-}
-
-template <int kKernel>
-__device__ void load_taps(const float* filters, int r, PairValues (&taps)[kKernel]) {
-#pragma unroll
-  for (int s = 0; s < kKernel; ++s) taps[s] = staged_pair<float>(filters + (r * kKernel + s) * kFilterPitch);
 }
 
 __device__ inline void add_product(PairValues& sum, const PairValues& a, const PairValues& b) {

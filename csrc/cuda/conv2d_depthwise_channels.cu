@@ -97,7 +97,7 @@ __device__ PairValues sum_inside(const ChannelsProblem& p, const unsigned char* 
   for (int r = rows.begin; r < rows.end; ++r) {
 #pragma unroll 1
     for (int s = cols.begin; s < cols.end; ++s) {
-      const PairValues filter = staged_pair<float>(filters + (r * kKernel + s) * kFilterPitch);
+      const PairValues filter = tap_at(filters, r * kKernel + s);
       add_product(sum, filter, staged_pair<T>(staged + r * p.source.pitch + s * kPixelBytes<T>));
     }
   }
@@ -115,7 +115,7 @@ __device__ PairValues sum_inside_backward(const ChannelsProblem& p, const unsign
   for (int h = rows.begin; h < rows.end; ++h) {
 #pragma unroll 1
     for (int w = cols.begin; w < cols.end; ++w) {
-      const PairValues filter = staged_pair<float>(filters + ((padded_h - 2 * h) * kKernel + padded_w - 2 * w) * kFilterPitch);
+      const PairValues filter = tap_at(filters, (padded_h - 2 * h) * kKernel + padded_w - 2 * w);
       add_product(sum, filter, staged_pair<T>(staged + (h - padded_h / 2) * p.source.pitch + (w - padded_w / 2) * kPixelBytes<T>));
     }
   }
@@ -123,7 +123,7 @@ __device__ PairValues sum_inside_backward(const ChannelsProblem& p, const unsign
 }
 
 template <class T, int kKernel, int kStride, int kWidth>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 4 && strip_rows(kKernel, kStride) > 1 ? 3 : 4)  // as registers allow
     convolve_channels(ChannelsProblem p, ThreadPlaces tiles, const T* __restrict__ input, const T* __restrict__ weight,
                       const T* __restrict__ bias, T* __restrict__ output) {
   constexpr int kRows = strip_rows(kKernel, kStride), kInRows = (kRows - 1) * kStride + kKernel, kInCols = (kWidth - 1) * kStride + kKernel;
@@ -148,12 +148,11 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     for (int j = 0; j < kRows; ++j) {
       const int r = y - j * kStride;
       if (r < 0 || r >= kKernel) continue;
-      PairValues taps[kKernel];
-      load_taps(filters, r, taps);
 #pragma unroll
       for (int s = 0; s < kKernel; ++s) {
+        const PairValues tap = tap_at(filters, r * kKernel + s);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) add_product(sums[j][i], taps[s], inputs[i * kStride + s]);
+        for (int i = 0; i < kWidth; ++i) add_product(sums[j][i], tap, inputs[i * kStride + s]);
       }
     }
   }
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
 
 // Of stride 2; h, w: of the forward convolution.
 template <class T, int kKernel>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, kKernel == 5 ? 3 : 4)  // the same
     convolve_channels_backward(ChannelsProblem p, ThreadPlaces tiles, const T* __restrict__ grad_output, const T* __restrict__ weight,
                                const T* __restrict__ bias, T* __restrict__ grad_input) {
   constexpr int kBefore = (kKernel - 1) / 2;  // outputs before that of the strip's first place
@@ -205,12 +204,11 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     for (int j = 0; j < kBackwardRows; ++j) {
       const int r = j + 2 * (kBefore - y);
       if (r >= kKernel) continue;
-      PairValues taps[kKernel];
-      load_taps(filters, r, taps);
 #pragma unroll
       for (int s = kKernel - 1; s >= 0; --s) {
+        const PairValues tap = tap_at(filters, r * kKernel + s);
 #pragma unroll
-        for (int i = s % 2; i < kWideStrip; i += 2) add_product(sums[j][i], taps[s], outputs[kBefore + (i - s) / 2]);
+        for (int i = s % 2; i < kWideStrip; i += 2) add_product(sums[j][i], tap, outputs[kBefore + (i - s) / 2]);
       }
     }
   }

@@ -25,7 +25,7 @@ CNN_EXT_HOST_DEVICE constexpr int tap_groups_of(int64_t kernel) { return static_
 CNN_EXT_HOST_DEVICE constexpr int lanes_of(int64_t kernel) { return kBlockThreads / kTilePairs / tap_groups_of(kernel); }
 CNN_EXT_HOST_DEVICE constexpr int threads_of(int64_t kernel) { return lanes_of(kernel) * tap_groups_of(kernel) * kTilePairs; }
 
-constexpr int kMostTileBytes = 64 * 1024;  // three blocks to a multiprocessor
+constexpr int kMostTileBytes = 48 * 1024;  // four blocks to a multiprocessor
 // Rows of a tile of outputs: enough work for a block, and enough blocks.
 int most_tile_rows(int64_t kernel) { return kernel == 3 ? 16 : 8; }
 
@@ -133,7 +133,8 @@ struct WeightTile {
 
 // Blocks are numbered by channels, then split.
 template <class T, int kKernel, int kStride, int kWidth>
-__global__ void __launch_bounds__(threads_of(kKernel), 3)
+__global__ void __launch_bounds__(threads_of(kKernel), kKernel == 3 && sizeof(T) == 4 ? 3 : 4)  // as registers allow
+
     sum_channels(WeightProblem p, ThreadPlaces tiles, const T* __restrict__ grad_output, const T* __restrict__ input,
                  float* __restrict__ partials) {
   using Tile = WeightTile<T, kKernel, kStride, kWidth>;
