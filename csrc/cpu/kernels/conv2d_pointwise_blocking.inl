@@ -22,8 +22,8 @@ constexpr int64_t kSliceBytes = 400 << 10;   // ... a block of their channels an
 constexpr int64_t kSharingBytes = 1 << 20;   // ... all their channels stay in the second cache, bytes
 constexpr int64_t kPanelSums = 1 << 20;      // bytes of the sums of a task that has several blocks of channels
 constexpr int64_t kNearWeights = 1 << 20;    // bytes that stay near from one block of points to the next
-constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying rows, ...
-constexpr int64_t kFewestPanelUnits = 4;     // ... and panels
+constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying rows or panels of whole planes, ...
+constexpr int64_t kFewestRowPanelUnits = 4;  // ... and panels of a few rows of planes
 constexpr int64_t kFewestPanelTiles = 4;     // that pay for reading weights from the second cache
 constexpr int64_t kAliasedPlane = 4096;      // bytes: the distance of rows that compete, ...
 constexpr int64_t kAliasedPixel = 2048;      // ... half of it where a tile reads 14 of them side by side
@@ -60,7 +60,7 @@ Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
   if (!Tile::kPointsInLanes && p.source_point == 1 && p.source_channel != 1) {
-    return units < kFewestPanelUnits ? Reading::in_place : Reading::panels;
+    return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
   }
   const bool is_aliased = Tile::kPointsInLanes ? p.source_channel * kSize % kAliasedPlane == 0
                                                : p.source_channel == 1 && p.source_point * kSize % kAliasedPixel == 0;
@@ -96,7 +96,7 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   const int64_t units = Tile::units(p.outputs), wanted = threads > 1 ? threads * (panels ? kPanelTasksPerThread : kTasksPerThread) : 1;
   const int64_t all_points = p.lines() * p.points;
   // Few outputs and many points: smaller blocks rather than too few tasks, down to some tiles where that copies no panel twice.
-  const int64_t fewest_units = panels ? kFewestPanelUnits : 1;
+  const int64_t fewest_units = panels ? kFewestCopiedUnits : 1;
   const int64_t shared_units = panels && weights_are_near<T>(p) ? units : fewest_units;
   const int64_t fewest_tiles = panels && weights_are_near<T>(p) ? kFewestPanelTiles : 1;
   if (p.groups * divide_up(units, shared_units) * divide_up(all_points, fitting) < wanted) {

@@ -172,15 +172,14 @@ class PointwiseRun {
       return {source, kLineElements, b_.channel_blocks, b_.channels * p_.source_channel, p_.source_channel, 0, lines * b_.channel_blocks,
               0};
     }
-    const int64_t planes = divide_up(b_.channels, kAheadRun);
-    return {source,
-            planes * p_.source_channel,
-            1,
-            0,
-            kLineElements,
-            p_.source_channel - kAheadRun * kLineElements,
-            divide_up(p_.channels, larger(1, planes)),
-            0};
+    // A run of steps fetches a part of a plane's piece, as small as there are tiles for: lines that come together wait for buffers that the
+    // tiles' own loads need.
+    const int64_t planes = larger(1, divide_up(b_.channels, kAheadRun)), of_a_part = divide_up(p_.channels, planes);
+    const int64_t tiles = (task.unit_end - task.unit) * Tile::tiles(block.points) * b_.channel_blocks;
+    int64_t parts = 1;
+    while (parts < kAheadRun && 2 * parts * of_a_part <= tiles) parts *= 2;
+    const int64_t step = kLineElements / parts;
+    return {source, planes * p_.source_channel, parts, kAheadRun * step, step, p_.source_channel - kAheadRun * step, parts * of_a_part, 0};
   }
 
   static void fetch_ahead(Ahead& ahead, PointwiseTile<T>& tile) {
