@@ -86,17 +86,24 @@ inline __attribute__((always_inline)) void write_sums(const TileArguments<T>& a,
   for (int v = 0; v < kVectors; ++v) store(a.sums + row * a.sums_row + v * kLanes<T>, sum[v]);
 }
 
-// Writes a row of the target, and fetches what comes next in its place towards the second cache.
-template <class T, int kVectors>
+// Writes a row of the target, and fetches what comes next in its place towards the second cache: with strides, a vector of the target
+// stands for two of two source rows.
+template <class T, bool kStrided, int kVectors>
 inline __attribute__((always_inline)) void write_target(const TileArguments<T>& a, int64_t row, const Vec<T> (&sum)[kVectors]) {
   T* target = a.target + row * a.target_row;
   const T *next_target = a.next_target + row * a.target_row, *next_source = a.next_source + row * a.next_source_row;
+  const int64_t source_row = kStrided ? a.next_source_row / a.stride : 0;
 #pragma GCC unroll 7
   for (int v = 0; v < kVectors; ++v) {
     for (const Piece *piece = a.pieces + a.vector_pieces[v], *last = a.pieces + a.vector_pieces[v + 1]; piece < last; ++piece) {
       store_bits(target + piece->target, sum[v], piece->lanes);
       __builtin_prefetch(next_target + piece->target, 0, 2);
       __builtin_prefetch(next_source + piece->source, 0, 2);
+      if constexpr (kStrided) {
+        __builtin_prefetch(next_source + piece->source + kLanes<T>, 0, 2);
+        __builtin_prefetch(next_source + piece->source + source_row, 0, 2);
+        __builtin_prefetch(next_source + piece->source + source_row + kLanes<T>, 0, 2);
+      }
     }
   }
 }
@@ -115,7 +122,7 @@ void compute_tile(const TileArguments<T>& a) {
     add_source_rows<T, kStrided, kColumns>(a, row * a.stride, sum);
     if (row >= kSums - 1) {
       const int64_t complete = row - (kSums - 1);
-      a.sums != nullptr ? write_sums<T>(a, complete, sum[kSums - 1]) : write_target<T>(a, complete, sum[kSums - 1]);
+      a.sums != nullptr ? write_sums<T>(a, complete, sum[kSums - 1]) : write_target<T, kStrided>(a, complete, sum[kSums - 1]);
     }
 #pragma GCC unroll 7
     for (int j = kSums - 1; j > 0; --j) {
