@@ -130,20 +130,6 @@ __device__ void add_sums(float (&sums)[kCount], const float* corner) {
   }
 }
 
-// The partial sums of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
-template <class Tile>
-__device__ bool add_up_cluster(WeightLines lines, int cluster_blocks, float* sums) {
-  constexpr int kQuads = Tile::kCols / 4;
-  bool meets_nan = false;
-  for (int index = lines.first * kQuads + threadIdx.x; index < lines.last * kQuads; index += kBlockThreads) {
-    float* place = sums + index / kQuads * Tile::kSumPitch + index % kQuads * 4;
-    const float4 total = sum_of_blocks(place, cluster_blocks);
-    *reinterpret_cast<float4*>(place) = total;
-    meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
-  }
-  return meets_nan;
-}
-
 // Neighbours in memory, where channels are innermost.
 template <class T>
 struct alignas(4 * sizeof(T)) WeightQuad {
@@ -230,7 +216,9 @@ __global__ void __launch_bounds__(kBlockThreads, Gemm::kBlocks)
     cluster_barrier();
     const int share = Tile::kRows / p.cluster_blocks;
     lines = {place * share, (place + 1) * share};
-    meets_nan = add_up_cluster<Tile>(lines, p.cluster_blocks, sums);
+    constexpr int kQuads = Tile::kCols / 4;
+    meets_nan = add_up_cluster(p.cluster_blocks, share * kQuads,
+                               [&](int quad) { return sums + (lines.first + quad / kQuads) * Tile::kSumPitch + quad % kQuads * 4; });
     b.begin = first_split * p.split_pixels, b.end = smaller(p.pixels, (first_split + p.cluster_blocks) * p.split_pixels);
   }
   if (__syncthreads_or(meets_nan)) {

@@ -301,15 +301,9 @@ class WgmmaGatherGemm {
 
   // The parts of all blocks of the cluster, in order, for this block's lines. Whether there is a NaN among them.
   __device__ bool add_up_parts(const SumLines& own) const {
-    bool meets_nan = false;
     const int quads = own.length / 4;
-    for (int index = threadIdx.x; index < (own.last - own.first) * quads; index += kBlockThreads) {
-      float* place = own.sums + (own.first + index / quads) * own.pitch + index % quads * 4;
-      const float4 total = sum_of_blocks(place, p_.cluster_blocks);
-      *reinterpret_cast<float4*>(place) = total;
-      meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
-    }
-    return meets_nan;
+    return add_up_cluster(p_.cluster_blocks, (own.last - own.first) * quads,
+                          [&](int quad) { return own.sums + (own.first + quad / quads) * own.pitch + quad % quads * 4; });
   }
 
   // From registers to nhwc.

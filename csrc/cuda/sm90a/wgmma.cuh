@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/common.cuh"
 #include "cuda/primitives.cuh"
 
 namespace cnn_ext::cuda {
@@ -153,20 +154,39 @@ __device__ inline float4 read_of_block(const float* shared, int rank) {
 
 constexpr int kMostClusterBlocks = 8;
 
-// The sums of four floats of all blocks of the cluster, in order; all are read before the first is added.
-__device__ inline float4 sum_of_blocks(const float* shared, int blocks) {
-  float4 values[kMostClusterBlocks];
+// Some quads of a cluster of kBlocks: a thread reads 16 quads of all blocks before it adds the first.
+template <int kBlocks, class Place>
+__device__ bool add_up_quads(int count, const Place& place) {
+  constexpr int kAtOnce = 16 / kBlocks;
+  bool meets_nan = false;
+  for (int first = threadIdx.x; first < count; first += kAtOnce * kBlockThreads) {
+    float4 values[kAtOnce][kBlocks];
 #pragma unroll
-  for (int block = 0; block < kMostClusterBlocks; ++block) {
-    if (block < blocks) values[block] = read_of_block(shared, block);
-  }
-  float4 total = values[0];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kBlockThreads >= count) break;
 #pragma unroll
-  for (int block = 1; block < kMostClusterBlocks; ++block) {
-    if (block >= blocks) break;
-    total.x += values[block].x, total.y += values[block].y, total.z += values[block].z, total.w += values[block].w;
+      for (int block = 0; block < kBlocks; ++block) values[i][block] = read_of_block(place(first + i * kBlockThreads), block);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kBlockThreads >= count) break;
+      float4 total = values[i][0];
+#pragma unroll
+      for (int block = 1; block < kBlocks; ++block) {
+        total.x += values[i][block].x, total.y += values[i][block].y, total.z += values[i][block].z, total.w += values[i][block].w;
+      }
+      *reinterpret_cast<float4*>(place(first + i * kBlockThreads)) = total;
+      meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
+    }
   }
-  return total;
+  return meets_nan;
+}
+
+// Adds up, in order, what all blocks of the cluster have of `count` quads of floats, which lie at place(0), place(1)... in each one's
+// shared memory; the sums replace those of this block. blocks: 2, 4 or 8. Whether this thread meets a NaN among them.
+template <class Place>
+__device__ bool add_up_cluster(int blocks, int count, const Place& place) {
+  return blocks == 2 ? add_up_quads<2>(count, place) : blocks == 4 ? add_up_quads<4>(count, place) : add_up_quads<8>(count, place);
 }
 
 }  // namespace cnn_ext::cuda
