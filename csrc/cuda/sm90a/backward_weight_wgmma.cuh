@@ -130,17 +130,10 @@ __device__ void add_sums(float (&sums)[kCount], const float* corner) {
   }
 }
 
-// Neighbours in memory, where channels are innermost.
-template <class T>
-struct alignas(4 * sizeof(T)) WeightQuad {
-  T values[4];
-};
-
 // Shared memory -> this cluster's partial sums, or the result. A thread has four columns of every few lines.
 template <class Tile>
 __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, int cluster, WeightLines lines,
                             const float* sums) {
-  using T = typename Tile::Element;
   constexpr int kQuads = Tile::kCols / 4, kLinesAtOnce = kBlockThreads / kQuads;
   const int col = threadIdx.x % kQuads * 4, share = threadIdx.x / kQuads, panel = b.first_panel + col / Tile::kPanelChannels;
   if (share >= kLinesAtOnce || panel >= p.panels) return;
@@ -158,20 +151,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
   }
   const Panel at = panel_at(p, panel, Tile::kPanelChannels);
   const int channel = at.first_channel + col % Tile::kPanelChannels;
-  const auto& filter = p.g.filter;
-  if (filter.c == 1 && p.g.group_in % 4 == 0 && reinterpret_cast<uintptr_t>(p.grad_weight) % sizeof(WeightQuad<T>) == 0) {
-    if (channel >= p.g.group_in) return;
-    T* target = p.grad_weight + at.r * filter.h + at.s * filter.w + channel;
-    return for_lines([&](int k, const float4& quad) {
-      const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
-      *reinterpret_cast<WeightQuad<T>*>(target + k * filter.n) = weights;
-    });
-  }
-  for_lines([&](int k, const float4& quad) {
-    const float values[4] = {quad.x, quad.y, quad.z, quad.w};
-#pragma unroll
-    for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) store_weight(p, k, at, channel + e, values[e]);
-  });
+  for_lines([&](int k, const float4& quad) { store_quad(p, k, at, channel, quad); });
 }
 
 // Gemm offers
@@ -269,6 +249,7 @@ WeightProblem<T> weight_problem(const Conv2dShape& s, const WeightDivision& d, c
           0,
           FastDivisor(static_cast<int>(d.panels_of_tap)),
           FastDivisor(g.kernel_w),
+          g.filter.c == 1 && g.group_in % 4 == 0 && reinterpret_cast<uintptr_t>(grad_weight) % (4 * sizeof(T)) == 0,
           PlaneDecoder(g.out_h, g.out_w),
           {1, 1, 1, 1, 1, 0}};
 }

@@ -26,6 +26,7 @@ struct WeightProblem {
   int panels_of_tap, panels, pixels, split_pixels;
   int group_row_tiles, col_tiles, clusters, cluster_blocks, stages;  // clusters: that share the pixels
   FastDivisor tap_decoder, width_decoder;
+  bool stores_quads;  // whether four neighbouring channels of the result are neighbours and aligned
   PlaneDecoder pixel_decoder;
   WeightRectangle rectangle;
 };
@@ -42,32 +43,44 @@ __device__ Panel panel_at(const WeightProblem<T>& p, int panel, int panel_channe
 }
 
 template <class T>
-__device__ void store_weight(const WeightProblem<T>& p, int k, const Panel& panel, int channel, float sum) {
-  p.grad_weight[k * p.g.filter.n + channel * p.g.filter.c + panel.r * p.g.filter.h + panel.s * p.g.filter.w] = narrow<T>(sum);
+struct alignas(4 * sizeof(T)) WeightQuad {
+  T values[4];
+};
+
+// Four neighbouring channels of a panel -> the result, as far as they exist. k: among all output channels.
+template <class T>
+__device__ void store_quad(const WeightProblem<T>& p, int k, const Panel& panel, int channel, const float4& quad) {
+  T* target = p.grad_weight + k * p.g.filter.n + channel * p.g.filter.c + panel.r * p.g.filter.h + panel.s * p.g.filter.w;
+  const WeightQuad<T> weights{{narrow<T>(quad.x), narrow<T>(quad.y), narrow<T>(quad.z), narrow<T>(quad.w)}};
+  if (p.stores_quads) {
+    if (channel < p.g.group_in) *reinterpret_cast<WeightQuad<T>*>(target) = weights;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) target[e * p.g.filter.c] = weights.values[e];
 }
 
-// A few threads to a sum share its clusters where there are many (sum_lanes).
+__device__ inline void add_quad(float4& sum, const float4& quad) { sum.x += quad.x, sum.y += quad.y, sum.z += quad.z, sum.w += quad.w; }
+
+// A thread adds up four sums; a few threads share their clusters where there are many (sum_lanes).
 template <class T, int kPanelChannels>
-__global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_constant__ WeightProblem<T> p, int64_t sums, int lanes) {
-  __shared__ float shares[kBlockThreads];
-  const int width = kBlockThreads / lanes, lane = static_cast<int>(threadIdx.x) / width;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * width + threadIdx.x % width;
+__global__ void __launch_bounds__(kBlockThreads) sum_clusters(const __grid_constant__ WeightProblem<T> p, int quads, int lanes) {
+  __shared__ float4 shares[kBlockThreads];
+  const int width = kBlockThreads / lanes, lane = threadIdx.x / width, index = blockIdx.x * width + threadIdx.x % width;
   wait_for_launch_before();
-  float sum = 0;
-  if (index < sums) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  if (index < quads) {
+    const float4* partials = reinterpret_cast<const float4*>(p.partials) + index;
 #pragma unroll 8
-    for (int cluster = lane; cluster < p.clusters; cluster += lanes) sum += p.partials[cluster * sums + index];
+    for (int cluster = lane; cluster < p.clusters; cluster += lanes) add_quad(sum, partials[static_cast<int64_t>(cluster) * quads]);
   }
   shares[threadIdx.x] = sum;
   __syncthreads();
-  if (lane > 0 || index >= sums) return;
-  const int line = p.panels * kPanelChannels;
-  const int k = static_cast<int>(index / line), col = static_cast<int>(index % line);
+  if (lane > 0 || index >= quads) return;
+  for (int other = 1; other < lanes; ++other) add_quad(sum, shares[other * width + threadIdx.x]);
+  const int line = p.panels * (kPanelChannels / 4), k = index / line, col = (index - k * line) * 4;
   const Panel panel = panel_at(p, col / kPanelChannels, kPanelChannels);
-  const int channel = panel.first_channel + col % kPanelChannels;
-  if (channel >= p.g.group_in) return;
-  for (int other = 1; other < lanes; ++other) sum += shares[other * width + threadIdx.x];
-  store_weight(p, k, panel, channel, sum);
+  store_quad(p, k, panel, panel.first_channel + col % kPanelChannels, sum);
 }
 
 // The same for weights in nchw: a block adds up some channels of all taps of one output channel, and puts taps innermost in shared memory,
@@ -88,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads) sum_clusters_to_planes(const __
 #pragma unroll 4
     for (int cluster = 0; cluster < p.clusters; ++cluster) {
       const float4 part = *reinterpret_cast<const float4*>(source + cluster * sums);
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      add_quad(sum, part);
     }
     T* target = weights + channel * taps + tap;
     target[0] = narrow<T>(sum.x), target[taps] = narrow<T>(sum.y), target[2 * taps] = narrow<T>(sum.z), target[3 * taps] = narrow<T>(sum.w);
@@ -108,8 +121,8 @@ void launch_cluster_sums(const WeightProblem<T>& problem, const WeightDivision& 
     return;
   }
   const int lanes = sum_lanes({problem.clusters, d.splits.size});
-  launch(sum_clusters<T, kPanelChannels>, overlapping(Grid(ceil_div<int64_t>(d.sums, kBlockThreads / lanes))), stream, problem, d.sums,
-         lanes);
+  const int quads = static_cast<int>(d.sums / 4);
+  launch(sum_clusters<T, kPanelChannels>, overlapping(Grid(ceil_div(quads, kBlockThreads / lanes))), stream, problem, quads, lanes);
 }
 
 }  // namespace cnn_ext::cuda
