@@ -58,6 +58,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_backward_input_wide_sm80)                \
   ROW(conv2d_backward_weight_depthwise_large_sm80)    \
   ROW(conv2d_backward_weight_depthwise_channels_sm80) \
+  ROW(conv2d_backward_weight_depthwise_planes_sm80)   \
   ROW(conv2d_backward_weight_depthwise_sm80)          \
   ROW(conv2d_backward_weight_patch_mma_sm80)          \
   ROW(conv2d_backward_weight_slab_mma_sm80)           \
