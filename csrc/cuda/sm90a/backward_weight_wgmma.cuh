@@ -273,13 +273,14 @@ WeightProblem<T> staged_weight_problem(const Conv2dShape& s, const Conv2dBuffers
                                        cudaStream_t stream) {
   auto* staged_input = static_cast<unsigned char*>(workspace);
   auto* staged_grad = staged_input + d.input_bytes;
-  if (d.stages_input) {
-    launch_transposition<T>(channels_innermost(s.layout, s.batch, s.in_channels, d.padded_in, s.in_h * s.in_w), b.input, staged_input,
-                            stream);
-  }
-  if (d.stages_grad) {
-    launch_transposition<T>(channels_innermost(s.layout, s.batch, s.out_channels, d.padded_out, s.out_h * s.out_w), b.grad_output,
-                            staged_grad, stream);
+  const Copy<T> input_copy{channels_innermost(s.layout, s.batch, s.in_channels, d.padded_in, s.in_h * s.in_w),
+                           static_cast<const T*>(b.input), reinterpret_cast<T*>(staged_input)};
+  const Copy<T> grad_copy{channels_innermost(s.layout, s.batch, s.out_channels, d.padded_out, s.out_h * s.out_w),
+                          static_cast<const T*>(b.grad_output), reinterpret_cast<T*>(staged_grad)};
+  if (d.stages_input && d.stages_grad) {
+    launch_copies(input_copy, grad_copy, stream);
+  } else if (d.stages_input || d.stages_grad) {
+    launch_copy(d.stages_input ? input_copy : grad_copy, stream);
   }
   const WeightOperand input{d.stages_input ? staged_input : b.input, strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w)};
   const WeightOperand grad_output{d.stages_grad ? staged_grad : b.grad_output, strides_of(Layout::nhwc, d.padded_out, s.out_h, s.out_w)};

@@ -25,7 +25,7 @@ struct Transposition {
 
   // Whether lines along are one run of memory, short across.
   bool has_slabs() const { return source_across == 1 && source_along == across && across < 64; }
-  int slab_along() const { return kTile / across / 8 * 8; }  // whole chunks
+  CNN_EXT_HOST_DEVICE int slab_along() const { return kTile / across / 8 * 8; }  // whole chunks
   int64_t slab_blocks() const { return static_cast<int64_t>(outer) * inner * ceil_div(padded_along, slab_along()); }
 
   static constexpr int kTile = 4096;  // elements, in shared memory
@@ -46,6 +46,20 @@ inline Transposition channels_innermost(Layout layout, int64_t batch, int64_t ch
   return t;
 }
 
+template <class T>
+struct Copy {
+  Transposition order;
+  const T* source;
+  T* target;
+};
+
+// What one launch copies: two tensors, or the first alone.
+template <class T>
+struct Copies {
+  Copy<T> first, second;
+  int first_blocks;
+};
+
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Neighbours {
   T values[kCount];
@@ -54,15 +68,19 @@ struct alignas(sizeof(T) * kCount) Neighbours {
 // kAlong: of the tile. kRead: neighbours across that a thread reads at once; kReadAcross: whether neighbouring threads read across the
 // source, or along it.
 template <class T, int kAlong, int kRead, bool kReadAcross>
-__global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, const T* source, T* target) {
+__global__ void __launch_bounds__(kBlockThreads) transpose(const __grid_constant__ Copies<T> copies) {
   constexpr int kAcross = Transposition::kTile / kAlong, kReads = kAcross / kRead, kWrites = kAlong / kChunk<T>;
   // The pitch spreads the columns over the banks.
   __shared__ T tile[kAcross][kAlong + 4 / sizeof(T)];
+  const bool is_second = blockIdx.x >= static_cast<unsigned>(copies.first_blocks);
+  const Copy<T>& copy = is_second ? copies.second : copies.first;
+  const Transposition& t = copy.order;
+  const int block = blockIdx.x - (is_second ? copies.first_blocks : 0);
   const int tiles_along = ceil_div(t.padded_along, kAlong), tiles_across = ceil_div(t.across, kAcross);
-  const int batch = blockIdx.x / (tiles_along * tiles_across), rest = blockIdx.x % (tiles_along * tiles_across);
+  const int batch = block / (tiles_along * tiles_across), rest = block % (tiles_along * tiles_across);
   const int first_along = rest / tiles_across * kAlong, first_across = rest % tiles_across * kAcross;
-  source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner;
-  target += batch / t.inner * t.target_outer + batch % t.inner * t.target_inner;
+  const T* source = copy.source + batch / t.inner * t.source_outer + batch % t.inner * t.source_inner;
+  T* target = copy.target + batch / t.inner * t.target_outer + batch % t.inner * t.target_inner;
   wait_for_launch_before();
 #pragma unroll
   for (int unit = threadIdx.x; unit < kAlong * kReads; unit += kBlockThreads) {
@@ -92,12 +110,16 @@ __global__ void __launch_bounds__(kBlockThreads) transpose(Transposition t, cons
 
 // kRead: elements that a thread reads at once.
 template <class T, int kRead>
-__global__ void __launch_bounds__(kBlockThreads) transpose_slabs(Transposition t, int slab_along, const T* source, T* target) {
+__global__ void __launch_bounds__(kBlockThreads) transpose_slabs(const __grid_constant__ Copies<T> copies) {
   __shared__ __align__(kChunkBytes) T slab[Transposition::kTile];
-  const int slabs = ceil_div(t.padded_along, slab_along), batch = blockIdx.x / slabs, first = blockIdx.x % slabs * slab_along;
+  const bool is_second = blockIdx.x >= static_cast<unsigned>(copies.first_blocks);
+  const Copy<T>& copy = is_second ? copies.second : copies.first;
+  const Transposition& t = copy.order;
+  const int block = blockIdx.x - (is_second ? copies.first_blocks : 0), slab_along = t.slab_along();
+  const int slabs = ceil_div(t.padded_along, slab_along), batch = block / slabs, first = block % slabs * slab_along;
   const int lines = smaller(slab_along, t.along - first), chunks = smaller(slab_along, t.padded_along - first) / kChunk<T>;
-  source += batch / t.inner * t.source_outer + batch % t.inner * t.source_inner + first * t.source_along;
-  target += batch / t.inner * t.target_outer + batch % t.inner * t.target_inner + first;
+  const T* source = copy.source + batch / t.inner * t.source_outer + batch % t.inner * t.source_inner + first * t.source_along;
+  T* target = copy.target + batch / t.inner * t.target_outer + batch % t.inner * t.target_inner + first;
   wait_for_launch_before();
   for (int i = threadIdx.x * kRead; i < lines * t.across; i += kBlockThreads * kRead) {
     *reinterpret_cast<Neighbours<T, kRead>*>(slab + i) = *reinterpret_cast<const Neighbours<T, kRead>*>(source + i);
@@ -112,32 +134,60 @@ __global__ void __launch_bounds__(kBlockThreads) transpose_slabs(Transposition t
   }
 }
 
+// What copies a tensor.
 template <class T>
-void launch_slabs(const Transposition& t, const T* source, T* target, cudaStream_t stream) {
+struct CopyPlan {
+  void (*kernel)(Copies<T>);
+  int64_t blocks;
+};
+
+template <class T>
+CopyPlan<T> plan_slabs(const Copy<T>& copy) {
+  const Transposition& t = copy.order;
   const bool is_whole =
-      t.along % kChunk<T> == 0 && t.source_outer % kChunk<T> == 0 && t.source_inner % kChunk<T> == 0 && is_aligned(source);
-  const auto kernel = is_whole ? transpose_slabs<T, kChunk<T>> : transpose_slabs<T, 1>;
-  launch(kernel, overlapping(Grid(t.slab_blocks())), stream, t, t.slab_along(), source, target);
+      t.along % kChunk<T> == 0 && t.source_outer % kChunk<T> == 0 && t.source_inner % kChunk<T> == 0 && is_aligned(copy.source);
+  return {is_whole ? transpose_slabs<T, kChunk<T>> : transpose_slabs<T, 1>, t.slab_blocks()};
 }
 
 template <class T, int kAlong>
-void launch_tiles(const Transposition& t, const T* source, T* target, cudaStream_t stream) {
+CopyPlan<T> plan_tiles(const Copy<T>& copy) {
   constexpr int kHalf = kChunk<T> / 2;
-  const auto kernel = t.reads(source, kChunk<T>)          ? transpose<T, kAlong, kChunk<T>, true>
-                      : t.reads(source, kHalf)            ? transpose<T, kAlong, kHalf, true>
-                      : t.source_across <= t.source_along ? transpose<T, kAlong, 1, true>
-                                                          : transpose<T, kAlong, 1, false>;
-  launch(kernel, overlapping(Grid(t.blocks(kAlong))), stream, t, source, target);
+  const Transposition& t = copy.order;
+  return {t.reads(copy.source, kChunk<T>)     ? transpose<T, kAlong, kChunk<T>, true>
+          : t.reads(copy.source, kHalf)       ? transpose<T, kAlong, kHalf, true>
+          : t.source_across <= t.source_along ? transpose<T, kAlong, 1, true>
+                                              : transpose<T, kAlong, 1, false>,
+          t.blocks(kAlong)};
 }
 
 template <class T>
-void launch_transposition(const Transposition& t, const void* from, void* to, cudaStream_t stream) {
-  const T* source = static_cast<const T*>(from);
-  T* target = static_cast<T*>(to);
-  if (t.has_slabs()) return launch_slabs(t, source, target, stream);
-  if (t.padded_along <= 16) return launch_tiles<T, 16>(t, source, target, stream);
-  if (t.padded_along <= 32) return launch_tiles<T, 32>(t, source, target, stream);
-  launch_tiles<T, 64>(t, source, target, stream);
+CopyPlan<T> plan_copy(const Copy<T>& copy) {
+  if (copy.order.has_slabs()) return plan_slabs(copy);
+  if (copy.order.padded_along <= 16) return plan_tiles<T, 16>(copy);
+  if (copy.order.padded_along <= 32) return plan_tiles<T, 32>(copy);
+  return plan_tiles<T, 64>(copy);
+}
+
+template <class T>
+void launch_copy(const Copy<T>& copy, cudaStream_t stream) {
+  const CopyPlan<T> plan = plan_copy(copy);
+  launch(plan.kernel, overlapping(Grid(plan.blocks)), stream, Copies<T>{copy, copy, static_cast<int>(plan.blocks)});
+}
+
+// Both in one launch, where the same kernel serves them.
+template <class T>
+void launch_copies(const Copy<T>& first, const Copy<T>& second, cudaStream_t stream) {
+  const CopyPlan<T> plan = plan_copy(first), other = plan_copy(second);
+  if (plan.kernel != other.kernel) {
+    launch_copy(first, stream);
+    return launch_copy(second, stream);
+  }
+  launch(plan.kernel, overlapping(Grid(plan.blocks + other.blocks)), stream, Copies<T>{first, second, static_cast<int>(plan.blocks)});
+}
+
+template <class T>
+void launch_transposition(const Transposition& t, const void* source, void* target, cudaStream_t stream) {
+  launch_copy(Copy<T>{t, static_cast<const T*>(source), static_cast<T*>(target)}, stream);
 }
 
 }  // namespace cnn_ext::cuda
