@@ -91,8 +91,8 @@ template <class T, bool kVector>
 __device__ void begin_pixels(const SlabImage<T>& image, const StagedPixels& to, int chunk_bits, int first_h, int first_w,
                              unsigned char* shared) {
   const int items = to.count.divisor() << chunk_bits;
-#pragma unroll 2
-  for (int index = threadIdx.x; index < items; index += kBlockThreads) {
+  // Calls take(target, source, count) for a chunk of which `count` elements exist.
+  const auto with_chunk = [&](int index, const auto& take) {
     int pixel = index >> chunk_bits, chunk = index - (pixel << chunk_bits);
     if (!kVector && image.of_c != 1) chunk = to.count.quotient(index), pixel = index - chunk * to.count.divisor();
     const int row = to.width.quotient(pixel), h = first_h + row, w = first_w + pixel - row * to.width.divisor();
@@ -100,11 +100,29 @@ __device__ void begin_pixels(const SlabImage<T>& image, const StagedPixels& to, 
         static_cast<unsigned>(h) < static_cast<unsigned>(image.height) && static_cast<unsigned>(w) < static_cast<unsigned>(image.width);
     const int channel = chunk * kChunk<T>, count = inside ? image.channels - channel : 0;
     const T* source = image.data + (count > 0 ? h * image.of_h + w * image.of_w + channel * image.of_c : 0);
-    unsigned char* target = shared + pixel * to.pitch + chunk * kChunkBytes;
-    if constexpr (kVector) {
-      cp_async_16(target, source, count > 0);
-    } else {
-      *reinterpret_cast<ChunkWords*>(target) = round_chunk<T>(gather_chunk(source, image.of_c, count));
+    take(shared + pixel * to.pitch + chunk * kChunkBytes, source, count);
+  };
+  if constexpr (kVector) {
+#pragma unroll 2
+    for (int index = threadIdx.x; index < items; index += kBlockThreads) {
+      with_chunk(index, [](unsigned char* target, const T* source, int count) { cp_async_16(target, source, count > 0); });
+    }
+  } else {
+    constexpr int kBatch = 32 / kChunk<T>;  // chunks on their way at a time
+#pragma unroll 1
+    for (int first = threadIdx.x; first < items; first += kBatch * kBlockThreads) {
+      unsigned char* targets[kBatch];
+      ChunkWords chunks[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        with_chunk(smaller(first + b * kBlockThreads, items - 1), [&](unsigned char* target, const T* source, int count) {
+          targets[b] = target, chunks[b] = gather_chunk(source, image.of_c, count);
+        });
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * kBlockThreads < items) *reinterpret_cast<ChunkWords*>(targets[b]) = round_chunk<T>(chunks[b]);
+      }
     }
   }
 }
