@@ -108,7 +108,7 @@ __device__ void begin_pixels(const SlabImage<T>& image, const StagedPixels& to, 
       with_chunk(index, [](unsigned char* target, const T* source, int count) { cp_async_16(target, source, count > 0); });
     }
   } else {
-    constexpr int kBatch = 32 / kChunk<T>;  // chunks on their way at a time
+    constexpr int kBatch = 24 / kChunk<T>;  // chunks on their way at a time, as registers allow
 #pragma unroll 1
     for (int first = threadIdx.x; first < items; first += kBatch * kBlockThreads) {
       unsigned char* targets[kBatch];
