@@ -131,8 +131,6 @@ PatchGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool rel
   p.tile_h = static_cast<int>(plan.tile.height), p.tile_w = static_cast<int>(plan.tile.width), p.tiles = static_cast<int>(plan.tiles);
   p.box_bytes = static_cast<int>(plan.patch_box_bytes), p.fetched_bytes = static_cast<int>(plan.fetched_bytes);
   p.buffers = static_cast<int>(plan.buffers);
-  const bool is_even = plan.tile.width % 2 == 0 && plan.tile.pitch % 2 == 0 && plan.result_w % 2 == 0;
-  p.stores_pairs = sizeof(T) == 2 && s.layout == Layout::nchw && is_even && is_aligned(g.result);
   return p;
 }
 

@@ -36,7 +36,6 @@ struct PatchGather {
   int tile_h, tile_w, tiles;     // the rectangle, and how many there are
   int box_bytes, fetched_bytes;  // of shared memory for one box of channels of a patch, and what is fetched of it
   int buffers;                   // patches of a worker: 2 where they fit
-  bool stores_pairs;             // nchw, whose pixels are stored two at a time
 };
 
 // Replaces what is NaN among this warp's rows of the stored tile.
@@ -154,33 +153,20 @@ class PatchWorker {
     return g.result + corner.outer * g.result_strides.n + h * g.result_strides.h + w * g.result_strides.w;
   }
 
-  // Stores the sums of 64 positions from `first` on. Whether there is a NaN among this thread's that exist.
-  __device__ bool store_half(const RowTarget<T>& target, const PlaneIndex& corner, int first, float (&sums)[kSums]) const {
-    const int warp_first = first + threadIdx.x % kWarpgroupThreads / 32 * 16, row = warp_first + threadIdx.x % 32 / 4;
-    T *line = line_of(corner, row), *line_of_8 = line_of(corner, row + 8);
-    finish_sums(target, sums);
-    bool meets_nan = false;
-    if constexpr (sizeof(T) == 2) {
-      if (p_.stores_pairs) {
-        store_pixel_pairs(target, line_of(corner, warp_first + row_of_pixel_pair()), sums);
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) meets_nan |= isnan(sums[i]) && (i % 4 < 2 ? line : line_of_8) != nullptr;
-        return meets_nan;
-      }
-    }
-    meets_nan = store_line<0>(target, line, sums);
-    return store_line<1>(target, line_of_8, sums) || meets_nan;
-  }
-
   __device__ void store(const PlaneIndex& tile) {
     const WgmmaGather<T>& g = p_.gather;
     const bool has_lines = g.result_strides.c == 1;
     const RowTarget<T> target{
         g.bias, g.relu, first_col_, g.cols, static_cast<int>(g.result_strides.c), has_lines && g.result_chunk > 1, g.result_pairs};
     const PlaneIndex corner = corner_of(tile);
+    const int row = threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
     bool meets_nan = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) meets_nan |= store_half(target, corner, half * kWarpgroupRows, sums_[half]);
+    for (int half = 0; half < 2; ++half) {
+      finish_sums(target, sums_[half]);
+      meets_nan |= store_line<0>(target, line_of(corner, half * kWarpgroupRows + row), sums_[half]);
+      meets_nan |= store_line<1>(target, line_of(corner, half * kWarpgroupRows + row + 8), sums_[half]);
+    }
     if (__any_sync(0xFFFFFFFF, meets_nan)) {
       __syncwarp();
       store_again<T, kCols>(p_, corner, first_col_);

@@ -1,5 +1,5 @@
 // From the sums of a warpgroup's products to memory, without shared memory between: a line of channels for each pixel in nhwc; in nchw
-// 8 or 16 pixels of a channel at once.
+// eight pixels of a channel at once.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -93,42 +93,6 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
     }
   }
   return meets_nan && line != nullptr;
-}
-
-// Of the 16 rows of a warp, the first of the two neighbours that this lane stores by store_pixel_pairs().
-__device__ inline int row_of_pixel_pair() { return threadIdx.x % 2 * 8 + threadIdx.x % 32 / 8 * 2; }
-
-// In nchw with 16 bits: stores two neighbouring pixels of a channel as a word; lanes of a row exchange words until a warp has 16 pixels of
-// four channels for each store. pixels: channel 0 of this lane's pixels; null: they do not exist.
-template <class T, int kSums>
-__device__ void store_pixel_pairs(const RowTarget<T>& target, T* pixels, const float (&sums)[kSums]) {
-  const bool is_odd_row = (threadIdx.x & 4) != 0, is_odd_pair = (threadIdx.x & 1) != 0;
-  const auto from_lane = [](const ElementPair<T>& pair, int distance) {
-    uint32_t word;
-    __builtin_memcpy(&word, &pair, sizeof word);
-    word = __shfl_xor_sync(0xFFFFFFFF, word, distance);
-    ElementPair<T> taken;
-    __builtin_memcpy(&taken, &word, sizeof word);
-    return taken;
-  };
-#pragma unroll
-  for (int j = 0; j < kSums / 4; ++j) {
-    // Two columns of one row -> one column of two rows; first of the rows 0 to 7, then of the rows 8 to 15.
-    const ElementPair<T> low{narrow<T>(sums[4 * j]), narrow<T>(sums[4 * j + 1])};
-    const ElementPair<T> high{narrow<T>(sums[4 * j + 2]), narrow<T>(sums[4 * j + 3])};
-    const ElementPair<T> taken =
-        from_lane(is_odd_row ? ElementPair<T>{low.first, high.first} : ElementPair<T>{low.second, high.second}, /*distance=*/4);
-    const ElementPair<T> low_pixels = is_odd_row ? ElementPair<T>{taken.first, low.second} : ElementPair<T>{low.first, taken.first};
-    const ElementPair<T> high_pixels = is_odd_row ? ElementPair<T>{taken.second, high.second} : ElementPair<T>{high.first, taken.second};
-    // An even pair of columns and an odd one: this lane's rows of both.
-    const ElementPair<T> others = from_lane(is_odd_pair ? low_pixels : high_pixels, /*distance=*/1);
-    const int col = target.first_col + 8 * j + (threadIdx.x & 2) * 2 + is_odd_row;
-    const auto store = [&](int channel, const ElementPair<T>& pair) {
-      if (pixels != nullptr && channel < target.cols) *reinterpret_cast<ElementPair<T>*>(pixels + channel * target.channel_stride) = pair;
-    };
-    store(col, is_odd_pair ? others : low_pixels);
-    store(col + 2, is_odd_pair ? high_pixels : others);
-  }
 }
 
 }  // namespace cnn_ext::cuda
