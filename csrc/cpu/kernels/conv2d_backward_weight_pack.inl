@@ -31,15 +31,6 @@ inline void pack_few_planes(const T* source, int64_t plane, int channels, int64_
   }
 }
 
-// `count` elements, `step` apart, in the first lanes; the others are zero.
-template <class T>
-inline Vec<T> load_apart(const T* p, int64_t step, int count) {
-  constexpr int lanes = kLanes<T>;
-  if (step != 2) return load_strided(p, step, first_lanes<T>(count), Vec<T>{});
-  const int elements = 2 * count - 1, lower = elements < lanes ? elements : lanes;
-  return even_lanes<T>(load_first(p, lower), load_first(p + lower, elements - lower));
-}
-
 // The first `channels` <= lanes channels of `pixels` pixels of a row of planes, `pixel_step` apart, as pack_planes().
 template <class T>
 inline void pack_planes_apart(const T* source, int64_t plane, int64_t pixel_step, int channels, int64_t pixels, T* destination,

@@ -18,17 +18,18 @@ constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the w
 constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
 constexpr int64_t kWholePlane = 256;         // points of a planar map that is not cut, so that it lies in one piece
 // Points share weights that are not near, so many that ...
-constexpr int64_t kSliceBytes = 400 << 10;   // ... a block of their channels and ...
-constexpr int64_t kSharingBytes = 1 << 20;   // ... all their channels stay in the second cache, bytes
-constexpr int64_t kPanelSums = 1 << 20;      // bytes of the sums of a task that has several blocks of channels
-constexpr int64_t kNearWeights = 1 << 20;    // bytes that stay near from one block of points to the next
-constexpr int64_t kFewestCopiedUnits = 3;    // units of outputs that pay for copying rows or panels of whole planes, ...
-constexpr int64_t kFewestRowPanelUnits = 4;  // ... and panels of a few rows of planes
-constexpr int64_t kFewestPanelTiles = 4;     // that pay for reading weights from the second cache
-constexpr int64_t kAliasedPlane = 4096;      // bytes: the distance of rows that compete, ...
-constexpr int64_t kAliasedPixel = 2048;      // ... half of it where a tile reads 14 of them side by side
-constexpr int64_t kTasksPerThread = 8;       // with fewer, the last one to finish is waited for too long; ...
-constexpr int64_t kPanelTasksPerThread = 4;  // ... with more, panels are copied more often
+constexpr int64_t kSliceBytes = 400 << 10;      // ... a block of their channels and ...
+constexpr int64_t kSharingBytes = 1 << 20;      // ... all their channels stay in the second cache, bytes
+constexpr int64_t kPanelSums = 1 << 20;         // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kMostGapWeights = 384 << 10;  // bytes that stay near beside a block of planes with its gaps
+constexpr int64_t kNearWeights = 1 << 20;       // bytes that stay near from one block of points to the next
+constexpr int64_t kFewestCopiedUnits = 3;       // units of outputs that pay for copying rows or panels of whole planes, ...
+constexpr int64_t kFewestRowPanelUnits = 4;     // ... and panels of a few rows of planes
+constexpr int64_t kFewestPanelTiles = 4;        // that pay for reading weights from the second cache
+constexpr int64_t kAliasedPlane = 4096;         // bytes: the distance of rows that compete, ...
+constexpr int64_t kAliasedPixel = 2048;         // ... half of it where a tile reads 14 of them side by side
+constexpr int64_t kTasksPerThread = 8;          // with fewer, the last one to finish is waited for too long; ...
+constexpr int64_t kPanelTasksPerThread = 4;     // ... with more, panels are copied more often
 constexpr int64_t kAlignment = 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -59,7 +60,7 @@ template <class T, class Tile>
 Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
-  if (!Tile::kPointsInLanes && p.source_point == 1 && p.source_channel != 1) {
+  if (!Tile::kPointsInLanes && p.source_channel != 1) {
     return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
   }
   const bool is_aliased = Tile::kPointsInLanes ? p.source_channel * kSize % kAliasedPlane == 0
@@ -78,8 +79,9 @@ int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
   constexpr int64_t kSize = sizeof(T);
   if (b.reading == Reading::rows && Tile::kPointsInLanes) return Tile::kMaxPoints;
   const int64_t point_bytes = larger(1, p.channels * kSize);
-  const int64_t few =
-      b.reading == Reading::panels ? kWholePlane : larger(4 * Tile::kMaxPoints, smaller(kBlockLine / kSize, kSourceBytes / point_bytes));
+  const int64_t few = b.reading == Reading::panels && p.rows == 1
+                          ? kWholePlane
+                          : larger(4 * Tile::kMaxPoints, smaller(kBlockLine / kSize, kSourceBytes / point_bytes));
   return weights_are_near<T>(p) || Tile::kPointsInLanes
              ? few
              : larger(few, smaller(kSliceBytes / (b.channels * kSize), kSharingBytes / point_bytes));

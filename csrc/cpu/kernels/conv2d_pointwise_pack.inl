@@ -47,11 +47,11 @@ void copy_rows(const T* src, int64_t src_pitch, int64_t rows, int64_t length, T*
   }
 }
 
-// `points` neighbouring elements of each of `channels` planes to [tile][channel][`tile_points`, in the last tile those that are left], in
+// `points` elements, `step` apart, of each of `channels` planes to [tile][channel][`tile_points`, in the last tile those that are left], in
 // the order in which they lie. What the last vector of a row writes too much, the next channel overwrites; the last channel writes nothing
 // too much.
 template <class T>
-void copy_panels(const T* src, int64_t src_channel, int64_t channels, int64_t points, int64_t tile_points, T* dst) {
+void copy_panels(const T* src, int64_t step, int64_t src_channel, int64_t channels, int64_t points, int64_t tile_points, T* dst) {
   constexpr int kV = kLanes<T>;
   for (int64_t c = 0; c < channels; ++c, src += src_channel) {
     for (int64_t begin = 0, width; begin < points; begin += width) {
@@ -59,7 +59,8 @@ void copy_panels(const T* src, int64_t src_channel, int64_t channels, int64_t po
       T* const row = dst + begin * channels + c * width;
       for (int64_t i = 0; i < width; i += kV) {
         const int count = static_cast<int>(width - i < kV ? width - i : kV);
-        store_first(row + i, load_first(src + begin + i, count), c + 1 < channels ? kV : count);
+        const Vec<T> v = step == 1 ? load_first(src + begin + i, count) : load_apart(src + (begin + i) * step, step, count);
+        store_first(row + i, v, c + 1 < channels ? kV : count);
       }
     }
   }

@@ -109,8 +109,8 @@ class PointwiseRun {
     const Task task = task_at(index);
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
-      Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1)) : Ahead{};
       for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
+        Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1), channel_block) : Ahead{};
         const Source source = source_of(worker, task.group, block, channel_block);
         for (int64_t unit = task.unit; unit < task.unit_end; ++unit) run_unit(worker, task, block, source, unit, channel_block, ahead);
       }
@@ -132,7 +132,8 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
       if (b_.reading == Reading::panels) {
-        copy_panels(line, p_.source_channel, channels, block.points, Tile::tile_points(block.points), copy + i * copied_line);
+        copy_panels(line, p_.source_point, p_.source_channel, channels, block.points, Tile::tile_points(block.points),
+                    copy + i * copied_line);
       } else if constexpr (Tile::kPointsInLanes) {
         copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
       } else {
@@ -154,28 +155,31 @@ class PointwiseRun {
   struct Ahead {
     const T* source;
     int64_t part;           // elements from tile to tile, ...
-    int64_t slices, slice;  // ... after that many tiles, each of which is for channels so many elements further
+    int64_t slices, slice;  // ... after that many tiles, each so many elements further
     int64_t step, jump;
     int64_t tiles, tile;  // that fetch; those that did
   };
 
-  Ahead ahead_of(const Task& task, const Block& block, const Block& next) const {
+  // For the tiles of a block of channels, which fetch these channels.
+  Ahead ahead_of(const Task& task, const Block& block, const Block& next, int64_t channel_block) const {
     const T* source = source_ + task.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
+    const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
-      const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
       const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
-      const int64_t step = divide_up(elements, tiles * larger(1, p_.channels));
-      return {source, step * b_.channels, 1, 0, step, 0, tiles * b_.channel_blocks, 0};
+      const int64_t step = divide_up(elements, tiles * larger(1, p_.channels)), part = step * b_.channels;
+      return {source + channel_block * tiles * part, part, 1, 0, step, 0, tiles, 0};
     }
+    source += channel_block * b_.channels * p_.source_channel;
     if (!Tile::kPointsInLanes) {
-      const int64_t lines = 1 + divide_up(next.lines * next.points * p_.source_point, kLineElements);
-      return {source, kLineElements, b_.channel_blocks, b_.channels * p_.source_channel, p_.source_channel, 0, lines * b_.channel_blocks,
-              0};
+      const bool is_one_piece = p_.source_row == next.points * p_.source_point;
+      const int64_t pieces = is_one_piece ? 1 : next.lines, points = is_one_piece ? next.lines * next.points : next.points;
+      const int64_t lines = 1 + divide_up(points * p_.source_point, kLineElements);
+      return {source, kLineElements, pieces, p_.source_row, p_.source_channel, 0, pieces * lines, 0};
     }
     // A run of steps fetches a part of a plane's piece, as small as there are tiles for: lines that come together wait for buffers that the
     // tiles' own loads need.
-    const int64_t planes = larger(1, divide_up(b_.channels, kAheadRun)), of_a_part = divide_up(p_.channels, planes);
-    const int64_t tiles = (task.unit_end - task.unit) * Tile::tiles(block.points) * b_.channel_blocks;
+    const int64_t channels = channels_of(channel_block), planes = larger(1, divide_up(channels, kAheadRun));
+    const int64_t of_a_part = divide_up(channels, planes);
     int64_t parts = 1;
     while (parts < kAheadRun && 2 * parts * of_a_part <= tiles) parts *= 2;
     const int64_t step = kLineElements / parts;
@@ -294,12 +298,14 @@ bool prefers_point_lanes(const Product& p) {
   return points_cost <= outputs_cost;
 }
 
-// Where the direct rows are faster: narrow groups would leave most lanes empty, and from planes read with gaps, of which the elements in
-// between come along in any case, a staged copy without gaps pays.
+// Where the direct rows are faster: narrow groups would leave most lanes empty, and planes are read with gaps only where a copy without
+// gaps pays and leaves the weights their place in the second cache.
 template <class T>
 bool is_served_best(const Product& p) {
   const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
-  return !reads_gaps && (p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p));
+  const int64_t weight_bytes = p.outputs * p.channels * static_cast<int64_t>(sizeof(T));
+  if (reads_gaps) return OutputLanes<T>::units(p.outputs) >= kFewestRowPanelUnits && weight_bytes <= kMostGapWeights;
+  return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
 }
 
 template <class T, Conv2dDirection kDirection>

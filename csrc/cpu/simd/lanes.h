@@ -256,6 +256,15 @@ inline Vec<T> interleave_upper(Vec<T> a, Vec<T> b) {
   if constexpr (kLanes<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
 }
 
+// `count` elements, `step` apart, in the first lanes; the others are zero.
+template <class T>
+inline Vec<T> load_apart(const T* p, int64_t step, int count) {
+  constexpr int lanes = kLanes<T>;
+  if (step != 2) return load_strided(p, step, first_lanes<T>(count), Vec<T>{});
+  const int elements = 2 * count - 1, lower = elements < lanes ? elements : lanes;
+  return even_lanes<T>(load_first(p, lower), load_first(p + lower, elements - lower));
+}
+
 // Lane i of the result is element index[i] of a, or of the 2 * lanes elements of a, then b.
 template <class T>
 inline Vec<T> pick(Vec<T> a, IntVec<T> index) {
