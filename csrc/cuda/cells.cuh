@@ -7,12 +7,12 @@
 
 namespace cnn_ext::cuda {
 
-constexpr int kGroupWords = 16;                         // of depth: two instructions deep, 4 words of each of a fragment's four columns
-constexpr int kGroupBytes = kGroupWords * 4;            // of an output
-constexpr int kFragmentRows = 16, kMostFragments = 4;   // of a cell
-constexpr int kTapBytes = kFragmentRows * kGroupBytes;  // of the filters of a fragment: one distance, one group of the depth
-constexpr int kMostOutputs = 4, kLeastCells = 256;      // to a cell along an axis; of an image with more than one
-constexpr int kStageBytes = 32 * 1024;                  // more groups than one at a time up to this
+constexpr int kGroupWords = 16;                     // of depth: two instructions deep, 4 words of each of a fragment's four columns
+constexpr int kGroupBytes = kGroupWords * 4;        // of an output
+constexpr int kNarrowRows = 8, kFragmentRows = 16;  // of a cell: so few that cells are the rows of a fragment, and else of one fragment
+constexpr int kMostFragments = 4;                   // of a cell
+constexpr int kMostOutputs = 4, kLeastCells = 512;  // to a cell along an axis; of an image with more than one
+constexpr int kStageBytes = 32 * 1024;              // more groups than one at a time up to this
 
 // One axis: a cell of `size` inputs reads the outputs first + cell * outputs + {0 to taps - 1}. Its input i, i + offset inputs after a
 // multiple of the stride, takes the filter's tap r from the output at distance (i + offset - r * dilation) / stride, if that is whole.
@@ -47,21 +47,30 @@ struct Cells {
         w(g.in_w, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, outputs_w),
         row_terms(w.size * g.group_in),
         rows(h.size * row_terms),
-        fragments(ceil_div(rows, kFragmentRows)),
+        fragment_rows(rows <= kNarrowRows ? kNarrowRows : kFragmentRows),
+        fragments(ceil_div(rows, fragment_rows)),
+        tap_bytes(fragment_rows * kGroupBytes),
         taps(h.taps * w.taps),
         groups(ceil_div(ceil_div(g.group_out * bytes_of(dtype), 4), kGroupWords)),
-        filter_bytes(static_cast<int>(smaller<int64_t>(kMostSharedBytes + 1, product({fragments, taps, groups, kTapBytes})))) {}
+        filter_bytes(static_cast<int>(smaller<int64_t>(kMostSharedBytes + 1, product({fragments, taps, groups, tap_bytes})))) {}
 
+  bool is_narrow() const { return fragment_rows == kNarrowRows; }
   int of_image() const { return h.count * w.count; }
+  // Products for each of its outputs, times those.
+  int work() const { return taps * fragment_rows; }
+  int outputs() const { return h.outputs * w.outputs; }
 
   CellAxis h, w;
-  int row_terms, rows, fragments;  // (h, w, channel) of a cell
-  int taps, groups;                // of the depth
+  int row_terms, rows;  // (h, w, channel) of a cell
+  int fragment_rows, fragments;
+  int tap_bytes;     // of the filters of a fragment: one distance, one group of the depth
+  int taps, groups;  // of the depth
   int filter_bytes;
 };
 
 // The outputs that a tile of cells reads, and where a block keeps things in shared memory, in bytes from its start: the filters, the
-// outputs [group][h][phase of w][w][16 words], where a row and a column of the filters begins, and where a distance leads in the outputs.
+// outputs [group][h][phase of w][w][16 words], where a row and a column of the filters begins, (h, w) and place of each output of a group,
+// and where a distance leads in them.
 struct CellPatch {
   CellPatch(const Conv2dGeometry& g, const Cells& cells, const PatchTiles& tiles)
       : height((tiles.height - 1) * cells.h.outputs + cells.h.taps),
@@ -73,27 +82,27 @@ struct CellPatch {
         chunks(depth * height * width * (kGroupBytes / kChunkBytes)),
         outputs(cells.filter_bytes),
         filter_places(outputs + depth * group_bytes),
-        places(filter_places + (g.kernel_h + g.kernel_w) * static_cast<int>(sizeof(int) * 2)),
+        output_places(filter_places + (g.kernel_h + g.kernel_w) * static_cast<int>(sizeof(int) * 2)),
+        places(output_places + height * width * static_cast<int>(sizeof(int) * 2)),
         shared_bytes(ceil_div(places + cells.taps * static_cast<int>(sizeof(int)), kChunkBytes) * kChunkBytes) {}
 
   int height, width, phase_pitch, row_pitch;  // in outputs
   int group_bytes, depth;                     // of a group, and how many groups at a time
   int chunks;                                 // of all of these
-  int outputs, filter_places, places, shared_bytes;
+  int outputs, filter_places, output_places, places, shared_bytes;
 };
 
 // The cells of a block: 8 for each of its warps, this many times.
-inline PatchTiles cell_tiles(const Cells& cells, int of_warp) {
-  const int all = kBlockThreads / 32 * 8 * of_warp, most_bits = of_warp == 4 ? 5 : of_warp == 2 ? 4 : 3;
-  const int bits = smaller(most_bits, width_bits_of(cells.w.count));
-  return {bits, all >> bits, cells.h.count, cells.w.count};
+inline PatchTiles cell_tiles(const Cells& cells, int eights) {
+  const int bits = smaller(eights == 4 ? 5 : eights == 2 ? 4 : 3, width_bits_of(cells.w.count));
+  return {bits, (kBlockThreads / 4 * eights) >> bits, cells.h.count, cells.w.count};
 }
 
-constexpr int most_cell_tiles(int fragments) { return fragments == 1 ? 4 : 2; }
+inline int most_eights(const Cells& cells) { return cells.fragments == 1 ? 4 : 2; }
 
 inline bool fits_shared(const Conv2dGeometry& g, const Cells& cells) {
   return cells.filter_bytes <= kMostSharedBytes && all_below(kMostSharedBytes, {cells.taps}) &&
-         CellPatch(g, cells, cell_tiles(cells, most_cell_tiles(cells.fragments))).shared_bytes <= kMostSharedBytes;
+         CellPatch(g, cells, cell_tiles(cells, most_eights(cells))).shared_bytes <= kMostSharedBytes;
 }
 
 // By the shape of an image, which the order of additions follows.
@@ -102,16 +111,18 @@ inline Cells cells_of(const Conv2dGeometry& g, DType dtype) {
   for (int h = 1; h <= kMostOutputs; ++h) {
     for (int w = 1; w <= kMostOutputs; ++w) {
       const Cells cells(g, dtype, h, w);
-      const bool is_better = cells.taps * best.h.outputs * best.w.outputs < best.taps * h * w;
+      const bool is_better = cells.work() * best.outputs() < best.work() * cells.outputs();
       if (cells.fragments == 1 && cells.of_image() >= kLeastCells && is_better && fits_shared(g, cells)) best = cells;
     }
   }
   return best;
 }
 
-inline int cell_tiles_of_warp(const Cells& cells, int64_t batch) {
-  const int most = most_cell_tiles(cells.fragments);
-  return most == 4 && batch * cell_tiles(cells, most).of_image < kMultiprocessors ? 1 : most;
+// Fewer cells for a warp where there are too few tiles for all multiprocessors.
+inline int eights_of(const Cells& cells, int64_t batch) {
+  const int most = most_eights(cells);
+  if (most == 2 || batch * cell_tiles(cells, most).of_image >= kMultiprocessors / 2) return most;
+  return cells.is_narrow() ? 2 : 1;
 }
 
 }  // namespace cnn_ext::cuda

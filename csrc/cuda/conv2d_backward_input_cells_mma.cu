@@ -6,11 +6,12 @@
 // (output channels, distances). Its filters are those of the convolution in other places, with zeros where a distance leads to no tap.
 // Nothing is scattered and each input is added up in registers. Where the stride is the kernel there is one distance, and no zeros.
 //
-// The tile: 256 cells, a warp has 32 of them. As many outputs to a cell (axis by axis) as leave the fewest distances for an output, while
-// the rows of a cell fit one fragment of 16. If its rows are more by the stride alone, a warp has 16 cells and up to four fragments; if
-// there are too few tiles, 8 cells. The filters of all distances stay in shared memory, as fragments. The gradients that a tile reads are
-// staged through registers, a group of the depth or more at a time, while the one before is multiplied: in each row of outputs one phase of
-// the cells' width after the other, for so the outputs of neighbouring cells at one distance are neighbours.
+// The tile: 256 cells, a warp has 32 of them. As many outputs to a cell (axis by axis) as leave the least work for an output, while the
+// rows of a cell fit one fragment, of 8 or of 16. If its rows are more by the stride alone, a warp has 16 cells and up to four fragments;
+// if there are too few tiles, 8 cells, or 16 where they are the fragment's rows. The filters of all distances stay in shared memory, as
+// fragments. The gradients that a tile reads are staged through registers, a group of the depth or more at a time, while the one before is
+// multiplied: in each row of outputs one phase of the cells' width after the other, for so the outputs of neighbouring cells at one
+// distance are neighbours.
 //
 // Bound by reading grad_output, in large layers of small strides by reading fragments from shared memory.
 //
@@ -31,7 +32,7 @@ struct CellProblem {
   CellProblem(const Conv2dShape& s, const Conv2dBuffers& b)
       : g(s),
         cells(cells_of(g, s.dtype)),
-        tiles(cell_tiles(cells, cell_tiles_of_warp(cells, s.batch))),
+        tiles(cell_tiles(cells, eights_of(cells, s.batch))),
         patch(g, cells, tiles),
         grad_output(static_cast<const T*>(b.grad_output)),
         weight(static_cast<const T*>(b.weight)),
@@ -56,14 +57,14 @@ struct CellProblem {
   TapDecoder<Layout::nchw> decoder;
 };
 
-// kVector: grad_output may be read by chunks.
-template <class T, bool kVector, int kFragments, int kCellTiles>
+// kVector: grad_output may be read by chunks. kNarrow: cells are the rows of fragments. kEights: times 8 cells of a warp.
+template <class T, bool kVector, bool kNarrow, int kFragments, int kEights>
 class CellBackwardInput {
  public:
   __device__ explicit CellBackwardInput(const CellProblem<T>& problem)
       : p(problem), g(problem.g), c(problem.cells), t(problem.patch), shared_(dynamic_shared<unsigned char>()) {
 #pragma unroll
-    for (int j = 0; j < kCellTiles; ++j) {
+    for (int j = 0; j < kEights; ++j) {
       const int cell = cell_of(j, group());
       const int output = p.tiles.row_of(cell) * c.h.outputs * t.row_pitch + p.tiles.col_of(cell);
       cells_[j] = t.outputs + output * kGroupBytes + pair() * kChunkBytes;
@@ -71,10 +72,12 @@ class CellBackwardInput {
   }
 
   __device__ void run(int range, int ranges) {
-    stage_filters();
+    place();
+    __syncthreads();
     TileCursor next(p.tiles, range, ranges);
     int next_group = 0;
     fetch(next.at(), 0, 0);
+    stage_filters();
     for (TileCursor tile(p.tiles, range, ranges); tile.is_in(g.batch); tile.advance()) {
       const PlaneIndex at = tile.at();
       clear();
@@ -93,34 +96,51 @@ class CellBackwardInput {
   }
 
  private:
-  static constexpr int kLoads = 4;  // of a thread, on their way together
+  static constexpr int kTiles = kNarrow ? kEights / 2 : kEights;  // of a product's cells
+  static constexpr int kLoads = 4;                                // of a thread, on their way together
   static constexpr int kGroupChunks = kGroupBytes / kChunkBytes;
+  static constexpr int kTapBytes = (kNarrow ? kNarrowRows : kFragmentRows) * kGroupBytes;
 
   __device__ static int warp() { return threadIdx.x / 32; }
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int group() { return lane() / 4; }
   __device__ static int pair() { return lane() % 4; }
-  // The number of a warp's cell in the tile.
-  __device__ static int cell_of(int j, int i) { return (warp() * kCellTiles + j) * 8 + i; }
+  // The number of one of a warp's cells in the tile.
+  __device__ static int cell_of(int j, int i) { return (warp() * kEights + j) * 8 + i; }
   __device__ int* places() const { return reinterpret_cast<int*>(shared_ + t.places); }
   // Of the rows, then of the columns of a filter: the first row of the product, and the distance.
   __device__ int2* filter_places() const { return reinterpret_cast<int2*>(shared_ + t.filter_places); }
 
-  // The filters as fragments, [fragment][group][distance][instruction][lane][4 words].
-  __device__ void stage_filters() const {
+  // Of the outputs of a group: (h, w) in the patch as halves of a word, and the place.
+  __device__ int2* output_places() const { return reinterpret_cast<int2*>(shared_ + t.output_places); }
+
+  // Zeros for the filters, and all places.
+  __device__ void place() const {
     for (int i = threadIdx.x * kChunkBytes; i < c.filter_bytes; i += kBlockThreads * kChunkBytes)
       *reinterpret_cast<uint4*>(shared_ + i) = make_uint4(0, 0, 0, 0);
     for (int tap = threadIdx.x; tap < c.taps; tap += kBlockThreads) {
-      const int row = tap / c.w.taps, column = tap - row * c.w.taps;
-      const int output = row * t.row_pitch + column % c.w.outputs * t.phase_pitch + column / c.w.outputs;
-      places()[tap] = output * kGroupBytes;
+      const int row = tap / c.w.taps;
+      places()[tap] = place_of(row, tap - row * c.w.taps);
     }
     for (int r = threadIdx.x; r < g.kernel_h; r += kBlockThreads)
       filter_places()[r] = {c.h.input_of(r, g.stride_h, g.dilation_h) * c.row_terms, c.h.tap_of(r, g.stride_h, g.dilation_h) * c.w.taps};
     for (int s = threadIdx.x; s < g.kernel_w; s += kBlockThreads) {
       filter_places()[g.kernel_h + s] = {c.w.input_of(s, g.stride_w, g.dilation_w) * g.group_in, c.w.tap_of(s, g.stride_w, g.dilation_w)};
     }
-    __syncthreads();
+    for (int i = threadIdx.x; i < p.plane.divisor(); i += kBlockThreads) {
+      const int row = p.width.quotient(i), column = i - row * t.width;
+      output_places()[i] = {row << 16 | column, t.outputs + place_of(row, column)};
+    }
+  }
+
+  // Of an output in a group.
+  __device__ int place_of(int row, int column) const {
+    const int moved = column / c.w.outputs;
+    return (row * t.row_pitch + (column - moved * c.w.outputs) * t.phase_pitch + moved) * kGroupBytes;
+  }
+
+  // The filters as fragments, [fragment][group][distance], where in that: `place_filter`.
+  __device__ void stage_filters() const {
     const int elements = g.group_out * p.filter.divisor();
 #pragma unroll 4
     for (int index = threadIdx.x; index < elements; index += kBlockThreads) {
@@ -139,8 +159,9 @@ class CellBackwardInput {
       for (int j = 0; j < c.w.outputs; ++j) {
         const int row = from_h.x + i * g.stride_h * c.row_terms + from_w.x + j * g.stride_w * g.group_in + tap.channel;
         const int distance = from_h.y + i * c.w.taps + from_w.y + j;
-        const int fragment = (row / kFragmentRows * c.groups + group) * c.taps + distance;
-        const int place = fragment * kTapBytes + (v / 2 * 32 + row % 8 * 4 + pair) * kChunkBytes + (v % 2 * 2 + row / 8 % 2) * 4;
+        const int fragment = ((kNarrow ? 0 : row / kFragmentRows) * c.groups + group) * c.taps + distance;
+        const int word_of_lane = kNarrow ? v : v % 2 * 2 + row / 8 % 2, instruction = kNarrow ? 0 : v / 2;
+        const int place = fragment * kTapBytes + (instruction * 32 + row % 8 * 4 + pair) * kChunkBytes + word_of_lane * 4;
         if constexpr (sizeof(T) == 4) {
           *reinterpret_cast<uint32_t*>(shared_ + place) = bits;
         } else {
@@ -157,11 +178,12 @@ class CellBackwardInput {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int index = first + i * kBlockThreads + threadIdx.x, output = index / kGroupChunks, chunk = index % kGroupChunks;
-      const int part = p.plane.quotient(output), pixel = output - part * p.plane.divisor();
-      const int row = p.width.quotient(pixel), column = pixel - row * t.width;
-      const int h = first_h + row, w = first_w + column, k = ((group + part) * kGroupChunks + chunk) * kChunk<T>;
+      const int part = p.plane.quotient(output);
+      const int2 place = output_places()[output - part * p.plane.divisor()];
+      const int h = first_h + (place.x >> 16), w = first_w + (place.x & 0xFFFF), k = ((group + part) * kGroupChunks + chunk) * kChunk<T>;
       const bool is_pixel = index < t.chunks && h >= 0 && h < g.out_h && w >= 0 && w < g.out_w;
       const T* source = image + h * g.out.h + w * g.out.w + k * g.out.c;
+      places_[i] = index < t.chunks ? place.y + part * t.group_bytes + chunk * kChunkBytes : -1;
       counts_[i] = is_pixel ? g.group_out - k : 0;
       if constexpr (kVector) {
         load_words<4>(counts_[i] > 0 ? source : p.grad_output, words_[i]);
@@ -177,19 +199,15 @@ class CellBackwardInput {
 #pragma unroll 1
     for (int first = 0;;) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) put(i, first + i * kBlockThreads + threadIdx.x);
+      for (int i = 0; i < kLoads; ++i) put(i);
       first += kLoads * kBlockThreads;
       if (first >= t.chunks) return;
       fetch(at, group, first);
     }
   }
 
-  __device__ void put(int i, int index) const {
-    if (index >= t.chunks) return;
-    const int output = index / kGroupChunks, part = p.plane.quotient(output), pixel = output - part * p.plane.divisor();
-    const int row = p.width.quotient(pixel), column = pixel - row * t.width;
-    const int moved = c.w.outputs == 1 ? column : column / c.w.outputs, phase = column - moved * c.w.outputs;
-    const int place = (row * t.row_pitch + phase * t.phase_pitch + moved) * kGroupBytes + index % kGroupChunks * kChunkBytes;
+  __device__ void put(int i) const {
+    if (places_[i] < 0) return;
     uint32_t words[4] = {};
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
@@ -201,7 +219,7 @@ class CellBackwardInput {
         for (int e = 0; e < kPerWord<T>; ++e) words[v] |= bits_of(elements_[i][v * kPerWord<T> + e]) << (16 * e);
       }
     }
-    *reinterpret_cast<uint4*>(shared_ + t.outputs + part * t.group_bytes + place) = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<uint4*>(shared_ + places_[i]) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 
   // The products of the groups that are staged, of which `first` is the first.
@@ -215,28 +233,42 @@ class CellBackwardInput {
 #pragma unroll 2
       for (int tap = 0; tap < c.taps; ++tap, filters += kTapBytes) {
         const int place = places()[tap];
-        uint4 b[kCellTiles];
+        uint4 outputs_of[kEights];
 #pragma unroll
-        for (int j = 0; j < kCellTiles; ++j) b[j] = *reinterpret_cast<const uint4*>(outputs + cells_[j] + place);
+        for (int j = 0; j < kEights; ++j) outputs_of[j] = *reinterpret_cast<const uint4*>(outputs + cells_[j] + place);
+        if constexpr (kNarrow) {
+          multiply_narrow(*reinterpret_cast<const uint4*>(filters), outputs_of);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kFragments; ++i) {
-          if (i >= c.fragments) break;
-          const uint4* a = reinterpret_cast<const uint4*>(filters + i * fragment_bytes);
-          const uint4 x = a[0], y = a[32];
-#pragma unroll
-          for (int j = 0; j < kCellTiles; ++j) mma(sums_[i][j], {x.x, x.y, x.z, x.w}, {b[j].x, b[j].y}, T{});
-#pragma unroll
-          for (int j = 0; j < kCellTiles; ++j) mma(sums_[i][j], {y.x, y.y, y.z, y.w}, {b[j].z, b[j].w}, T{});
+          for (int i = 0; i < kFragments; ++i) {
+            if (kFragments > 1 && i >= c.fragments) break;
+            const uint4* a = reinterpret_cast<const uint4*>(filters + i * fragment_bytes);
+            multiply_wide(a[0], a[32], outputs_of, sums_[i]);
+          }
         }
       }
     }
+  }
+
+  __device__ void multiply_wide(const uint4& x, const uint4& y, const uint4 (&b)[kEights], float (&sums)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) mma(sums[j], {x.x, x.y, x.z, x.w}, {b[j].x, b[j].y}, T{});
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) mma(sums[j], {y.x, y.y, y.z, y.w}, {b[j].z, b[j].w}, T{});
+  }
+
+  __device__ void multiply_narrow(const uint4& b, const uint4 (&a)[kEights]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) mma(sums_[0][j], {a[2 * j].x, a[2 * j + 1].x, a[2 * j].y, a[2 * j + 1].y}, {b.x, b.y}, T{});
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) mma(sums_[0][j], {a[2 * j].z, a[2 * j + 1].z, a[2 * j].w, a[2 * j + 1].w}, {b.z, b.w}, T{});
   }
 
   __device__ void clear() {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
-      for (int j = 0; j < kCellTiles; ++j) {
+      for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int v = 0; v < 4; ++v) sums_[i][j][v] = 0;
       }
@@ -246,22 +278,19 @@ class CellBackwardInput {
   __device__ void store(const PlaneIndex& at) const {
     T* image = p.grad_input + at.outer * g.in.n;
 #pragma unroll
-    for (int row_of_8 = 0; row_of_8 < 2 * kFragments; ++row_of_8) {
-      const int row = row_of_8 * 8 + group(), y = p.row_terms.quotient(row), term = row - y * c.row_terms;
-      if (row >= c.rows) break;
+    for (int i = 0; i < 2 * kFragments; ++i) {
+      const int row = kNarrow ? pair() * 2 + i : i * 8 + group(), y = p.row_terms.quotient(row), term = row - y * c.row_terms;
+      if (row >= c.rows) continue;
       const int x = p.channel.quotient(term), channel = term - x * g.group_in;
       const float bias = p.bias != nullptr ? widen(p.bias[channel]) : 0;
 #pragma unroll
-      for (int j = 0; j < kCellTiles; ++j) {
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          const int cell = cell_of(j, pair() * 2 + v);
-          const int h = (at.h + p.tiles.row_of(cell)) * c.h.size + y, w = (at.w + p.tiles.col_of(cell)) * c.w.size + x;
-          if (h >= g.in_h || w >= g.in_w) continue;
-          float sum = sums_[row_of_8 / 2][j][row_of_8 % 2 * 2 + v];
-          if (isnan(sum)) sum = exact_sum(at.outer, channel, h, w);
-          image[h * g.in.h + w * g.in.w + channel * g.in.c] = narrow<T>(sum + bias);
-        }
+      for (int j = 0; j < (kNarrow ? kEights : 2 * kEights); ++j) {
+        const int cell = kNarrow ? cell_of(j, group()) : cell_of(j / 2, pair() * 2 + j % 2);
+        const int h = (at.h + p.tiles.row_of(cell)) * c.h.size + y, w = (at.w + p.tiles.col_of(cell)) * c.w.size + x;
+        if (h >= g.in_h || w >= g.in_w) continue;
+        float sum = kNarrow ? sums_[0][j / 2][j % 2 * 2 + i] : sums_[i / 2][j / 2][i % 2 * 2 + j % 2];
+        if (isnan(sum)) sum = exact_sum(at.outer, channel, h, w);
+        image[h * g.in.h + w * g.in.w + channel * g.in.c] = narrow<T>(sum + bias);
       }
     }
   }
@@ -291,16 +320,17 @@ class CellBackwardInput {
   const Cells& c;
   const CellPatch& t;
   unsigned char* shared_;
-  int cells_[kCellTiles];  // where this thread's cells read their first output, in bytes of shared memory
-  int counts_[kLoads];     // channels of the chunks fetched, from their first on; 0: no such output
+  int cells_[kEights];  // where this thread's cells read their first output, in bytes of shared memory
+  int places_[kLoads];  // of the chunks fetched, in shared memory; -1: there is none
+  int counts_[kLoads];  // channels of the chunks fetched, from their first on; 0: no such output
   uint32_t words_[kLoads][4];
   T elements_[kLoads][kChunk<T>];
-  float sums_[kFragments][kCellTiles][4];
+  float sums_[kFragments][kTiles][4];
 };
 
-template <class T, bool kVector, int kFragments, int kCellTiles>
+template <class T, bool kVector, bool kNarrow, int kFragments, int kEights>
 __global__ void __launch_bounds__(kBlockThreads, 2) backward_input_cells(CellProblem<T> problem, int ranges) {
-  CellBackwardInput<T, kVector, kFragments, kCellTiles>(problem).run(static_cast<int>(blockIdx.x), ranges);
+  CellBackwardInput<T, kVector, kNarrow, kFragments, kEights>(problem).run(static_cast<int>(blockIdx.x), ranges);
 }
 
 bool accepts(const Conv2dShape& s) {
@@ -313,7 +343,7 @@ bool accepts(const Conv2dShape& s) {
 
 Plan plan(const Conv2dShape& s) {
   const Cells cells = cells_of(Conv2dGeometry(s), s.dtype);
-  const PatchTiles tiles = cell_tiles(cells, cell_tiles_of_warp(cells, s.batch));
+  const PatchTiles tiles = cell_tiles(cells, eights_of(cells, s.batch));
   const int64_t all = s.batch * tiles.of_image, most = kMultiprocessors * 2;
   return {s.in_channels, int64_t{tiles.height} * tiles.width * cells.h.size * cells.w.size, all < most ? all : most, 0};
 }
@@ -322,9 +352,11 @@ template <class T, bool kVector>
 void launch_cells(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t stream) {
   const CellProblem<T> problem(s, b);
   const int64_t blocks = plan(s).blocks;
-  const auto kernel = problem.cells.fragments > 1                       ? backward_input_cells<T, kVector, kMostFragments, 2>
-                      : cell_tiles_of_warp(problem.cells, s.batch) == 1 ? backward_input_cells<T, kVector, 1, 1>
-                                                                        : backward_input_cells<T, kVector, 1, 4>;
+  const int eights = eights_of(problem.cells, s.batch);
+  const auto kernel = problem.cells.fragments > 1 ? backward_input_cells<T, kVector, false, kMostFragments, 2>
+                      : problem.cells.is_narrow()
+                          ? (eights == 4 ? backward_input_cells<T, kVector, true, 1, 4> : backward_input_cells<T, kVector, true, 1, 2>)
+                          : (eights == 4 ? backward_input_cells<T, kVector, false, 1, 4> : backward_input_cells<T, kVector, false, 1, 1>);
   launch(kernel, Grid(blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem, static_cast<int>(blocks));
 }
 
