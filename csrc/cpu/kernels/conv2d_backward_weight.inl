@@ -15,9 +15,37 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
+// Tiles of a patch up to which packing takes long enough beside them for its memory to be fetched ahead. Those of one vector wait for their
+// loads already.
+constexpr int64_t kFewTiles = 64, kFewNarrowTiles = 4;
+
 // A block of output pixels.
 struct Block {
   Range images, rows;
+};
+
+// What pack_run() reads of some images. In channels_last that is fetched where all channels are read: parts of pixels are short runs.
+template <class T>
+inline Ahead<T> run_ahead(Layout layout, const T* tensor, int64_t planes, int64_t plane, Range images, int64_t channel, int64_t channels,
+                          int64_t pixel, int64_t pixels) {
+  const T* first = tensor + images.begin * planes * plane;
+  if (layout == Layout::nchw) return {first + channel * plane + pixel, {images.size(), planes * plane}, {channels, plane}, {1, 0}, pixels};
+  if (channels < planes) return {};
+  return {first + pixel * planes, {images.size(), planes * plane}, {1, 0}, {1, 0}, pixels * planes};
+}
+
+// What is packed next, fetched while tiles sum.
+template <class T>
+struct NextBlock {
+  void share_out(int64_t tiles) { gradient.share_out(tiles), input.share_out(tiles); }
+
+  // Gives a tile its part.
+  void next(Patch& patch, const T* at_hand) {
+    patch.gradient_ahead = gradient.next(patch.pixels(), at_hand);
+    patch.input_ahead = input.next(patch.pixels(), at_hand);
+  }
+
+  Ahead<T> gradient, input;
 };
 
 // What Tiles::add() sums: a patch of a packed block, of one output block times one input block.
@@ -33,6 +61,8 @@ struct PackedPatch {
   const T* grad_output;
   const T* input;
   T* sums;
+  bool fetches;  // whether `next` has something
+  NextBlock<T>& next;
 };
 
 // Of a tensor as it lies in memory. (A fused backward pass makes its rows and pixels up: conv2d_direct_pooled.inl.)
@@ -45,6 +75,10 @@ struct TensorGradient {
             int64_t step) const {
     const int64_t plane = s.out_h * s.out_w;
     pack_run<true>(s.layout, data + n * s.out_channels * plane, s.out_channels, plane, channel, channels, pixel, pixels, destination, step);
+  }
+
+  Ahead<T> ahead(const Conv2dShape& s, Range images, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels) const {
+    return run_ahead(s.layout, data, s.out_channels, s.out_h * s.out_w, images, channel, channels, pixel, pixels);
   }
 
   const T* data;
@@ -62,6 +96,8 @@ class BackwardWeight {
     blocking_ = blocking_for(work_, split_.pixel_ranges, s_.out_w * max_out_ * element() + new_rows * row,
                              larger(0, (s_.kernel_h - 1) * s_.dilation_h + 1 - s_.stride_h) * row);
     split_.pixel_ranges = larger(1, smaller(split_.pixel_ranges, blocking_.blocks));
+    const int64_t tiles = divide_up(work_.out_blocks, split_.out_ranges) * divide_up(work_.in_blocks, split_.in_ranges) * Tiles::tiles(s_);
+    fetches_ = tiles <= (work_.out_block > kLanes<T> ? kFewTiles : kFewNarrowTiles);
     window_rows_ = Tiles::window(s_, {0, blocking_.rows}).rows;
     for (int64_t row0 = 0; row0 < s_.out_h; row0 += blocking_.rows) {
       window_rows_ = larger(window_rows_, Tiles::window(s_, {row0, smaller(s_.out_h, row0 + blocking_.rows)}).rows);
@@ -161,9 +197,29 @@ class BackwardWeight {
       if (Tiles::multiplies_padding(s_)) finite = finite && all_finite(channels, block, packed_gradient);
       const Window window = Tiles::window(s_, block.rows);
       pack_input(input, channels, block, window, packed_input);
-      add_block(channels, block, window, packed_gradient, packed_input, sums);
+      NextBlock<T> next = next_block(gradient, input, job, i);
+      add_block(channels, block, window, packed_gradient, packed_input, sums, next);
     }
     return finite;
+  }
+
+  // Behind block i of a job.
+  NextBlock<T> next_block(const Gradient& gradient, const T* input, int64_t job, int64_t i) const {
+    if (!fetches_) return {};
+    if (i + 1 < pixel_blocks_of(job).end) return block_ahead(gradient, input, channels_of(job), block_at(i + 1));
+    if (job + 1 == jobs()) return {};
+    return block_ahead(gradient, input, channels_of(job + 1), block_at(pixel_blocks_of(job + 1).begin));  // most often this thread's next
+  }
+
+  NextBlock<T> block_ahead(const Gradient& gradient, const T* input, const Channels& channels, const Block& block) const {
+    const Window window = Tiles::window(s_, block.rows);
+    const int64_t first_out = channels.out_blocks.begin * work_.out_block, first = first_in(channels.in_blocks.begin);
+    const int64_t outputs = smaller(work_.group_out, channels.out_blocks.end * work_.out_block) - first_out;
+    const Range rows = common({window.row, window.row + window.rows * window.row_step}, {0, s_.in_h});
+    return {gradient.ahead(s_, block.images, channels.group * work_.group_out + first_out, outputs, block.rows.begin * s_.out_w,
+                           block.rows.size() * s_.out_w),
+            run_ahead(s_.layout, input, s_.in_channels, s_.in_h * s_.in_w, block.images, channels.group * work_.group_in + first,
+                      first_in(channels.in_blocks.end) - first, rows.begin * s_.in_w, larger(0, rows.size()) * s_.in_w)};
   }
 
   void pack_gradient(const Gradient& gradient, const Channels& channels, const Block& block, T* line, T* packed) const {
@@ -218,10 +274,13 @@ class BackwardWeight {
   }
 
   // Cuts a block into patches and adds each to the sums of all channel blocks. Patches are parts of equal size, give or take one.
-  void add_block(const Channels& channels, const Block& block, const Window& window, const T* grad_output, const T* input, T* sums) const {
+  void add_block(const Channels& channels, const Block& block, const Window& window, const T* grad_output, const T* input, T* sums,
+                 NextBlock<T>& next) const {
     const int64_t column_parts = divide_up(s_.out_w, 2 * kPatchPixels), width = divide_up(s_.out_w, column_parts);
     const int64_t height = smaller(block.rows.size(), larger(1, kPatchPixels / width)), row_parts = divide_up(block.rows.size(), height);
     const int64_t depth = row_parts * column_parts > 1 ? 1 : larger(1, kPatchPixels / (width * height));
+    next.share_out(divide_up(block.images.size(), depth) * row_parts * column_parts * channels.out_blocks.size() *
+                   channels.in_blocks.size() * Tiles::tiles(s_));
     for (int64_t n = block.images.begin; n < block.images.end; n += depth) {
       const Range images{n, smaller(block.images.end, n + depth)};
       for (int64_t i = 0; i < row_parts; ++i) {
@@ -229,14 +288,14 @@ class BackwardWeight {
         for (int64_t j = 0; j < column_parts; ++j) {
           const Range columns = part_of(s_.out_w, column_parts, j);
           add_patches(channels, block, window, images, {block.rows.begin + rows.begin, block.rows.begin + rows.end}, columns, grad_output,
-                      input, sums);
+                      input, sums, next);
         }
       }
     }
   }
 
   void add_patches(const Channels& channels, const Block& block, const Window& window, Range images, Range rows, Range columns,
-                   const T* grad_output, const T* input, T* sums) const {
+                   const T* grad_output, const T* input, T* sums, NextBlock<T>& next) const {
     const int64_t pixels = block.images.size() * block.rows.size() * s_.out_w;
     const int64_t input_pixels = block.images.size() * window.rows * window.columns;
     const int64_t first_channel = first_in(channels.in_blocks.begin), in_channels = first_in(channels.in_blocks.end) - first_channel;
@@ -255,7 +314,9 @@ class BackwardWeight {
                                       static_cast<int>(count),
                                       grad_output + pixels * out_offset,
                                       input + input_pixels * offset,
-                                      sums + (out_offset * in_channels + vectors * kLanes<T> * offset) * work_.taps});
+                                      sums + (out_offset * in_channels + vectors * kLanes<T> * offset) * work_.taps,
+                                      fetches_,
+                                      next});
       }
     }
   }
@@ -302,6 +363,7 @@ class BackwardWeight {
   Blocking blocking_;
   int64_t max_out_, max_in_;  // channels of a job at most
   int64_t window_rows_;       // input rows of a block at most
+  bool fetches_;              // whether what is packed next is fetched ahead
 };
 
 // The functions of a table row of the plain convolution.

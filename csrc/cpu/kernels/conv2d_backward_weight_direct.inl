@@ -43,11 +43,13 @@ struct ChannelTiles {
     return {row.begin, row.count, column.begin, column.count, row_step(s), column_step(s)};
   }
 
+  static int64_t tiles(const Conv2dShape& s) { return s.kernel_h * s.kernel_w; }
+
   template <class T>
   static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
     const int64_t step = p.vectors * kLanes<T>;
     const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
-    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels);
+    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels, p.fetches);
     const int64_t row_step = p.window.row_step, column_step = p.window.column_step;
     Patch patch{p.images.size(),
                 0,
@@ -66,6 +68,7 @@ struct ChannelTiles {
         if (oh.size() <= 0 || ow.size() <= 0) continue;
         const int64_t iw = (ow.begin * s.stride_w - s.pad_left + t * s.dilation_w - p.window.column) / column_step;
         patch.rows = oh.size(), patch.columns = ow.size();
+        p.next.next(patch, p.grad_output);
         tile(patch, p.grad_output + (p.images.begin * p.image_pixels + (oh.begin - p.block_row) * s.out_w + ow.begin) * step,
              p.input + p.images.begin * input_image + ih * input_row + iw * p.channels, p.sums + (r * s.kernel_w + t) * p.channels * step,
              0);

@@ -25,20 +25,23 @@ struct PaddedTiles {
             window_columns(s)};
   }
 
+  static int64_t tiles(const Conv2dShape& s) { return s.kernel_h * s.kernel_w; }
+
   template <class T>
   static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
     const int64_t step = p.vectors * kLanes<T>;
     const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
-    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels);
-    const Patch patch{p.images.size(),        p.rows.size(),           p.columns.size(),
-                      p.image_pixels * step,  s.out_w * step,          input_image,
-                      s.stride_h * input_row, s.stride_w * p.channels, 0};
+    const AddPatch<T> tile = tile_of(T{}, p.vectors, 1, p.channels, p.fetches);
+    Patch patch{p.images.size(),        p.rows.size(),           p.columns.size(),
+                p.image_pixels * step,  s.out_w * step,          input_image,
+                s.stride_h * input_row, s.stride_w * p.channels, 0};
     const T* grad_output =
         p.grad_output + (p.images.begin * p.image_pixels + (p.rows.begin - p.block_row) * s.out_w + p.columns.begin) * step;
     const T* input = p.input + p.images.begin * input_image + (p.rows.begin - p.block_row) * s.stride_h * input_row +
                      p.columns.begin * s.stride_w * p.channels;
     for (int64_t r = 0; r < s.kernel_h; ++r) {
       for (int64_t t = 0; t < s.kernel_w; ++t) {
+        p.next.next(patch, grad_output);
         tile(patch, grad_output, input + r * s.dilation_h * input_row + t * s.dilation_w * p.channels,
              p.sums + (r * s.kernel_w + t) * p.channels * step, 0);
       }

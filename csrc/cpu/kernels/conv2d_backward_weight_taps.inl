@@ -33,25 +33,37 @@ struct TapTiles {
     return all.row < 0 || all.column < 0 || all.row + all.rows > s.in_h || all.column + all.columns > s.in_w;
   }
 
+  // How the taps are shared out among tiles: a few whole tap rows for each, or parts of one.
+  struct Parts {
+    int64_t rows, lengths;
+  };
+  static Parts parts_of(const Conv2dShape& s, int64_t length) {
+    const int64_t whole_rows = smaller(kTileRows, kTileEntries / larger(1, length));
+    return {whole_rows > 1 ? divide_up(s.kernel_h, whole_rows) : s.kernel_h, divide_up(length, kTileEntries)};
+  }
+  static int64_t tiles(const Conv2dShape& s) {
+    const Parts parts = parts_of(s, s.kernel_w * (s.in_channels / s.groups));
+    return parts.rows * parts.lengths;
+  }
+
   template <class T>
   static void add(const Conv2dShape& s, const PackedPatch<T>& p) {
     const int64_t step = p.vectors * kLanes<T>;
     const int64_t input_row = p.window.columns * p.channels, input_image = p.window.rows * input_row;
     const int64_t length = s.kernel_w * p.channels;  // elements of a tap row
-    const int64_t whole_rows = smaller(kTileRows, kTileEntries / length);
-    const int64_t row_parts = whole_rows > 1 ? divide_up(s.kernel_h, whole_rows) : s.kernel_h;
-    const int64_t length_parts = divide_up(length, kTileEntries);
-    const Patch patch{p.images.size(), p.rows.size(),          p.columns.size(),        p.image_pixels * step,   s.out_w * step,
-                      input_image,     s.stride_h * input_row, s.stride_w * p.channels, s.dilation_h * input_row};
+    const Parts parts = parts_of(s, length);
+    Patch patch{p.images.size(), p.rows.size(),          p.columns.size(),        p.image_pixels * step,   s.out_w * step,
+                input_image,     s.stride_h * input_row, s.stride_w * p.channels, s.dilation_h * input_row};
     const T* first_output =
         p.grad_output + (p.images.begin * p.image_pixels + (p.rows.begin - p.block_row) * s.out_w + p.columns.begin) * step;
     const T* first_input = p.input + p.images.begin * input_image + (p.rows.begin - p.block_row) * s.stride_h * input_row +
                            p.columns.begin * s.stride_w * p.channels;
-    for (int64_t i = 0; i < row_parts; ++i) {
-      const Range r = part_of(s.kernel_h, row_parts, i);
-      for (int64_t j = 0; j < length_parts; ++j) {
-        const Range e = part_of(length, length_parts, j);
-        const AddPatch<T> tile = tile_of(T{}, p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()));
+    for (int64_t i = 0; i < parts.rows; ++i) {
+      const Range r = part_of(s.kernel_h, parts.rows, i);
+      for (int64_t j = 0; j < parts.lengths; ++j) {
+        const Range e = part_of(length, parts.lengths, j);
+        p.next.next(patch, first_output);
+        const AddPatch<T> tile = tile_of(T{}, p.vectors, static_cast<int>(r.size()), static_cast<int>(e.size()), p.fetches);
         tile(patch, first_output, first_input + r.begin * s.dilation_h * input_row + e.begin, p.sums + (r.begin * length + e.begin) * step,
              length * step);
       }

@@ -11,10 +11,12 @@ namespace {
 
 // sums[entry][vector of output channels] += sum over the patch; entries = kRows tap rows of kColumns neighbouring elements each. The patch
 // is summed in registers first, so that a long sum is made of short ones.
-template <class T, int kVectors, int kRows, int kColumns>
+template <class T, int kVectors, int kRows, int kColumns, bool kFetches>
 void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums, int64_t sums_row) {
   constexpr int lanes = kLanes<T>, entries = kRows * kColumns;
   Vec<T> sum[entries][kVectors] = {};
+  const char *gradient_ahead = patch.gradient_ahead.at, *input_ahead = patch.input_ahead.at;
+  const int64_t gradient_step = patch.gradient_ahead.step, input_step = patch.input_ahead.step;
   for (int64_t image = 0; image < patch.images; ++image) {
     for (int64_t row = 0; row < patch.rows; ++row) {
       const T* g = grad_output + image * patch.grad_output_image + row * patch.grad_output_row;
@@ -32,6 +34,11 @@ void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums
           const Vec<T> element = broadcast_from(entry);
           for (int v = 0; v < kVectors; ++v) sum[e][v] = fma(element, channels[v], sum[e][v]);
         }
+        if constexpr (kFetches) {
+          __builtin_prefetch(gradient_ahead, 0, 2);
+          __builtin_prefetch(input_ahead, 0, 2);
+          gradient_ahead += gradient_step, input_ahead += input_step;
+        }
         g += kVectors * lanes;
         x += patch.input_column;
       }
@@ -45,26 +52,36 @@ void add_patch(const Patch& patch, const T* grad_output, const T* input, T* sums
 }
 
 template <class T, int kVectors, int kRows, int kColumns = kRows == 1 ? tile_entries<T>(kVectors) : kTileEntries / kRows>
-inline AddPatch<T> tile_of_rows(int rows, int columns) {
+inline AddPatch<T> tile_of_rows(int rows, int columns, bool fetches) {
   if constexpr (kColumns == 0) {
     return nullptr;
   } else {
     if (rows != kRows) {
-      if constexpr (kRows > 1) return tile_of_rows<T, kVectors, kRows - 1>(rows, columns);
+      if constexpr (kRows > 1) return tile_of_rows<T, kVectors, kRows - 1>(rows, columns, fetches);
     }
-    if (columns == kColumns) return add_patch<T, kVectors, kRows, kColumns>;
-    return tile_of_rows<T, kVectors, kRows, kColumns - 1>(rows, columns);
+    if (columns == kColumns) {
+      if constexpr (kRows == 1) {
+        if (!fetches) return add_patch<T, kVectors, kRows, kColumns, false>;
+      }
+      return add_patch<T, kVectors, kRows, kColumns, true>;
+    }
+    return tile_of_rows<T, kVectors, kRows, kColumns - 1>(rows, columns, fetches);
   }
 }
 
 template <class T>
-AddPatch<T> find_tile(int vectors, int rows, int columns) {
-  return vectors == 1 ? tile_of_rows<T, 1, kTileRows>(rows, columns) : tile_of_rows<T, kTileVectors, kTileRows>(rows, columns);
+AddPatch<T> find_tile(int vectors, int rows, int columns, bool fetches) {
+  return vectors == 1 ? tile_of_rows<T, 1, kTileRows>(rows, columns, fetches)
+                      : tile_of_rows<T, kTileVectors, kTileRows>(rows, columns, fetches);
 }
 
 }  // namespace
 
-AddPatch<float> tile_of(float, int vectors, int rows, int columns) { return find_tile<float>(vectors, rows, columns); }
-AddPatch<double> tile_of(double, int vectors, int rows, int columns) { return find_tile<double>(vectors, rows, columns); }
+AddPatch<float> tile_of(float, int vectors, int rows, int columns, bool fetches) {
+  return find_tile<float>(vectors, rows, columns, fetches);
+}
+AddPatch<double> tile_of(double, int vectors, int rows, int columns, bool fetches) {
+  return find_tile<double>(vectors, rows, columns, fetches);
+}
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA

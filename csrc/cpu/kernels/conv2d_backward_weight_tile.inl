@@ -1,6 +1,7 @@
 // The register tile of backward_weight, as its rows see it; conv2d_backward_weight_tile.cpp compiles it once for all of them.
 #pragma once
 
+#include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/simd/vec.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -24,7 +25,10 @@ struct Patch {
   int64_t images, rows, columns;
   int64_t grad_output_image, grad_output_row;
   int64_t input_image, input_row, input_column;
-  int64_t input_tap_row;  // from an entry to that of the next tap row
+  int64_t input_tap_row;                  // from an entry to that of the next tap row
+  Fetch gradient_ahead{}, input_ahead{};  // a part of what will be packed next, a line at a pixel
+
+  int64_t pixels() const { return images * rows * columns; }
 };
 
 template <class T>
@@ -33,8 +37,8 @@ using AddPatch = void (*)(const Patch&, const T* grad_output, const T* input, T*
 // The tile of these vectors of output channels, tap rows, and entries per row; rows * columns <= kTileEntries, or
 // tile_entries() of one row. It does
 //   sums[entry][vector] += sum over the patch; entries = `rows` tap rows of `columns` neighbouring elements each. The first argument says
-//   the type alone.
-AddPatch<float> tile_of(float type, int vectors, int rows, int columns);
-AddPatch<double> tile_of(double type, int vectors, int rows, int columns);
+//   the type alone. fetches: whether the patch has something to fetch; tiles of one row have a loop without it.
+AddPatch<float> tile_of(float type, int vectors, int rows, int columns, bool fetches);
+AddPatch<double> tile_of(double type, int vectors, int rows, int columns, bool fetches);
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA
