@@ -62,12 +62,13 @@ __device__ void fetch_part(const WeightProblem<typename Tile::Element>& p, const
   }
   const PlaneIndex out = p.pixel_decoder.at(pixel);
   const int i = part - Tile::kRowBoxes;
-  // A panel beyond the last one reads channels that do not exist.
+  // A panel beyond the last one reads channels that do not exist, from a whole number of panels on: the copy engine takes no other place.
   const bool exists = b.first_panel + i < p.panels;
   const Panel panel = panel_at(p, exists ? b.first_panel + i : 0, Tile::kPanelChannels);
   fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
-                exists ? b.group_channel + panel.first_channel : p.g.groups * p.g.group_in, out.w * p.g.stride_w - p.g.pad_left,
-                out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w, panel.r * p.g.dilation_h, barrier);
+                exists ? b.group_channel + panel.first_channel : p.g.groups * p.panels_of_tap * Tile::kPanelChannels,
+                out.w * p.g.stride_w - p.g.pad_left, out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w,
+                panel.r * p.g.dilation_h, barrier);
 }
 
 // Announces and fetches a step of both operands. A thread of each warp asks for every eighth part.
