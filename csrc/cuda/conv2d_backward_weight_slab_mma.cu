@@ -143,10 +143,10 @@ class SlabWeights {
   }
 
   __device__ void stage(const PlaneIndex& at) {
-    begin_pixels<T, kVector>(slab_image(p_.input, g_.in, at.outer, g_.in_h, g_.in_w, share_.first_channel, p_.channels), t_.input,
-                             t_.chunk_bits, at.h * g_.stride_h - g_.pad_top, at.w * g_.stride_w - g_.pad_left, input());
-    begin_pixels<T, kVector>(slab_image(p_.grad_output, g_.out, at.outer, g_.out_h, g_.out_w, share_.first_channel, p_.channels),
-                             t_.gradient, t_.chunk_bits, at.h, at.w, gradient());
+    begin_pixels<T, kVector, 16>(slab_image(p_.input, g_.in, at.outer, g_.in_h, g_.in_w, share_.first_channel, p_.channels), t_.input,
+                                 t_.chunk_bits, at.h * g_.stride_h - g_.pad_top, at.w * g_.stride_w - g_.pad_left, input());
+    begin_pixels<T, kVector, 16>(slab_image(p_.grad_output, g_.out, at.outer, g_.out_h, g_.out_w, share_.first_channel, p_.channels),
+                                 t_.gradient, t_.chunk_bits, at.h, at.w, gradient());
     finish_pixels<T, kVector>(t_.input, t_.chunk_bits, input());
     finish_pixels<T, kVector>(t_.gradient, t_.chunk_bits, gradient());
   }

@@ -188,7 +188,7 @@ class SlabGather {
 
   // Fetches what the windows of a tile read.
   __device__ void begin(const PlaneIndex& at) {
-    begin_pixels<T, kVector>(
+    begin_pixels<T, kVector, 24>(
         slab_image(p_.source, p_.source_strides, at.outer, p_.source_h, p_.source_w, share_.first_channel, p_.channels), t_.source,
         t_.chunk_bits, lowest_tap(h_) + at.h * h_.step, lowest_tap(w_) + at.w * w_.step, shared_);
   }

@@ -87,7 +87,8 @@ __device__ ChunkWords gather_chunk(const T* source, int stride, int count) {
 
 // Stages the pixels from (first_h, first_w) of an image on, zeros beside it: 1 << chunk_bits chunks of each. kVector: chunks are 16 aligned
 // bytes. Neighbouring threads read neighbours in memory. Seen by other threads after finish_pixels() and a barrier.
-template <class T, bool kVector>
+// kLoads: of a thread, on their way at a time where chunks are gathered.
+template <class T, bool kVector, int kLoads>
 __device__ void begin_pixels(const SlabImage<T>& image, const StagedPixels& to, int chunk_bits, int first_h, int first_w,
                              unsigned char* shared) {
   const int items = to.count.divisor() << chunk_bits;
@@ -108,7 +109,7 @@ __device__ void begin_pixels(const SlabImage<T>& image, const StagedPixels& to, 
       with_chunk(index, [](unsigned char* target, const T* source, int count) { cp_async_16(target, source, count > 0); });
     }
   } else {
-    constexpr int kBatch = 24 / kChunk<T>;  // chunks on their way at a time, as registers allow
+    constexpr int kBatch = kLoads / kChunk<T>;  // chunks
 #pragma unroll 1
     for (int first = threadIdx.x; first < items; first += kBatch * kBlockThreads) {
       unsigned char* targets[kBatch];
