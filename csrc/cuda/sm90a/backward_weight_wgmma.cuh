@@ -278,11 +278,7 @@ WeightProblem<T> staged_weight_problem(const Conv2dShape& s, const Conv2dBuffers
                            static_cast<const T*>(b.input), reinterpret_cast<T*>(staged_input)};
   const Copy<T> grad_copy{channels_innermost(s.layout, s.batch, s.out_channels, d.padded_out, s.out_h * s.out_w),
                           static_cast<const T*>(b.grad_output), reinterpret_cast<T*>(staged_grad)};
-  if (d.stages_input && d.stages_grad) {
-    launch_copies(input_copy, grad_copy, stream);
-  } else if (d.stages_input || d.stages_grad) {
-    launch_copy(d.stages_input ? input_copy : grad_copy, stream);
-  }
+  launch_copies(d.stages_input ? &input_copy : nullptr, d.stages_grad ? &grad_copy : nullptr, stream);
   const WeightOperand input{d.stages_input ? staged_input : b.input, strides_of(Layout::nhwc, d.padded_in, s.in_h, s.in_w)};
   const WeightOperand grad_output{d.stages_grad ? staged_grad : b.grad_output, strides_of(Layout::nhwc, d.padded_out, s.out_h, s.out_w)};
   return weight_problem<T>(s, d, input, grad_output, staged_grad + d.grad_bytes, b.grad_weight);

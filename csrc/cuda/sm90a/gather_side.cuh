@@ -193,14 +193,12 @@ CUtensorMap filter_map_of(const WgmmaGather<T>& p, const Side<kForward>& side, i
 // Puts the operands that lie otherwise in the order that the copy engine wants, in the workspace.
 template <class T, bool kForward>
 void stage_operands(const Conv2dShape& s, const Conv2dBuffers& b, const Side<kForward>& side, void* workspace, cudaStream_t stream) {
-  if (side.stages_source) {
-    const Transposition order =
-        channels_innermost(s.layout, s.batch, side.depth_channels * s.groups, side.padded_source * s.groups, side.source_h * side.source_w);
-    launch_transposition<T>(order, kForward ? b.input : b.grad_output, workspace, stream);
-  }
-  if (side.stages_filters) {
-    launch_transposition<T>(filter_order(s, side), b.weight, static_cast<unsigned char*>(workspace) + side.source_bytes, stream);
-  }
+  auto* staged = static_cast<unsigned char*>(workspace);
+  const Copy<T> source{
+      channels_innermost(s.layout, s.batch, side.depth_channels * s.groups, side.padded_source * s.groups, side.source_h * side.source_w),
+      static_cast<const T*>(kForward ? b.input : b.grad_output), reinterpret_cast<T*>(staged)};
+  const Copy<T> filters{filter_order(s, side), static_cast<const T*>(b.weight), reinterpret_cast<T*>(staged + side.source_bytes)};
+  launch_copies(side.stages_source ? &source : nullptr, side.stages_filters ? &filters : nullptr, stream);
 }
 
 }  // namespace cnn_ext::cuda

@@ -174,20 +174,18 @@ void launch_copy(const Copy<T>& copy, cudaStream_t stream) {
   launch(plan.kernel, overlapping(Grid(plan.blocks)), stream, Copies<T>{copy, copy, static_cast<int>(plan.blocks)});
 }
 
-// Both in one launch, where the same kernel serves them.
+// Both in one launch, where the same kernel serves them. null: there is nothing to copy.
 template <class T>
-void launch_copies(const Copy<T>& first, const Copy<T>& second, cudaStream_t stream) {
-  const CopyPlan<T> plan = plan_copy(first), other = plan_copy(second);
-  if (plan.kernel != other.kernel) {
-    launch_copy(first, stream);
-    return launch_copy(second, stream);
+void launch_copies(const Copy<T>* first, const Copy<T>* second, cudaStream_t stream) {
+  if (first != nullptr && second != nullptr) {
+    const CopyPlan<T> plan = plan_copy(*first), other = plan_copy(*second);
+    if (plan.kernel == other.kernel) {
+      const Copies<T> copies{*first, *second, static_cast<int>(plan.blocks)};
+      return launch(plan.kernel, overlapping(Grid(plan.blocks + other.blocks)), stream, copies);
+    }
   }
-  launch(plan.kernel, overlapping(Grid(plan.blocks + other.blocks)), stream, Copies<T>{first, second, static_cast<int>(plan.blocks)});
-}
-
-template <class T>
-void launch_transposition(const Transposition& t, const void* source, void* target, cudaStream_t stream) {
-  launch_copy(Copy<T>{t, static_cast<const T*>(source), static_cast<T*>(target)}, stream);
+  if (first != nullptr) launch_copy(*first, stream);
+  if (second != nullptr) launch_copy(*second, stream);
 }
 
 }  // namespace cnn_ext::cuda
