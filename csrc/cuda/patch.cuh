@@ -125,16 +125,15 @@ struct PatchLines {
       : channels(g.layout == Layout::nhwc ? 1 : g.group_in),
         pixel(g.group_in / channels),
         limit(g.in_w * pixel),
-        count(patch_h * channels),
+        elements(patch_h * patch_w * g.group_in),
         length(patch_w * pixel),
         channel(channels) {}
 
   int channels;  // lines of a row
   int pixel;     // elements of a pixel in a line
   int limit;     // elements of a line of the image
-  int count;     // of the patch
-  int length;    // of a line of the patch, in elements
-  FastDivisor channel;
+  int elements;  // of the patch
+  FastDivisor length, channel;
 };
 
 template <class T>
@@ -210,32 +209,29 @@ __device__ void stage_element(unsigned char* patch, int copy_bytes, int place, T
 }
 
 // Stages the patch of the tile at `at`, whose taps begin in the padding. line_place(row, c) and place(x): which element of the patch the
-// element x is, of line c of a row, as a sum. A warp takes whole lines; kLoads of a thread are on their way at a time. Whether an element
-// that it has staged is not finite. kNhwc: of the layout.
+// element x is, of line c of a row, as a sum. kLoads of a thread are on their way at a time. Whether an element that it has staged is not
+// finite. kNhwc: of the layout.
 template <int kLoads, bool kNhwc, class T, class LinePlace, class Place>
 __device__ bool stage_patch(const Conv2dGeometry& g, const PatchLines& lines, const T* input, const PlaneIndex& at, unsigned char* patch,
                             int copy_bytes, const LinePlace& line_place, const Place& place) {
   const int first_h = at.h * g.stride_h - g.pad_top, first_x = (at.w * g.stride_w - g.pad_left) * lines.pixel;
   const int64_t image = at.outer * g.in.n;
-  const int line_elements = static_cast<int>(g.in.h), lane = threadIdx.x % 32;
+  const int line_elements = static_cast<int>(g.in.h);
   bool odd = false;
-  int line = threadIdx.x / 32, x = lane;
 #pragma unroll 1
-  while (line < lines.count) {
+  for (int first = threadIdx.x; first < lines.elements; first += kLoads * kBlockThreads) {
     T value[kLoads];
     int element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
+      const int index = first + i * kBlockThreads, line = lines.length.quotient(index), x = index - line * lines.length.divisor();
       const int row = kNhwc ? line : lines.channel.quotient(line), c = kNhwc ? 0 : line - row * lines.channels;
       const int h = first_h + row, w = first_x + x;
-      const bool is_in = line < lines.count && x < lines.length;
-      const bool exists = is_in && static_cast<unsigned>(h) < static_cast<unsigned>(g.in_h) &&
+      const bool exists = index < lines.elements && static_cast<unsigned>(h) < static_cast<unsigned>(g.in_h) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(lines.limit);
       const int64_t offset = image + c * g.in.c + static_cast<int64_t>(h) * line_elements + w;
       value[i] = exists ? input[offset] : narrow<T>(0);
-      element[i] = is_in ? line_place(row, c) + place(x) : -1;
-      x += 32;
-      if (x >= lines.length) x = lane, line += kBlockThreads / 32;
+      element[i] = index < lines.elements ? line_place(row, c) + place(x) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
