@@ -21,6 +21,7 @@ constexpr int64_t kWholePlane = 256;         // points of a planar map that is n
 constexpr int64_t kSliceBytes = 400 << 10;      // ... a block of their channels and ...
 constexpr int64_t kSharingBytes = 1 << 20;      // ... all their channels stay in the second cache, bytes
 constexpr int64_t kPanelSums = 1 << 20;         // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kMostGapPlane = 4096;         // bytes: a page
 constexpr int64_t kMostGapWeights = 384 << 10;  // bytes that stay near beside a block of planes with its gaps
 constexpr int64_t kNearWeights = 1 << 20;       // bytes that stay near from one block of points to the next
 constexpr int64_t kFewestCopiedUnits = 3;       // units of outputs that pay for copying rows or panels of whole planes, ...

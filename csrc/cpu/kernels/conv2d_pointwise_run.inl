@@ -298,13 +298,20 @@ bool prefers_point_lanes(const Product& p) {
   return points_cost <= outputs_cost;
 }
 
-// Where the direct rows are faster: narrow groups would leave most lanes empty, and planes are read with gaps only where a copy without
-// gaps pays and leaves the weights their place in the second cache.
+// Whether a copy of planes that are read with gaps pays: they share pages, so that fetching a line of each is cheap, and leave the weights
+// their place in the second cache.
+template <class T>
+bool copies_gaps(const Product& p) {
+  constexpr int64_t kSize = sizeof(T);
+  return OutputLanes<T>::units(p.outputs) >= kFewestRowPanelUnits && p.source_channel * kSize <= kMostGapPlane &&
+         p.outputs * p.channels * kSize <= kMostGapWeights;
+}
+
+// Where the direct rows are faster: narrow groups would leave most lanes empty, and a copy of planes with gaps must pay.
 template <class T>
 bool is_served_best(const Product& p) {
   const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
-  const int64_t weight_bytes = p.outputs * p.channels * static_cast<int64_t>(sizeof(T));
-  if (reads_gaps) return OutputLanes<T>::units(p.outputs) >= kFewestRowPanelUnits && weight_bytes <= kMostGapWeights;
+  if (reads_gaps) return copies_gaps<T>(p);
   return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
 }
 
