@@ -20,10 +20,10 @@ inline int64_t tile_cols(int64_t width, int strip_width) {
   return strips == 3 ? 3 : larger<int64_t>(1, smaller<int64_t>(strips, 2));
 }
 
-// The strip that covers less beyond the width.
+// The strip that covers less beyond the width; of two, the one with fewer registers.
 inline int strip_width(int64_t width) {
   const auto covered = [&](int strip) { return ceil_div(width, tile_cols(width, strip) * strip) * tile_cols(width, strip) * strip; };
-  return covered(kNarrowStrip) < covered(kWideStrip) ? kNarrowStrip : kWideStrip;
+  return covered(kNarrowStrip) <= covered(kWideStrip) ? kNarrowStrip : kWideStrip;
 }
 
 // As it lies in shared memory: `pitch` bytes from row to row.
@@ -121,6 +121,12 @@ __device__ PairValues staged_pair(const void* staged) {
 }
 
 __device__ inline PairValues tap_at(const float* filters, int tap) { return staged_pair<float>(filters + tap * kFilterPitch); }
+
+template <int kKernel>
+__device__ void load_taps(const float* filters, int r, PairValues (&taps)[kKernel]) {
+#pragma unroll
+  for (int s = 0; s < kKernel; ++s) taps[s] = tap_at(filters, r * kKernel + s);
+}
 
 // The pairs of kCount neighbouring pixels.
 template <class T, int kCount>

@@ -123,7 +123,8 @@ __device__ PairValues sum_inside_backward(const ChannelsProblem& p, const unsign
 }
 
 template <class T, int kKernel, int kStride, int kWidth>
-__global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 4 && strip_rows(kKernel, kStride) > 1 ? 3 : 4)  // as registers allow
+__global__ void __launch_bounds__(kBlockThreads,
+                                  sizeof(T) == 4 && strip_rows(kKernel, kStride) > 1 && kWidth == kWideStrip ? 3 : 4)  // as registers allow
     convolve_channels(ChannelsProblem p, ThreadPlaces tiles, const T* __restrict__ input, const T* __restrict__ weight,
                       const T* __restrict__ bias, T* __restrict__ output) {
   constexpr int kRows = strip_rows(kKernel, kStride), kInRows = (kRows - 1) * kStride + kKernel, kInCols = (kWidth - 1) * kStride + kKernel;
@@ -139,20 +140,25 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 4 && strip_rows(kK
   const unsigned char* staged = dynamic_shared<unsigned char>() + strip.row * kRows * kStride * p.source.pitch +
                                 strip.col * kWidth * kStride * kPixelBytes<T> + strip.of_block * static_cast<int>(sizeof(T));
   filters += strip.of_block;
+  const auto has_tap_row = [](int y, int j) { return y >= j * kStride && y < j * kStride + kKernel; };
   PairValues sums[kRows][kWidth] = {};
 #pragma unroll kKernel == 3 ? kInRows : 1
   for (int y = 0; y < kInRows; ++y) {
-    PairValues inputs[kInCols];
-    load_pixels<T>(staged + y * p.source.pitch, inputs);
+    PairValues taps[kRows][kKernel];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int r = y - j * kStride;
-      if (r < 0 || r >= kKernel) continue;
+      if (has_tap_row(y, j)) load_taps(filters, y - j * kStride, taps[j]);
+    }
 #pragma unroll
-      for (int s = 0; s < kKernel; ++s) {
-        const PairValues tap = tap_at(filters, r * kKernel + s);
+    for (int x = 0; x < kInCols; ++x) {
+      const PairValues input_pair = staged_pair<T>(staged + y * p.source.pitch + x * kPixelBytes<T>);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) add_product(sums[j][i], tap, inputs[i * kStride + s]);
+      for (int j = 0; j < kRows; ++j) {
+        if (!has_tap_row(y, j)) continue;
+#pragma unroll
+        for (int s = x % kStride; s <= smaller(x, kKernel - 1); s += kStride) {
+          if ((x - s) / kStride < kWidth) add_product(sums[j][(x - s) / kStride], taps[j][s], input_pair);
+        }
       }
     }
   }

@@ -25,7 +25,8 @@ CNN_EXT_HOST_DEVICE constexpr int tap_groups_of(int64_t kernel) { return static_
 CNN_EXT_HOST_DEVICE constexpr int lanes_of(int64_t kernel) { return kBlockThreads / kTilePairs / tap_groups_of(kernel); }
 CNN_EXT_HOST_DEVICE constexpr int threads_of(int64_t kernel) { return lanes_of(kernel) * tap_groups_of(kernel) * kTilePairs; }
 
-constexpr int kMostTileBytes = 48 * 1024;  // four blocks to a multiprocessor
+// Of a tile: three blocks to a multiprocessor in float32, four in 16 bits.
+int most_tile_bytes(DType dtype) { return (dtype == DType::float32 ? 64 : 48) * 1024; }
 // Rows of a tile of outputs: enough work for a block, and enough blocks.
 int most_tile_rows(int64_t kernel) { return kernel == 3 ? 16 : 8; }
 
@@ -221,7 +222,7 @@ struct TileSize {
   int rows_of(const Conv2dShape& s) const {
     const auto fits = [&](int most) {
       const int pixels = most * (cols * width + 1) + in_extent(s, most) * (in_extent(s, cols * width) + 1);
-      return pixels * pixel_bytes(s) <= kMostTileBytes;
+      return pixels * pixel_bytes(s) <= most_tile_bytes(s.dtype);
     };
     int most = most_tile_rows(s.kernel_h);
     while (most > 1 && !fits(most)) --most;
