@@ -100,10 +100,11 @@ struct WeightDivision {
   int64_t partial_bytes;
 };
 
-// Narrow groups have rows of their own; others are read by whole chunks.
+// Narrow groups have rows of their own. Of others the copy engine has been seen to take windows from multiples of 32 bytes on, and an odd
+// channel has been seen to end it.
 inline bool suits_weight_groups(const Conv2dShape& s) {
   const int64_t group_in = s.in_channels / s.groups, chunk = s.dtype == DType::float32 ? kChunk<float> : kChunk<__half>;
-  return s.groups == 1 || (group_in > kMostGroupChannels && group_in % chunk == 0 && s.out_channels / s.groups % chunk == 0);
+  return s.groups == 1 || (group_in > kMostGroupChannels && group_in % (2 * chunk) == 0 && s.out_channels / s.groups % chunk == 0);
 }
 
 inline bool suits_weight_wgmma(const Conv2dShape& s) {
