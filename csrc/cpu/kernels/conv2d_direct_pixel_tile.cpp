@@ -10,7 +10,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
   Vec<T> sum[kPoints][kWidth] = {};
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  for_steps<kWidth>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
+  for_steps<kWidth, kVectors>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
     const T* in = staged + offset;
     if constexpr (kWidth < kPoints) {
       Vec<T> weight[kWidth];

@@ -5,9 +5,12 @@
 
 namespace {
 
+constexpr int64_t kLineBytes = 64;
+
 // Calls step(offset, weights) for the steps of a tile. Its first run is gone through in two parts: while there is a destination to fetch,
-// and after that, as in the other runs, what there is of the weights.
-template <int kWidth, class T, class Step>
+// and after that, as in the other runs, what there is of the weights. Where kDestLines is 2, the line before each of the destination's is
+// fetched, too.
+template <int kWidth, int kDestLines = 1, class T, class Step>
 inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, const Step& step) {
   const int32_t* offset = task.offsets;
   const T* weights = task.weights;
@@ -16,6 +19,15 @@ inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, co
   const int32_t* end = offset + task.run_steps;
   const int32_t* stop = offset + (task.dest_ahead.count < task.run_steps ? task.dest_ahead.count : task.run_steps);
   int64_t runs = task.runs;
+  if constexpr (kDestLines == 2) {
+    for (; offset != stop; ++offset, weights += kWidth) {
+      step(*offset, weights);
+      __builtin_prefetch(source, 0, 2);
+      __builtin_prefetch(other, 0, 2);
+      __builtin_prefetch(other - kLineBytes, 0, 2);
+      source += source_step, other += other_step;
+    }
+  }
   while (true) {
     for (; offset != stop; ++offset, weights += kWidth) {
       step(*offset, weights);
