@@ -103,9 +103,9 @@ class PatchBackwardWeight {
     for (int j = 0; j < kTermTiles; ++j) terms_[j] = places[smaller(first_tile_ + j, t.all_tiles - 1) * 8 + group()];
   }
 
-  __device__ void run(int range, int ranges) {
+  __device__ void run(int range, const TileDistance& distance) {
     const int pixel_group = warp() / t.term_groups, pixel_groups = kWarps / t.term_groups;
-    for (TileCursor tile(p.tiles, range, ranges); tile.is_in(g.batch); tile.advance()) {
+    for (TileCursor tile(p.tiles, range, distance); tile.is_in(g.batch); tile.advance()) {
       const PlaneIndex at = tile.at();
       int step = next_step(at, pixel_group, pixel_groups);
       if (step < kSteps) fetch(at, step);
@@ -124,7 +124,7 @@ class PatchBackwardWeight {
     }
     add_up_warps(pixel_group, pixel_groups);
     const bool meets_nan = pixel_group == 0 && store(range);
-    if (__syncthreads_or(meets_nan)) add_up_again(range, ranges);
+    if (__syncthreads_or(meets_nan)) add_up_again(range, distance);
   }
 
  private:
@@ -191,8 +191,7 @@ class PatchBackwardWeight {
   template <bool kVector>
   __device__ void fetch_words(const PlaneIndex& at, int step) {
     const int first = step * kStepPixels + pair() * kOwnPixels, h = at.h + p.tiles.row_of(first), w = at.w + p.tiles.col_of(first);
-    const T* source = p.grad_output + at.outer * g.out.n + h * g.out.h + w * g.out.w + first_col_ * g.out.c;
-    source += kNhwc ? group() * kOwnCols : group() * g.out.c;
+    const T* source = p.grad_output + at.outer * g.out.n + h * g.out.h + w * g.out.w + channel_of(0, 0) * g.out.c;
     constexpr int kReads = kNhwc ? kOwnPixels : 2 * kRowTiles;
     exists_ = 0;
 #pragma unroll
@@ -291,22 +290,22 @@ class PatchBackwardWeight {
   }
 
   // Replaces every partial sum that is NaN.
-  __device__ void add_up_again(int range, int ranges) const {
+  __device__ void add_up_again(int range, const TileDistance& distance) const {
     const int cols = smaller(kCols, g.group_out - first_col_);
 #pragma unroll 1
     for (int index = threadIdx.x; index < cols * t.terms; index += kBlockThreads) {
       const int k = first_col_ + index / t.terms, term = index % t.terms;
       float* sum = partial(range, k, term);
-      if (isnan(*sum)) *sum = exact_sum(range, ranges, k, term);
+      if (isnan(*sum)) *sum = exact_sum(range, distance, k, term);
     }
   }
 
   // The sum of the products that exist.
-  __device__ float exact_sum(int range, int ranges, int k, int term) const {
+  __device__ float exact_sum(int range, const TileDistance& distance, int k, int term) const {
     const Tap tap = p.decoder.at(term);
     float sum = 0;
 #pragma unroll 1
-    for (TileCursor tile(p.tiles, range, ranges); tile.is_in(g.batch); tile.advance()) {
+    for (TileCursor tile(p.tiles, range, distance); tile.is_in(g.batch); tile.advance()) {
       const PlaneIndex at = tile.at();
       const T* input = p.input + at.outer * g.in.n + tap.channel * g.in.c;
       const T* grad_output = p.grad_output + at.outer * g.out.n + k * g.out.c;
@@ -332,11 +331,11 @@ class PatchBackwardWeight {
   float sums_[kRowTiles][kTermTiles][4] = {};
 };
 
-// Blocks are numbered by columns, then by the range of tiles that they take every `ranges`-th of.
+// Blocks are numbered by columns, then by the first of the tiles that they take.
 template <class T, bool kNhwc, int kCols>
-__global__ void __launch_bounds__(kBlockThreads, 2) backward_weight_patch(WeightProblem<T> problem, int col_tiles, int ranges) {
+__global__ void __launch_bounds__(kBlockThreads, 2) backward_weight_patch(WeightProblem<T> problem, int col_tiles, TileDistance distance) {
   PatchBackwardWeight<T, kNhwc, kCols> backward(problem, static_cast<int>(blockIdx.x) % col_tiles * kCols);
-  backward.run(static_cast<int>(blockIdx.x) / col_tiles, ranges);
+  backward.run(static_cast<int>(blockIdx.x) / col_tiles, distance);
 }
 
 bool accepts(const Conv2dShape& s) {
@@ -367,7 +366,7 @@ template <class T, bool kNhwc, int kCols>
 void launch_backward(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   const WeightProblem<T> problem(s, b, workspace, kCols);
   launch(backward_weight_patch<T, kNhwc, kCols>, Grid(plan(s).blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem,
-         static_cast<int>(weight_col_tiles_of(s)), static_cast<int>(splits_of(s).count));
+         static_cast<int>(weight_col_tiles_of(s)), TileDistance(problem.tiles, static_cast<int>(splits_of(s).count)));
 }
 
 template <class T, bool kNhwc>

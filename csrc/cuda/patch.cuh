@@ -66,15 +66,19 @@ struct PatchTiles {
   int of_image;
 };
 
-// Goes over every `ranges`-th tile of a batch, from number `range` on.
+// A distance between tiles of a batch, as whole images and a rest.
+struct TileDistance {
+  CNN_EXT_HOST_DEVICE TileDistance(const PatchTiles& tiles, int distance)
+      : images(distance / larger(1, tiles.of_image)), rest(distance % larger(1, tiles.of_image)) {}
+  int images, rest;
+};
+
+// Goes over every so many-th tile of a batch, from number `range` on.
 class TileCursor {
  public:
-  __device__ TileCursor(const PatchTiles& tiles, int range, int ranges)
-      : tiles_(tiles),
-        n_(range / tiles.of_image),
-        tile_(range % tiles.of_image),
-        images_(ranges / tiles.of_image),
-        rest_(ranges % tiles.of_image) {}
+  __device__ TileCursor(const PatchTiles& tiles, int range, const TileDistance& distance)
+      : tiles_(tiles), distance_(distance), n_(range / tiles.of_image), tile_(range % tiles.of_image) {}
+  __device__ TileCursor(const PatchTiles& tiles, int range, int ranges) : TileCursor(tiles, range, TileDistance(tiles, ranges)) {}
   // The image, and the first pixel of the tile.
   __device__ PlaneIndex at() const {
     const int row = tiles_.in_row.quotient(tile_);
@@ -82,14 +86,14 @@ class TileCursor {
   }
   __device__ bool is_in(int batch) const { return n_ < batch; }
   __device__ void advance() {
-    n_ += images_, tile_ += rest_;
+    n_ += distance_.images, tile_ += distance_.rest;
     if (tile_ >= tiles_.of_image) tile_ -= tiles_.of_image, ++n_;
   }
 
  private:
   const PatchTiles& tiles_;
+  const TileDistance distance_;
   int n_, tile_;
-  const int images_, rest_;
 };
 
 // The patch of a tile of forward, and where a block keeps things in shared memory, in bytes from its start: the
