@@ -131,6 +131,7 @@ class PatchBackwardWeight {
   static constexpr int kRowTiles = kCols / 16, kTermTiles = term_tiles(kCols);
   static constexpr int kOwnPixels = 2 * kPerWord<T>, kStepPixels = 4 * kOwnPixels;  // of a thread, of an instruction
   static constexpr int kSteps = kTilePixels / kStepPixels;
+  static constexpr int kLoads = kNhwc ? 4 : sizeof(T) == 4 ? 3 : 2;      // of the patch, on their way together: what registers are left
   static constexpr int kOwnCols = kCols / 8;                             // of a thread in nhwc
   static constexpr int kReadWords = kNhwc ? kOwnCols / kPerWord<T> : 2;  // side by side
 
@@ -144,7 +145,7 @@ class PatchBackwardWeight {
   }
 
   __device__ void stage(const PlaneIndex& at) const {
-    stage_patch<kNhwc ? 4 : 2, kNhwc>(
+    stage_patch<kLoads, kNhwc>(
         g, p.lines, p.input, at, shared_, t.copy_bytes, [this](int row, int line) { return line * t.plane + row * t.pitch; },
         [this](int x) {
           const int column = kNhwc ? p.pixel.quotient(x) : x, c = kNhwc ? x - column * p.lines.pixel : 0;
