@@ -52,34 +52,52 @@ struct WeightLines {
   int first, last;
 };
 
-// Of a step of both operands: boxes of the rows, then the panels.
+// Fetches steps of both operands, which have parts: boxes of the rows, then the panels. A warp has every eighth one, and works out once
+// what the steps have in common: all others wait for a warp that is late.
 template <class Tile>
-__device__ void fetch_part(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, unsigned char* stage, uint64_t* barrier,
-                           int pixel, int part) {
-  if (part < Tile::kRowBoxes) {
-    fetch_box(stage + part * Tile::kRowBoxBytes, p.grad_output_map, b.first_row + part * Tile::kRowBox, pixel, 0, 0, barrier);
-    return;
-  }
-  const PlaneIndex out = p.pixel_decoder.at(pixel);
-  const int i = part - Tile::kRowBoxes;
-  // A panel beyond the last one reads channels that do not exist, from a whole number of panels on: the copy engine takes no other place.
-  const bool exists = b.first_panel + i < p.panels;
-  const Panel panel = panel_at(p, exists ? b.first_panel + i : 0, Tile::kPanelChannels);
-  fetch_windows(stage + Tile::kRowTileBytes + i * Tile::kPanelBytes, p.input_map,
-                exists ? b.group_channel + panel.first_channel : p.g.groups * p.panels_of_tap * Tile::kPanelChannels,
-                out.w * p.g.stride_w - p.g.pad_left, out.h * p.g.stride_h - p.g.pad_top, out.outer, panel.s * p.g.dilation_w,
-                panel.r * p.g.dilation_h, barrier);
-}
+class StepFetcher {
+ public:
+  using Problem = WeightProblem<typename Tile::Element>;
 
-// Announces and fetches a step of both operands. A thread of each warp asks for every eighth part.
-template <class Tile>
-__device__ void fetch_step(const WeightProblem<typename Tile::Element>& p, const WeightBlock& b, unsigned char* stage, uint64_t* barrier,
-                           int pixel) {
-  if (threadIdx.x == 0) announce(barrier, Tile::kStageBytes);
-  if (threadIdx.x % 32 > 0) return;
+  __device__ StepFetcher(const Problem& p, const WeightBlock& b) {
 #pragma unroll
-  for (int part = threadIdx.x / 32; part < Tile::kParts; part += kBlockThreads / 32) fetch_part<Tile>(p, b, stage, barrier, pixel, part);
-}
+    for (int i = 0; i < kShare; ++i) {
+      const int part = part_of(i), panel = b.first_panel + part - Tile::kRowBoxes;
+      // A panel beyond the last one reads channels that do not exist, from a whole number of panels on: the copy engine takes no other
+      // place.
+      const bool exists = panel < p.panels;
+      const Panel at = panel_at(p, exists && part >= Tile::kRowBoxes ? panel : 0, Tile::kPanelChannels);
+      const int beyond = p.g.groups * p.panels_of_tap * Tile::kPanelChannels;
+      channel_[i] = part < Tile::kRowBoxes ? b.first_row + part * Tile::kRowBox : exists ? b.group_channel + at.first_channel : beyond;
+      tap_h_[i] = static_cast<uint16_t>(at.r * p.g.dilation_h), tap_w_[i] = static_cast<uint16_t>(at.s * p.g.dilation_w);
+    }
+  }
+
+  // All threads come here. Announces and fetches the step from `pixel` on.
+  __device__ void fetch(const Problem& p, unsigned char* stage, uint64_t* barrier, int pixel) const {
+    if (threadIdx.x == 0) announce(barrier, Tile::kStageBytes);
+    if (threadIdx.x % 32 > 0) return;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int part = part_of(i);
+      if (part >= Tile::kParts) return;
+      if (part < Tile::kRowBoxes) {
+        fetch_box(stage + part * Tile::kRowBoxBytes, p.grad_output_map, channel_[i], pixel, 0, 0, barrier);
+        continue;
+      }
+      const PlaneIndex out = p.pixel_decoder.at(pixel);
+      fetch_windows(stage + Tile::kRowTileBytes + (part - Tile::kRowBoxes) * Tile::kPanelBytes, p.input_map, channel_[i],
+                    out.w * p.g.stride_w - p.g.pad_left, out.h * p.g.stride_h - p.g.pad_top, out.outer, tap_w_[i], tap_h_[i], barrier);
+    }
+  }
+
+ private:
+  static constexpr int kWarps = kBlockThreads / 32, kShare = (Tile::kParts + kWarps - 1) / kWarps;
+  __device__ static int part_of(int i) { return static_cast<int>(threadIdx.x) / 32 + i * kWarps; }
+
+  int channel_[kShare];
+  uint16_t tap_h_[kShare], tap_w_[kShare];
+};
 
 // Replaces every sum that is NaN by that of the products that exist.
 template <class Tile>

@@ -22,11 +22,12 @@ class HalfGemm {
   __device__ HalfGemm(const WeightProblem<T>& problem, const WeightBlock& block) : p_(problem), b_(block) {}
 
   __device__ void accumulate(unsigned char* shared, uint64_t* barriers) {
+    const StepFetcher<Tile> fetcher(p_, b_);
     pin_sums();
     pipeline(
         barriers, p_.stages, ceil_div(b_.end - b_.begin, kStepPixels),
         [&](int stage, int step) {
-          fetch_step<Tile>(p_, b_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels);
+          fetcher.fetch(p_, shared + stage * Tile::kStageBytes, barriers + stage, b_.begin + step * kStepPixels);
         },
         [&](int stage, int) { multiply(shared + stage * Tile::kStageBytes); });
     pin_sums();

@@ -36,9 +36,8 @@ class TransposingGemm {
   __device__ void accumulate(unsigned char* shared, uint64_t* barriers) {
     const int steps = ceil_div(b_.end - b_.begin, kStepPixels);
     const auto stage_at = [&](int stage) { return shared + kOwnBytes + stage * Tile::kStageBytes; };
-    const auto fetch = [&](int stage, int step) {
-      fetch_step<Tile>(p_, b_, stage_at(stage), barriers + stage, b_.begin + step * kStepPixels);
-    };
+    const StepFetcher<Tile> fetcher(p_, b_);
+    const auto fetch = [&](int stage, int step) { fetcher.fetch(p_, stage_at(stage), barriers + stage, b_.begin + step * kStepPixels); };
     for (int step = 0; step < smaller(p_.stages, steps); ++step) fetch(step, step);
     pin_sums();
     Ring ring(p_.stages);
