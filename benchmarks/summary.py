@@ -2,7 +2,7 @@
 
 from statistics import geometric_mean
 
-# Those with flushed caches are a GPU's, the share of the copy rate is pooling's on one.
+# Those with flushed caches are a GPU's, the share of an equal copy's speed is pooling's on one.
 MEANS = ("speed_vs_torch", "speed_vs_best", "flushed_speed_vs_torch", "flushed_speed_vs_best", "share_of_copy")
 
 

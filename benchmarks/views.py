@@ -56,7 +56,7 @@ CUDA_COLUMNS = {
     "flushed_ms": Column("flushed ms", lambda row: row["flushed_ms"], ".4f"),
     "flushed_speed_vs_torch": Column("flushed vs torch", lambda row: row["flushed_speed_vs_torch"], ".2f"),
     "flushed_speed_vs_best": Column("flushed vs best", lambda row: row["flushed_speed_vs_best"], ".2f"),
-    "share_of_copy": Column("of the copy rate", lambda row: row["share_of_copy"], ".0%"),
+    "share_of_copy": Column("of an equal copy", lambda row: row["share_of_copy"], ".0%"),
     "launched_ms": Column("ms without a graph", lambda row: row.get("launched_ms"), ".3f"),
 }
 

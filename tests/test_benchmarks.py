@@ -195,7 +195,7 @@ def of_a_gpu(document: dict) -> dict:
 
 def test_results_of_a_gpu_stand_in_the_readme(results, tmp_path):
     document = of_a_gpu(load(results, "pooling"))
-    assert "of the copy rate" in views.text(document) and "a GPU, float32 (TF32)" in views.text(document)
+    assert "of an equal copy" in views.text(document) and "a GPU, float32 (TF32)" in views.text(document)
     (tmp_path / "pooling_cuda.json").write_text(json.dumps(document))
     assert all(path.is_file() for path in plots.draw(document, tmp_path / "pooling_cuda"))
     rows = [{"name": name, "passed": 8, "failed": name == "b", "right": name != "b"} for name in "ab"]
@@ -205,7 +205,7 @@ def test_results_of_a_gpu_stand_in_the_readme(results, tmp_path):
     report.write(tmp_path, tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert "**kernels**, a GPU" in text and "2 in 16 tests against float64, wrong: b" in text
-    assert "flushed vs best | of the copy rate |" in text and "![pooling cuda speed]" in text
+    assert "flushed vs best | of an equal copy |" in text and "![pooling cuda speed]" in text
 
 
 def test_a_row_that_fails_is_named_and_left_out():
