@@ -69,7 +69,7 @@ template <class T, int kChunks>
 __global__ void __launch_bounds__(kBlockThreads, kChunks == kFewChunks ? 2 : 4)
     global_avg_pixels(int channels, int pixels, bool is_whole, Accumulate<T> divisor, const T* __restrict__ input, T* __restrict__ output) {
   using Acc = Accumulate<T>;
-  constexpr int kLanes = kBlockThreads / kChunks, kInFlight = kChunks == kFewChunks ? 8 : 4;  // loads of a thread
+  constexpr int kLanes = kBlockThreads / kChunks;
   __shared__ Acc tree[kLanes][kChunks][kChunk<T>];
   const int chunk_blocks = ceil_div(channels, kChunks * kChunk<T>), image = blockIdx.x / chunk_blocks;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kBlockThreads, kChunks == kFewChunks ? 2 : 4)
   Acc sums[kChunk<T>] = {};
   if (count > 0) {
     const T* source = input + image * pixels * channels + first;
-#pragma unroll kInFlight
+#pragma unroll kChunks == kFewChunks ? 8 : 4  // loads of a thread on their way
     for (int pixel = lane; pixel < pixels; pixel += kLanes) {
       Acc values[kChunk<T>];
       load_chunk(source + pixel * channels, count, is_whole, values);
