@@ -63,8 +63,8 @@ class StepFetcher {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const int part = part_of(i), panel = b.first_panel + part - Tile::kRowBoxes;
-      // A panel beyond the last one reads channels that do not exist, from a whole number of panels on: the copy engine takes no other
-      // place.
+      // A panel beyond the last one reads channels that do not exist, from a whole number of panels on: beginning at channel 33 of 33 the
+      // copy engine ended with an illegal instruction.
       const bool exists = panel < p.panels;
       const Panel at = panel_at(p, exists && part >= Tile::kRowBoxes ? panel : 0, Tile::kPanelChannels);
       const int beyond = p.g.groups * p.panels_of_tap * Tile::kPanelChannels;
