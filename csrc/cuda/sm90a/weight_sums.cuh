@@ -3,6 +3,7 @@
 
 #include "cuda/sm90a/overlap.cuh"
 #include "cuda/sm90a/weight_division.cuh"
+#include "cuda/sm90a/wgmma.cuh"
 
 namespace cnn_ext::cuda {
 
@@ -59,8 +60,6 @@ __device__ void store_quad(const WeightProblem<T>& p, int k, const Panel& panel,
 #pragma unroll
   for (int e = 0; e < 4 && channel + e < p.g.group_in; ++e) target[e * p.g.filter.c] = weights.values[e];
 }
-
-__device__ inline void add_quad(float4& sum, const float4& quad) { sum.x += quad.x, sum.y += quad.y, sum.z += quad.z, sum.w += quad.w; }
 
 // A thread adds up four sums; a few threads share their clusters where there are many (sum_lanes).
 template <class T, int kPanelChannels>

@@ -154,6 +154,8 @@ __device__ inline float4 read_of_block(const float* shared, int rank) {
 
 constexpr int kMostClusterBlocks = 8;
 
+__device__ inline void add_quad(float4& sum, const float4& quad) { sum.x += quad.x, sum.y += quad.y, sum.z += quad.z, sum.w += quad.w; }
+
 // Some quads of a cluster of kBlocks: a thread reads 16 quads of all blocks before it adds the first.
 template <int kBlocks, class Place>
 __device__ bool add_up_quads(int count, const Place& place) {
@@ -172,9 +174,7 @@ __device__ bool add_up_quads(int count, const Place& place) {
       if (first + i * kBlockThreads >= count) break;
       float4 total = values[i][0];
 #pragma unroll
-      for (int block = 1; block < kBlocks; ++block) {
-        total.x += values[i][block].x, total.y += values[i][block].y, total.z += values[i][block].z, total.w += values[i][block].w;
-      }
+      for (int block = 1; block < kBlocks; ++block) add_quad(total, values[i][block]);
       *reinterpret_cast<float4*>(place(first + i * kBlockThreads)) = total;
       meets_nan = meets_nan || isnan(total.x) || isnan(total.y) || isnan(total.z) || isnan(total.w);
     }
