@@ -175,7 +175,7 @@ __device__ void store_lines(const WeightProblem<typename Tile::Element>& p, cons
 
 // Gemm offers
 //   Tile, kBlocks                          its tile, and how many blocks share a multiprocessor
-//   kOwnBytes                              of shared memory in front of the stages
+//   kOwnBytes                              of shared memory in front of the stages or behind them
 //   Gemm(problem, block)
 //   accumulate(shared, barriers)           sums up the products of the block's pixels; afterwards shared memory is free
 //   bool write(sums)                       registers -> shared memory; whether there is a NaN among this thread's sums

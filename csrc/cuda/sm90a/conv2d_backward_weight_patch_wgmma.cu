@@ -27,7 +27,9 @@ template <class T, int kRows>
 class PatchGemm {
  public:
   using Tile = WeightTile<T, kRows, kTaps, kPanelChannels, kInstructionPositions>;
-  static constexpr int kBlocks = kRows == kWarpgroupRows ? 2 : 1, kOwnBytes = 0;
+  static constexpr int kBlocks = kRows == kWarpgroupRows ? 2 : 1;
+  // Behind the last stage. Nothing reads it, but compute-sanitizer takes the panels of a product for one behind the other.
+  static constexpr int kOwnBytes = (kTaps - 1) * kInstructionPositions * kPositionBytes;
 
   __device__ PatchGemm(const WeightProblem<T>& problem, const WeightBlock& block)
       : p_(problem), b_(block), panel_(panel_at(problem, block.first_panel, kPanelChannels)) {}
@@ -138,8 +140,9 @@ struct RectangleChoice {
 int64_t reach_of(const Conv2dShape& s) { return (kTaps - 1) * s.dilation_w; }
 
 // Whole lines, or equal parts of one, whatever takes the fewest positions; a step costs as much as some.
-template <int kRows>
-RectangleChoice choose_rectangle(const Conv2dShape& s, bool two_blocks) {
+template <class Gemm>
+RectangleChoice choose_rectangle(const Conv2dShape& s) {
+  constexpr int kRows = Gemm::Tile::kRows;
   constexpr int64_t kStepPositions = 8, kLeastWidth = 8, kMostBoxExtent = 256;
   RectangleChoice best{{}, 0, INT64_MAX};
   for (int64_t columns = 1; columns == 1 || s.out_w / columns >= kLeastWidth; ++columns) {
@@ -149,7 +152,7 @@ RectangleChoice choose_rectangle(const Conv2dShape& s, bool two_blocks) {
       const int64_t positions = ceil_div<int64_t>(lines * pitch, kTurn<kRows>) * kTurn<kRows>;
       const int64_t read = ceil_div<int64_t>(positions + reach_of(s), kAtomRows) * kAtomRows;
       const int64_t stage_bytes = (kRows / kWarpgroupRows * positions + read) * kPositionBytes;
-      if (pipeline_stages(static_cast<int>(stage_bytes), two_blocks) < kFewestStages) break;
+      if (pipeline_stages(static_cast<int>(stage_bytes), Gemm::kBlocks == 2, Gemm::kOwnBytes) < kFewestStages) break;
       const int64_t steps = ceil_div(s.out_h, lines) * columns, taken = steps * (positions + kStepPositions);
       if (taken >= best.taken) continue;
       best = {{static_cast<int>(lines), static_cast<int>(width), static_cast<int>(columns), static_cast<int>(pitch),
@@ -190,7 +193,7 @@ template <class T, int kRows>
 void consider(const Conv2dShape& s, std::optional<PatchChoice>& best) {
   using Gemm = PatchGemm<T, kRows>;
   if (!suits_extent(kRows, s.out_channels / s.groups)) return;
-  const RectangleChoice rectangles = choose_rectangle<kRows>(s, Gemm::kBlocks == 2);
+  const RectangleChoice rectangles = choose_rectangle<Gemm>(s);
   if (rectangles.steps == 0) return;
   const WeightRectangle& rectangle = rectangles.rectangle;
   const int64_t step_cycles = kRows * rectangle.positions * Gemm::Tile::kCols / kCycleProducts;
