@@ -85,22 +85,24 @@ namespace cnn_ext::cuda {
   ROW(conv2d_relu_max_pool2d_backward_bias_reduction_sm80)       \
   ROW(conv2d_relu_max_pool2d_backward_bias_wide_sm80)
 
-#define CNN_EXT_POOL2D_ROWS(ROW)       \
-  ROW(max_pool2d_forward_strips_sm80)  \
-  ROW(max_pool2d_backward_strips_sm80) \
-  ROW(avg_pool2d_forward_global_sm80)  \
-  ROW(avg_pool2d_backward_global_sm80) \
-  ROW(avg_pool2d_forward_strips_sm80)  \
-  ROW(avg_pool2d_backward_strips_sm80) \
-  ROW(max_pool2d_forward_direct_sm80)  \
-  ROW(max_pool2d_forward_wide_sm80)    \
-  ROW(max_pool2d_backward_direct_sm80) \
-  ROW(max_pool2d_backward_wide_sm80)   \
-  ROW(max_pool2d_gather_direct_sm80)   \
-  ROW(max_pool2d_gather_wide_sm80)     \
-  ROW(avg_pool2d_forward_direct_sm80)  \
-  ROW(avg_pool2d_forward_wide_sm80)    \
-  ROW(avg_pool2d_backward_direct_sm80) \
+#define CNN_EXT_POOL2D_ROWS(ROW)         \
+  ROW(max_pool2d_forward_separable_sm80) \
+  ROW(max_pool2d_backward_scatter_sm80)  \
+  ROW(max_pool2d_forward_strips_sm80)    \
+  ROW(max_pool2d_backward_strips_sm80)   \
+  ROW(avg_pool2d_forward_global_sm80)    \
+  ROW(avg_pool2d_backward_global_sm80)   \
+  ROW(avg_pool2d_forward_strips_sm80)    \
+  ROW(avg_pool2d_backward_strips_sm80)   \
+  ROW(max_pool2d_forward_direct_sm80)    \
+  ROW(max_pool2d_forward_wide_sm80)      \
+  ROW(max_pool2d_backward_direct_sm80)   \
+  ROW(max_pool2d_backward_wide_sm80)     \
+  ROW(max_pool2d_gather_direct_sm80)     \
+  ROW(max_pool2d_gather_wide_sm80)       \
+  ROW(avg_pool2d_forward_direct_sm80)    \
+  ROW(avg_pool2d_forward_wide_sm80)      \
+  ROW(avg_pool2d_backward_direct_sm80)   \
   ROW(avg_pool2d_backward_wide_sm80)
 
 #define CNN_EXT_SIZED_POOL2D_ROWS(ROW)          \

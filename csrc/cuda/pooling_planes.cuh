@@ -1,0 +1,61 @@
+// Pooling by whole planes, where windows overlap so much that what a window needs is worth keeping in shared memory: a block takes the
+// planes of kLanes neighbouring channels of an image. They lie there as (row, column, lane), the lanes fastest.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/pooling.cuh"
+#include "cuda/primitives.cuh"
+
+namespace cnn_ext::cuda {
+
+constexpr size_t kMostPlaneBytes = 96 * 1024;  // of shared memory: one block to a multiprocessor of sm_80, two to one of sm_90
+
+// Shared memory is asked for in whole chunks.
+constexpr size_t whole_chunks(size_t bytes) { return ceil_div<size_t>(bytes, kChunkBytes) * kChunkBytes; }
+
+// Columns from a row to the next one: an odd number of them, so that the rows of a column lie in different banks.
+CNN_EXT_HOST_DEVICE constexpr int odd_pitch(int columns) { return columns | 1; }
+
+// The planes of a launch, numbered with the channels fastest.
+template <int kLanes>
+class PlaneBlocks {
+ public:
+  explicit PlaneBlocks(const Pool2dShape& s)
+      : channels(static_cast<int>(pool_channels(s))),
+        count_(pool_images(s) * ceil_div<int64_t>(pool_channels(s), kLanes)),
+        of_image_(static_cast<int>(ceil_div<int64_t>(pool_channels(s), kLanes))) {}
+
+  struct Planes {
+    int image, channel;  // the first one
+  };
+  __device__ Planes at(int block) const {
+    const int image = of_image_.quotient(block);
+    return {image, (block - image * of_image_.divisor()) * kLanes};
+  }
+  // A lane behind the last channel computes that one, too.
+  __device__ int channel_of(const Planes& planes, int lane) const { return smaller(planes.channel + lane, channels - 1); }
+  int64_t count() const { return count_; }
+
+  int channels;  // of a pixel
+
+ private:
+  int64_t count_;
+  FastDivisor of_image_;
+};
+
+// Calls function(lanes) with the lanes of a block as a constant: in nhwc two, for there are too few planes to be thrifty with the memory's
+// sectors, or eight, where there are enough and shared_bytes(shape, 8) has room for them.
+constexpr int kFewLanes = 2, kManyLanes = 8;
+constexpr int64_t kManyPlanes = 2048;
+
+template <class SharedBytes, class Function>
+void with_plane_lanes(const Pool2dShape& s, const SharedBytes& shared_bytes, const Function& function) {
+  if (s.layout == Layout::nchw) return function(std::integral_constant<int, 1>{});
+  if (s.batch * s.channels >= kManyPlanes && shared_bytes(s, kManyLanes) <= kMostPlaneBytes) {
+    return function(std::integral_constant<int, kManyLanes>{});
+  }
+  function(std::integral_constant<int, kFewLanes>{});
+}
+
+}  // namespace cnn_ext::cuda
