@@ -169,8 +169,9 @@ WgmmaGather<T> operands_of(const Conv2dShape& s, const Conv2dBuffers& b, bool re
   p.result_h = kForward ? g.out_h : g.in_h, p.result_w = kForward ? g.out_w : g.in_w;
   p.depth_channels = static_cast<int>(side.depth_channels), p.cols = static_cast<int>(side.cols), p.pixels = static_cast<int>(side.rows);
   p.channel_boxes = static_cast<int>(ceil_div<int64_t>(side.depth_channels, box));
-  const int64_t neighbours = s.layout == Layout::nhwc ? side.cols : side.phases == 1 ? side.result_plane : 1;
-  p.result_chunk = neighbours % side.chunk == 0 && is_aligned(p.result) ? static_cast<int>(side.chunk) : 1;
+  p.result_chunk = side.cols % side.chunk == 0 && is_aligned(p.result) ? static_cast<int>(side.chunk) : 1;
+  const int64_t plane_pixels = side.phases == 1 && is_aligned(p.result) ? side.result_plane : 1;
+  p.result_pixels = plane_pixels % 4 == 0 ? 4 : plane_pixels % 2 == 0 ? 2 : 1;
   p.result_pairs = s.layout == Layout::nhwc && side.cols % 2 == 0 && is_aligned(p.result);
   p.phases = static_cast<int>(side.phases);
   for (int phase = 0; phase < p.phases; ++phase) {

@@ -30,6 +30,7 @@
 #include "cuda/relu_pool.cuh"
 #include "cuda/sm90a/overlap.cuh"
 #include "cuda/sm90a/pipeline.cuh"
+#include "cuda/sm90a/plane_sums.cuh"
 #include "cuda/sm90a/row_sums.cuh"
 #include "cuda/sm90a/tensor_map.cuh"
 #include "cuda/sm90a/wgmma.cuh"
@@ -83,7 +84,8 @@ struct WgmmaGather {
   int source_h, source_w, result_h, result_w;
   int depth_channels, channel_boxes, cols, pixels;
   PlaneDecoder pixel_decoder;
-  int result_chunk;   // neighbouring elements of the result that are stored at once: channels in nhwc, pixels in nchw
+  int result_chunk;   // channels of nhwc that are stored at once
+  int result_pixels;  // pixels of nchw that are: 1, 2 or 4
   bool result_pairs;  // whether two channels may be: lines of nhwc begin at even places
   int phases, row_tiles, col_tiles, stages;
   int parts, cluster_blocks;  // of the depth; that share them: all or one
@@ -197,7 +199,15 @@ class WgmmaGatherGemm {
       add_up_again(p_, phase_, place_, own);
       __syncthreads();
     }
-    store(own, by_rows);
+    if (by_rows) {
+      store_lines(own);
+    } else if (p_.result_pixels == 4) {
+      store_planes<4>(own);
+    } else if (p_.result_pixels == 2) {
+      store_planes<2>(own);
+    } else {
+      store_planes<1>(own);
+    }
     if (p_.cluster_blocks > 1) cluster_barrier();  // the others read this block's shared memory
   }
 
@@ -320,25 +330,35 @@ class WgmmaGatherGemm {
     }
   }
 
-  // Neighbouring threads take neighbours in memory: channels in nhwc, pixels in nchw.
-  __device__ void store(const SumLines& own, bool by_rows) const {
+  // From shared memory to nhwc: neighbouring threads take neighbouring channels.
+  __device__ void store_lines(const SumLines& own) const {
     const int width = p_.result_chunk, units = own.length / width;
 #pragma unroll 1
     for (int index = threadIdx.x; index < (own.last - own.first) * units; index += kBlockThreads) {
-      const int line = own.first + index / units, at = index % units * width;
-      const int col = place_.first_col + (by_rows ? at : line);
-      T* pixel = result_pixel(p_, phase_, place_, place_.first_row + (by_rows ? line : at));
+      const int line = own.first + index / units, at = index % units * width, col = place_.first_col + at;
+      T* pixel = result_pixel(p_, phase_, place_, place_.first_row + line);
       if (pixel == nullptr || col >= p_.cols) continue;
-      pixel += col * p_.result_strides.c;
       const float* sums = own.sums + line * own.pitch + at;
       if (width == 1) {
-        *pixel = narrow<T>(activated(*sums + bias_of(p_, place_, col), p_.relu));
+        pixel[col] = narrow<T>(activated(*sums + bias_of(p_, place_, col), p_.relu));
         continue;
       }
       float values[kChunk<T>];
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) values[i] = activated(sums[i] + bias_of(p_, place_, by_rows ? col + i : col), p_.relu);
-      store_chunk(pixel, kChunk<T>, true, values);
+      for (int i = 0; i < kChunk<T>; ++i) values[i] = activated(sums[i] + bias_of(p_, place_, col + i), p_.relu);
+      store_chunk(pixel + col, kChunk<T>, true, values);
+    }
+  }
+
+  // From shared memory to nchw.
+  template <int kPixels>
+  __device__ void store_planes(const SumLines& own) const {
+    const PlaneLanes<T, kGatherRows, kPixels> lanes([&](int i) { return result_pixel(p_, phase_, place_, place_.first_row + i); });
+    const int last = smaller(own.last, p_.cols - place_.first_col);
+#pragma unroll 2
+    for (int line = own.first + threadIdx.x / 32; line < last; line += kBlockThreads / 32) {
+      const int col = place_.first_col + line;
+      lanes.store(own.sums + line * own.pitch, col * p_.result_strides.c, bias_of(p_, place_, col), p_.relu);
     }
   }
 
