@@ -61,15 +61,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (lane == 0 && plane < planes) output[plane] = narrow<T>(sum / divisor);
 }
 
-// Chunks for each block in nhwc: the longer the sum, the more threads for one of its chunks; two are a whole sector of memory.
+// Chunks for each block in nhwc: the longer the sum, the more threads for one of its chunks; two are a whole sector of memory. Few blocks
+// then have large planes, and a multiprocessor has one of them: it has as many threads as a block can have.
 constexpr int kFewChunks = 2, kManyChunks = 8;
+template <int kChunks>
+constexpr int kPixelThreads = kChunks == kFewChunks ? 1024 : kBlockThreads;
 
 // kChunks: of channels, for each block.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kBlockThreads, kChunks == kFewChunks ? 2 : 4)
+__global__ void __launch_bounds__(kPixelThreads<kChunks>, kChunks == kFewChunks ? 1 : 4)
     global_avg_pixels(int channels, int pixels, bool is_whole, Accumulate<T> divisor, const T* __restrict__ input, T* __restrict__ output) {
   using Acc = Accumulate<T>;
-  constexpr int kLanes = kBlockThreads / kChunks;
+  constexpr int kLanes = kPixelThreads<kChunks> / kChunks;
   __shared__ Acc tree[kLanes][kChunks][kChunk<T>];
   const int chunk_blocks = ceil_div(channels, kChunks * kChunk<T>), image = blockIdx.x / chunk_blocks;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kBlockThreads, kChunks == kFewChunks ? 2 : 4)
   Acc sums[kChunk<T>] = {};
   if (count > 0) {
     const T* source = input + image * pixels * channels + first;
-#pragma unroll kChunks == kFewChunks ? 8 : 4  // loads of a thread on their way
+#pragma unroll kChunks == kFewChunks ? 6 : 4  // loads of a thread on their way
     for (int pixel = lane; pixel < pixels; pixel += kLanes) {
       Acc values[kChunk<T>];
       load_chunk(source + pixel * channels, count, is_whole, values);
@@ -137,9 +140,9 @@ void run_forward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stre
     const auto pixels = is_large(s) ? global_avg_pixels<T, kFewChunks> : global_avg_pixels<T, kManyChunks>;
     const int64_t neighbours = nchw ? plane_size(s) : s.channels, others = nchw ? s.batch * s.channels : plane_size(s);
     const bool is_whole = has_whole_vectors<kChunk<T>>(static_cast<const T*>(b.input), neighbours);
-    launch(nchw ? planes : pixels, blocks, stream, static_cast<int>(nchw ? others : neighbours),
-           static_cast<int>(nchw ? neighbours : others), is_whole, static_cast<Accumulate<T>>(divisor(s)), static_cast<const T*>(b.input),
-           static_cast<T*>(b.output));
+    const Grid grid(blocks, nchw ? kBlockThreads : is_large(s) ? kPixelThreads<kFewChunks> : kPixelThreads<kManyChunks>);
+    launch(nchw ? planes : pixels, grid, stream, static_cast<int>(nchw ? others : neighbours), static_cast<int>(nchw ? neighbours : others),
+           is_whole, static_cast<Accumulate<T>>(divisor(s)), static_cast<const T*>(b.input), static_cast<T*>(b.output));
   });
 }
 
