@@ -90,12 +90,13 @@ void run_backward_of(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
     if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 0>(op, s, stream);
     if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 1>(op, s, stream);
   }
-  if (has_channel_chunks(op, s)) {
-    const bool is_one_window = s.kernel_h <= s.stride_h && s.kernel_w <= s.stride_w;
-    return (is_one_window ? launch_pool_backward_pixels<Op, kChunk<typename Op::T>, 1>
-                          : launch_pool_backward_pixels<Op, kChunk<typename Op::T>, 0>)(op, s, stream);
+  constexpr int kVector = kChunk<typename Op::T>;
+  const bool has_chunks = has_channel_vectors<kVector>(op, s);
+  if (s.layout == Layout::nhwc && s.kernel_h <= s.stride_h && s.kernel_w <= s.stride_w) {
+    if (has_chunks) return launch_pool_backward_pixels<Op, kVector, 1>(op, s, stream);
+    return (has_channel_vectors<2>(op, s) ? launch_pool_backward_pixels<Op, 2, 1> : launch_pool_backward_pixels<Op, 1, 1>)(op, s, stream);
   }
-  launch_pool_backward_pixels<Op, 1, 0>(op, s, stream);
+  (has_chunks ? launch_pool_backward_pixels<Op, kVector, 0> : launch_pool_backward_pixels<Op, 1, 0>)(op, s, stream);
 }
 
 void run_backward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {

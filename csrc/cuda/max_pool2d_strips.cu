@@ -45,12 +45,18 @@ void run_backward_of(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
     if (has_windows(s, 3, 2, 0)) return launch_pool_backward_strips<Op, 3, 0>(op, s, stream);
     if (has_windows(s, 3, 2, 1)) return launch_pool_backward_strips<Op, 3, 1>(op, s, stream);
   }
-  if (has_channel_chunks(op, s)) {
-    if (has_windows(s, 2, 2, s.pad_left)) return launch_pool_backward_blocks<Op, 2>(op, s, stream);
-    if (has_windows(s, 3, 2, s.pad_left)) return launch_pool_backward_blocks<Op, 3>(op, s, stream);
-    if (s.kernel_w <= kMostChunkTaps) return launch_pool_backward_pixels<Op, kChunk<typename Op::T>, 0>(op, s, stream);
+  constexpr int kVector = kChunk<typename Op::T>;
+  const bool has_chunks = has_channel_vectors<kVector>(op, s);
+  if (s.layout == Layout::nhwc) {
+    if (has_windows(s, 2, 2, s.pad_left)) {
+      return (has_chunks ? launch_pool_backward_blocks<Op, 2, kVector> : launch_pool_backward_blocks<Op, 2, 1>)(op, s, stream);
+    }
+    if (has_windows(s, 3, 2, s.pad_left)) {
+      return (has_chunks ? launch_pool_backward_blocks<Op, 3, kVector> : launch_pool_backward_blocks<Op, 3, 1>)(op, s, stream);
+    }
   }
-  launch_pool_backward_pixels<Op, 1, 0>(op, s, stream);
+  (has_chunks && s.kernel_w <= kMostChunkTaps ? launch_pool_backward_pixels<Op, kVector, 0>
+                                              : launch_pool_backward_pixels<Op, 1, 0>)(op, s, stream);
 }
 
 void run_backward(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {

@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   store_vector(op.grad_input + ((place.image * g.in_h + place.row) * g.in_w + place.column) * pitch + place.vector * kVector, result);
 }
 
-// With stride 2: a thread gathers for a chunk of channels of 2 x 2 inputs, which lie in the padded input at even places. The windows that
+// With stride 2: a thread gathers for kVector channels of 2 x 2 inputs, which lie in the padded input at even places. The windows that
 // begin there cover them and, with 3 x 3 taps, those before.
-template <class Op, int kKernel>
+template <class Op, int kKernel, int kVector>
 __global__ void __launch_bounds__(kBlockThreads) pool_backward_blocks(Op op, Pool2dGeometry g, ThreadPlaces places, int pitch) {
   using T = typename Op::T;
   using Acc = Accumulate<T>;
-  constexpr int kVector = kChunk<T>, kBefore = kKernel == 3 ? 1 : 0;
+  constexpr int kBefore = kKernel == 3 ? 1 : 0;
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
@@ -198,18 +198,17 @@ void launch_pool_backward_strips(const Op& op, const Pool2dShape& s, cudaStream_
                      op.template are_outputs_whole<kInputs / 2>(s.out_w), are_inputs_whole);
 }
 
-template <class Op, int kKernel>
+template <class Op, int kKernel, int kVector>
 void launch_pool_backward_blocks(const Op& op, const Pool2dShape& s, cudaStream_t stream) {
   const ThreadPlaces places(pool_images(s), ceil_div<int64_t>(s.in_h + s.pad_top, 2), ceil_div<int64_t>(s.in_w + s.pad_left, 2),
-                            pool_channels(s) / kChunk<typename Op::T>);
-  launch_elementwise(pool_backward_blocks<Op, kKernel>, places.count(), stream, op, Pool2dGeometry(s), places,
+                            pool_channels(s) / kVector);
+  launch_elementwise(pool_backward_blocks<Op, kKernel, kVector>, places.count(), stream, op, Pool2dGeometry(s), places,
                      static_cast<int>(pool_channels(s)));
 }
 
-// Whether all chunks of the tensors in nhwc are 16 aligned bytes.
-template <class Op>
-bool has_channel_chunks(const Op& op, const Pool2dShape& s) {
-  constexpr int kVector = kChunk<typename Op::T>;
+// Whether the tensors in nhwc are whole aligned vectors of channels.
+template <int kVector, class Op>
+bool has_channel_vectors(const Op& op, const Pool2dShape& s) {
   return s.layout == Layout::nhwc && op.template are_outputs_whole<kVector>(s.channels) &&
          has_whole_vectors<kVector>(op.grad_input, s.channels);
 }

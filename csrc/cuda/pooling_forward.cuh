@@ -166,59 +166,74 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// In nchw: a thread takes the windows that begin in kInputs columns of a row, kPad columns earlier. One column before them or behind them
-// may belong to them, too. They are read kUnit elements at a time, of which rows hold a whole number.
+// In nchw: a thread takes the windows that begin in kInputs columns of a row, kPad columns earlier, and where they overlap those below
+// them, too. One column before them or behind them may belong to them. They are read kUnit elements at a time, of which rows hold a whole
+// number.
+template <int kKernel, int kStride>
+constexpr int kStripRows = kKernel > kStride ? 2 : 1;
+
 template <class Op, int kKernel, int kStride, int kPad, int kInputs, int kUnit>
 __global__ void __launch_bounds__(kBlockThreads)
     pool_row_strips(Op op, Pool2dGeometry g, ThreadPlaces places, bool is_whole, const typename Op::T* __restrict__ input) {
   using T = typename Op::T;
   using Part = typename Op::Part;
-  constexpr int kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel;
+  constexpr int kOutputs = kInputs / kStride, kSpan = (kOutputs - 1) * kStride + kKernel, kRows = kStripRows<kKernel, kStride>;
   constexpr int kBehind = larger(kSpan - kInputs - kPad, 0);
   static_assert(kPad <= 1 && kBehind <= 1);
   const int index = static_cast<int>(element_index());
   if (index >= places.count()) return;
   const auto place = places.at(index);
-  const int first_h = place.row * g.stride_h - g.pad_top, first_w = place.column * kInputs - kPad;
-  const Range rows = taps_inside(first_h, 1, kKernel, g.in_h);
-  Part windows[kOutputs];
+  const int first_h = place.row * kRows * kStride - g.pad_top, first_w = place.column * kInputs - kPad;
+  Part windows[kRows][kOutputs];
   int first_column[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
     const Range cols = taps_inside(first_w + o * kStride, 1, kKernel, g.in_w);
-    windows[o] = Part(first_tap(rows, cols, kKernel));
     first_column[o] = cols.begin;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      windows[j][o] = Part(first_tap(taps_inside(first_h + j * kStride, 1, kKernel, g.in_h), cols, kKernel));
+    }
   }
 #pragma unroll
-  for (int r = 0; r < kKernel; ++r) {
-    const int h = first_h + r;
-    const T* row = input + (place.image * g.in_h + clamp(h, 0, g.in_h)) * g.in_w;
+  for (int x = 0; x < (kRows - 1) * kStride + kKernel; ++x) {
+    const int h = first_h + x;
+    const bool has_row = h >= 0 && h < g.in_h;
+    const T* row = input + (place.image * g.in_h + clamp(h, 0, g.in_h)) * g.in_w + first_w;
     Accumulate<T> values[kPad + kInputs + kBehind];
-    if constexpr (kPad != 0) values[0] = first_w >= 0 ? widen(row[first_w]) : Part::nothing();
+    if constexpr (kPad != 0) values[0] = has_row && first_w >= 0 ? widen(row[0]) : Part::nothing();
+#pragma unroll
+    for (int i = kPad; i < kPad + kInputs; i += kUnit) {
+      const bool exists = has_row && first_w + i < g.in_w;
+      Vector<T, kUnit> unit = {};
+      if (exists) unit = load_vector<kUnit>(row + i);
+#pragma unroll
+      for (int u = 0; u < kUnit; ++u) values[i + u] = exists ? widen(unit.element[u]) : Part::nothing();
+    }
     if constexpr (kBehind != 0) {
-      const int behind = first_w + kPad + kInputs;
-      values[kPad + kInputs] = behind < g.in_w ? widen(row[behind]) : Part::nothing();
+      constexpr int kEnd = kPad + kInputs;
+      values[kEnd] = has_row && first_w + kEnd < g.in_w ? widen(row[kEnd]) : Part::nothing();
     }
-#pragma unroll
-    for (int i = 0; i < kInputs; i += kUnit) {
-      const int column = first_w + kPad + i;
-      const bool exists = column < g.in_w;
-      const Vector<T, kUnit> unit = load_vector<kUnit>(row + (exists ? column : 0));
-#pragma unroll
-      for (int u = 0; u < kUnit; ++u) values[kPad + i + u] = exists ? widen(unit.element[u]) : Part::nothing();
-    }
-    if (h < 0 || h >= g.in_h) continue;
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
       Part part(values[o * kStride], first_column[o]);
 #pragma unroll
       for (int t = 1; t < kKernel; ++t) part.take(values[o * kStride + t], t);
-      windows[o].take(part.value, r * kKernel + part.tap);
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const int r = x - j * kStride;
+        if (r >= 0 && r < kKernel) windows[j][o].take(part.value, r * kKernel + part.tap);
+      }
     }
   }
-  op.finish(g, first_h, first_w, kStride, windows);
   const int out_w = place.column * kOutputs;
-  op.write((place.image * g.out_h + place.row) * g.out_w + out_w, windows, g.out_w - out_w, is_whole);
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const int out_h = place.row * kRows + j;
+    if (out_h >= g.out_h) continue;
+    op.finish(g, first_h + j * kStride, first_w, kStride, windows[j]);
+    op.write((place.image * g.out_h + out_h) * g.out_w + out_w, windows[j], g.out_w - out_w, is_whole);
+  }
 }
 
 template <class Op, int kVector>
@@ -248,7 +263,8 @@ void launch_pool_row_strips(const Op& op, const Pool2dShape& s, const typename O
     if (!are_inputs_whole) return launch_pool_row_strips<Op, kKernel, kStride, kPad, kInputs / 2>(op, s, input, stream);
   }
   constexpr int kOutputs = kInputs / kStride;
-  const ThreadPlaces places(pool_images(s), s.out_h, ceil_div<int64_t>(s.out_w, kOutputs), 1);
+  const ThreadPlaces places(pool_images(s), ceil_div<int64_t>(s.out_h, kStripRows<kKernel, kStride>), ceil_div<int64_t>(s.out_w, kOutputs),
+                            1);
   const auto kernel = are_inputs_whole ? pool_row_strips<Op, kKernel, kStride, kPad, kInputs, kInputs>
                                        : pool_row_strips<Op, kKernel, kStride, kPad, kInputs, 1>;
   launch_elementwise(kernel, places.count(), stream, op, Pool2dGeometry(s), places, op.template is_whole<kOutputs>(s.out_w), input);

@@ -24,7 +24,7 @@ __device__ void store_vector(T* target, const Vector<T, kCount>& vector) {
 // The same where only the first `count` exist (the others are zeros), at any address unless is_whole.
 template <int kCount, class T>
 __device__ Vector<T, kCount> load_some(const T* source, int count, bool is_whole) {
-  if (is_whole && count >= kCount) return load_vector<kCount>(source);
+  if (kCount > 1 && is_whole && count >= kCount) return load_vector<kCount>(source);
   Vector<T, kCount> vector = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -34,7 +34,7 @@ __device__ Vector<T, kCount> load_some(const T* source, int count, bool is_whole
 }
 template <int kCount, class T>
 __device__ void store_some(T* target, const Vector<T, kCount>& vector, int count, bool is_whole) {
-  if (is_whole && count >= kCount) {
+  if (kCount > 1 && is_whole && count >= kCount) {
     store_vector(target, vector);
     return;
   }
