@@ -126,8 +126,7 @@ template <bool kForward>
 bool suits_copy_engine(const Conv2dShape& s) {
   if (s.padding_mode != PaddingMode::zeros || !suits_mma(s) || s.stride_h > 8 || s.stride_w > 8) return false;
   const Side<kForward> side(s);
-  if (side.phases * s.groups > kMostGatherMaps) return false;
-  if (s.groups > 1 && (side.depth_channels % side.chunk != 0 || side.cols % side.chunk != 0)) return false;
+  if (side.phases > kMostGatherPhases || !suits_copied_groups(s.groups, side.depth_channels, side.cols, side.chunk)) return false;
   const Conv2dGeometry g(s);
   for (int phase = 0; phase < side.phases; ++phase) {
     const GatherAxis h = gather_axis_h(g, kForward, phase), w = gather_axis_w(g, kForward, phase);

@@ -25,15 +25,12 @@ WgmmaGather<T> problem_of(const Conv2dShape& s, const Conv2dBuffers& b, bool rel
   p.row_tiles = static_cast<int>(ceil_div<int64_t>(side.rows, kGatherRows)),
   p.col_tiles = static_cast<int>(ceil_div<int64_t>(side.cols, cols));
   p.parts = side.parts, p.cluster_blocks = tile.cluster_blocks;
-  const TensorAxes axes{{side.depth_channels, side.source_w, side.source_h, s.batch},
+  const TensorAxes axes{{side.depth_channels * s.groups, side.source_w, side.source_h, s.batch},
                         {p.source_strides.w, p.source_strides.h, p.source_strides.n}};
-  for (int group = 0; group < s.groups; ++group) {
-    for (int phase = 0; phase < p.phases; ++phase) {
-      const GatherAxis &h = p.phase[phase].h, &w = p.phase[phase].w;
-      p.source_maps[group * p.phases + phase] =
-          window_map<T>(p.source + group * p.source_group, axes, {lowest_tap(h), h.step, static_cast<int>(side.pixel_h)},
-                        {lowest_tap(w), w.step, static_cast<int>(side.pixel_w)}, box, kGatherRows);
-    }
+  for (int phase = 0; phase < p.phases; ++phase) {
+    const GatherAxis &h = p.phase[phase].h, &w = p.phase[phase].w;
+    p.source_maps[phase] = window_map<T>(p.source, axes, {lowest_tap(h), h.step, static_cast<int>(side.pixel_h)},
+                                         {lowest_tap(w), w.step, static_cast<int>(side.pixel_w)}, box, kGatherRows);
   }
   p.filter_map = filter_map_of(p, side, s.groups, box, cols);
   return p;

@@ -17,13 +17,13 @@
 // device; the matrix unit adds up a part in order.
 //
 // Padding never multiplies: padded elements are zeros, and a zero times an infinity or a NaN of the other operand shows as a NaN in the
-// sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored.
+// sum. Such a sum, and no other, is added up again, tap by tap without the padding, before it is stored. Zeros of the filters meet the
+// next group's channels in a group's last box.
 //
-// Not handled: float64; strict float32; strides above 8, more than 4 phases times groups, padding of more than 128, windows of more than
-// 256. Bound by the second-level cache, which the tile reads 256 bytes of for 64 x 128 products; by latency where the problem is small.
+// Not handled: float64; strict float32; strides above 8, more than 4 phases, groups of 16 channels and fewer, padding of more than 128,
+// windows of more than 256. Bound by the second-level cache, which the tile reads 256 bytes of for 64 x 128 products; by latency where the
+// problem is small.
 #pragma once
-
-#include <algorithm>
 
 #include "cuda/chunk.cuh"
 #include "cuda/gather_axis.h"
@@ -40,8 +40,8 @@ namespace cnn_ext::cuda {
 constexpr int kGatherRows = 128;
 constexpr int kGatherStepBytes = 128;  // of the depth
 constexpr int kMostGatherParts = 8;    // blocks of a cluster
-constexpr int kMostGatherMaps = 4;     // phases times groups
-constexpr int kPanelCols = 64;         // of filters across the depth
+constexpr int kMostGatherPhases = 4;
+constexpr int kPanelCols = 64;  // of filters across the depth
 
 CNN_EXT_HOST_DEVICE constexpr int gather_stage_bytes(int cols) { return (kGatherRows + cols) * kGatherStepBytes; }
 CNN_EXT_HOST_DEVICE constexpr int gather_row_pitch(int cols) { return cols + 8; }  // of the sums on their way out, in floats: no bank twice
@@ -70,7 +70,7 @@ inline GatherAxis gather_axis_w(const Conv2dGeometry& g, bool forward, int phase
 
 template <class T>
 struct WgmmaGather {
-  CUtensorMap source_maps[kMostGatherMaps];  // [group][phase]
+  CUtensorMap source_maps[kMostGatherPhases];  // of all groups
   CUtensorMap filter_map;
   const T* source;  // channels innermost
   const T* filters;
@@ -79,7 +79,7 @@ struct WgmmaGather {
   bool relu;                                               // of what is stored
   Strides source_strides, filter_strides, result_strides;  // filters: n of a column, c of a channel of the depth
   int64_t source_group, filter_group, result_group;        // from one group to the next
-  PhaseDepth phase[kMostGatherMaps];
+  PhaseDepth phase[kMostGatherPhases];
   int kernel_w;
   int source_h, source_w, result_h, result_w;
   int depth_channels, channel_boxes, cols, pixels;
@@ -199,15 +199,7 @@ class WgmmaGatherGemm {
       add_up_again(p_, phase_, place_, own);
       __syncthreads();
     }
-    if (by_rows) {
-      store_lines(own);
-    } else if (p_.result_pixels == 4) {
-      store_planes<4>(own);
-    } else if (p_.result_pixels == 2) {
-      store_planes<2>(own);
-    } else {
-      store_planes<1>(own);
-    }
+    store(own, by_rows);
     if (p_.cluster_blocks > 1) cluster_barrier();  // the others read this block's shared memory
   }
 
@@ -220,7 +212,7 @@ class WgmmaGatherGemm {
   // Announces and fetches a step; boxes beyond the last one are fetched as zeros.
   __device__ void fetch(unsigned char* stage, uint64_t* barrier, int step, const PlaneIndex& first) const {
     announce(barrier, gather_stage_bytes(kCols));
-    const CUtensorMap& source_map = p_.source_maps[place_.group * p_.phases + place_.phase];
+    const CUtensorMap& source_map = p_.source_maps[place_.phase];
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i) {
       const int box = step * kBoxes + i;
@@ -228,8 +220,9 @@ class WgmmaGatherGemm {
       const int channel_box = exists ? phase_.taps.quotient(box) : p_.channel_boxes;
       const int tap = exists ? box - channel_box * phase_.taps.divisor() : 0;
       const int r = phase_.width.quotient(tap), s = tap - r * phase_.width.divisor(), channel = channel_box * kBoxChannels;
-      fetch_windows(stage + i * kRowBoxBytes, source_map, channel, phase_.lowest_w + first.w * phase_.w.step,
-                    phase_.lowest_h + first.h * phase_.h.step, first.outer, tap_distance(phase_.w, s), tap_distance(phase_.h, r), barrier);
+      fetch_windows(stage + i * kRowBoxBytes, source_map, place_.group * p_.depth_channels + channel,
+                    phase_.lowest_w + first.w * phase_.w.step, phase_.lowest_h + first.h * phase_.h.step, first.outer,
+                    tap_distance(phase_.w, s), tap_distance(phase_.h, r), barrier);
       const int filter_tap =
           (phase_.h.first_tap + r * phase_.h.tap_distance) * p_.kernel_w + phase_.w.first_tap + s * phase_.w.tap_distance;
       unsigned char* filters = stage + kBoxes * kRowBoxBytes + i * kColBoxBytes;
@@ -330,6 +323,12 @@ class WgmmaGatherGemm {
     }
   }
 
+  __device__ void store(const SumLines& own, bool by_rows) const {
+    if (by_rows) return store_lines(own);
+    if (p_.result_pixels == 4) return store_planes<4>(own);
+    return p_.result_pixels == 2 ? store_planes<2>(own) : store_planes<1>(own);
+  }
+
   // From shared memory to nhwc: neighbouring threads take neighbouring channels.
   __device__ void store_lines(const SumLines& own) const {
     const int width = p_.result_chunk, units = own.length / width;
@@ -388,7 +387,7 @@ __global__ void __launch_bounds__(kBlockThreads, kCols <= (kManyParts ? 64 : 128
   place.phase = take(problem.phases);
   place.group = index;
   if (threadIdx.x == 0) {
-    prefetch_map(problem.source_maps[place.group * problem.phases + place.phase]);
+    prefetch_map(problem.source_maps[place.phase]);
     prefetch_map(problem.filter_map);
   }
   init_pipeline(barriers, problem.stages);

@@ -9,6 +9,7 @@
 
 #include "cuda/check.h"
 #include "cuda/common.cuh"
+#include "cuda/limits.h"
 #include "cuda/primitives.cuh"
 
 namespace cnn_ext::cuda {
@@ -77,6 +78,13 @@ struct WindowAxis {
 inline bool fits_copy_engine(const WindowAxis& axis, int size, int reach) {
   const int last = axis.first + (axis.count - 1) * axis.step + 1 - size;
   return axis.first >= -128 && axis.first <= 127 && last >= -128 && last <= 127 && axis.step <= 8 && reach <= 255;
+}
+
+// Of groups whose channels lie side by side the copy engine has been seen to take windows from multiples of 32 bytes on, and an odd channel
+// has been seen to end it. Narrow groups have rows of their own. copied, others: channels of a group in the tensor that is copied by
+// windows, and in the other one; chunk: channels in 16 bytes.
+inline bool suits_copied_groups(int64_t groups, int64_t copied, int64_t others, int64_t chunk) {
+  return groups == 1 || (copied > kMostGroupChannels && copied % (2 * chunk) == 0 && others % chunk == 0);
 }
 
 // Images [N, H, W, C], axes C, W, H, N, whose boxes are `channels` neighbouring channels of `pixels` windows in a row: the next one to the

@@ -100,17 +100,12 @@ struct WeightDivision {
   int64_t partial_bytes;
 };
 
-// Narrow groups have rows of their own. Of others the copy engine has been seen to take windows from multiples of 32 bytes on, and an odd
-// channel has been seen to end it.
-inline bool suits_weight_groups(const Conv2dShape& s) {
-  const int64_t group_in = s.in_channels / s.groups, chunk = s.dtype == DType::float32 ? kChunk<float> : kChunk<__half>;
-  return s.groups == 1 || (group_in > kMostGroupChannels && group_in % (2 * chunk) == 0 && s.out_channels / s.groups % chunk == 0);
-}
-
 inline bool suits_weight_wgmma(const Conv2dShape& s) {
+  const int64_t chunk = s.dtype == DType::float32 ? kChunk<float> : kChunk<__half>;
   const WindowAxis h{-static_cast<int>(s.pad_top), static_cast<int>(s.stride_h), static_cast<int>(s.out_h)};
   const WindowAxis w{-static_cast<int>(s.pad_left), static_cast<int>(s.stride_w), static_cast<int>(s.out_w)};
-  return s.padding_mode == PaddingMode::zeros && suits_weight_groups(s) && s.batch > 0 && suits_mma(s) &&
+  return s.padding_mode == PaddingMode::zeros && s.batch > 0 &&
+         suits_copied_groups(s.groups, s.in_channels / s.groups, s.out_channels / s.groups, chunk) && suits_mma(s) &&
          fits_copy_engine(h, static_cast<int>(s.in_h), static_cast<int>((s.kernel_h - 1) * s.dilation_h)) &&
          fits_copy_engine(w, static_cast<int>(s.in_w), static_cast<int>((s.kernel_w - 1) * s.dilation_w));
 }
