@@ -7,6 +7,7 @@ and the device decides which module serves: ``_C`` (CPU) or ``_cuda`` (loaded at
 import ctypes
 import functools
 import importlib
+import operator
 from pathlib import Path
 from types import ModuleType
 
@@ -85,10 +86,14 @@ DTYPES = {
 CUDA_ALIGNMENT = 16  # bytes: what the copy engine of a GPU wants
 
 
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # what torch.backends.cudnn.conv asks, sooner
+
+
 def _tf32_allowed() -> bool:
     """torch's switch for convolutions on CUDA, by its newest interface."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+    if _fp32_precision is None:
+        return torch.backends.cudnn.allow_tf32
+    return _fp32_precision("cuda", "conv") == "tf32"
 
 
 def on_device(shape, device: torch.device):
@@ -102,9 +107,10 @@ def _run_packed(kernel: str, shape, *tensors: torch.Tensor | None, packed: Packe
     getattr(cpu, kernel)(shape, *addresses, packed, torch.get_num_threads())
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
+def _queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Where CUDA kernels go: device and current stream (torch.cuda.current_stream takes 20 times as long)."""
-    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    index = tensor.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
@@ -116,32 +122,27 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
     if tensors[0].is_cpu:
         getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
     else:
-        device = tensors[0].device
-        getattr(cuda(), kernel)(on_device(shape, device), *addresses, _queue(device))
+        getattr(cuda(), kernel)(shape, *addresses, _queue(tensors[0]))
 
 
-class _Workspace:
-    """Memory from torch for one call: the kernel that was chosen says how many bytes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def allocate(self, size: int) -> int:
-        self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return self._memory.data_ptr()
+@functools.cache
+def _allocator(device_index: int):
+    """Makes memory for the kernels of a CUDA device: a tensor of as many bytes as it is asked for."""
+    return functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
 def _run_in_workspace(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
-    """``_run`` with what CUDA kernels want: aligned tensors, and memory to work in. CPU kernels bring their own."""
-    device = tensors[0].device
-    if device.type == "cpu":
-        _run(kernel, shape, *tensors)
-        return
-    # Only views into the middle of another tensor are not aligned; results are made aligned.
-    tensors = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
+    """``_run`` with what CUDA kernels want: aligned tensors, torch's switch for TF32, and memory to work in, of which
+    the kernel that is chosen says how many bytes. CPU kernels bring their own."""
+    if tensors[0].is_cpu:
+        return _run(kernel, shape, *tensors)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    workspace = _Workspace(device)
-    getattr(cuda(), kernel)(on_device(shape, device), *addresses, _queue(device), workspace.allocate)
+    if functools.reduce(operator.or_, addresses) % CUDA_ALIGNMENT != 0:
+        # Only views into the middle of another tensor are not aligned; results are made aligned.
+        aligned = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
+        return _run_in_workspace(kernel, shape, *aligned)
+    queue = _queue(tensors[0])
+    return getattr(cuda(), kernel)(shape, *addresses, queue, _tf32_allowed(), _allocator(queue[0]))
 
 
 def conv2d_forward(shape, input, weight, bias, output):

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <tuple>
 
 #include "cuda/api.h"
@@ -45,29 +46,44 @@ class Queueing {
   bool moved_ = false;
 };
 
-// Memory from a Python function of a number of bytes, which returns an address.
+// Memory from a Python function of a number of bytes, which returns a tensor. It is kept until this is destroyed, which needs the
+// interpreter lock: before a Queueing.
 class Workspace {
  public:
   explicit Workspace(const py::function& allocate) : allocate_(allocate) {}
-  void* operator()(size_t bytes) const {
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* operator()(size_t bytes) {
     const py::gil_scoped_acquire locked;
-    return pointer(allocate_(bytes).cast<Address>());
+    memory_ = allocate_(bytes);
+    return pointer(memory_.attr("data_ptr")().cast<Address>());
   }
 
  private:
   const py::function& allocate_;
+  py::object memory_;
 };
 
-void run(Conv2dDirection direction, const Conv2dShape& shape, const Conv2dBuffers& buffers, const Queue& queue,
-         const py::function& allocate) {
-  const Queueing queueing(queue);
-  cuda::run_conv2d(direction, shape, buffers, Workspace(allocate), queueing.stream);
+// What the convolutions' functions take behind their tensors.
+struct Call {
+  const Queue& queue;
+  bool allow_tf32;
+  const py::function& allocate;
+};
+
+void run(Conv2dDirection direction, Conv2dShape shape, const Conv2dBuffers& buffers, const Call& call) {
+  shape.allow_tf32 = call.allow_tf32;
+  Workspace workspace(call.allocate);
+  const Queueing queueing(call.queue);
+  cuda::run_conv2d(direction, shape, buffers, std::ref(workspace), queueing.stream);
 }
 
-void run(Conv2dDirection direction, const Conv2dReluPoolShape& shape, const Conv2dReluPoolBuffers& buffers, const Queue& queue,
-         const py::function& allocate) {
-  const Queueing queueing(queue);
-  cuda::run_conv2d_relu_pool(direction, shape, buffers, Workspace(allocate), queueing.stream);
+void run(Conv2dDirection direction, Conv2dReluPoolShape shape, const Conv2dReluPoolBuffers& buffers, const Call& call) {
+  shape.conv.allow_tf32 = call.allow_tf32;
+  Workspace workspace(call.allocate);
+  const Queueing queueing(call.queue);
+  cuda::run_conv2d_relu_pool(direction, shape, buffers, std::ref(workspace), queueing.stream);
 }
 
 void run(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, const Queue& queue) {
@@ -83,38 +99,38 @@ void run(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShap
 }
 
 void conv2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, const Queue& queue,
-                    const py::function& allocate) {
+                    bool allow_tf32, const py::function& allocate) {
   Conv2dBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.output = pointer(output);
-  run(Conv2dDirection::forward, shape, b, queue, allocate);
+  run(Conv2dDirection::forward, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv2d_backward_input(const Conv2dShape& shape, Address grad_output, Address weight, Address grad_input, const Queue& queue,
-                           const py::function& allocate) {
+                           bool allow_tf32, const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.weight = pointer(weight), b.grad_input = pointer(grad_input);
-  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_input, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv_transpose2d_forward(const Conv2dShape& shape, Address input, Address weight, Address bias, Address output, const Queue& queue,
-                              const py::function& allocate) {
+                              bool allow_tf32, const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias), b.grad_input = pointer(output);
-  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_input, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv2d_backward_weight(const Conv2dShape& shape, Address grad_output, Address input, Address grad_weight, const Queue& queue,
-                            const py::function& allocate) {
+                            bool allow_tf32, const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.input = pointer(input), b.grad_weight = pointer(grad_weight);
-  run(Conv2dDirection::backward_weight, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_weight, shape, b, {queue, allow_tf32, allocate});
 }
 
-void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, const Queue& queue,
+void conv2d_backward_bias(const Conv2dShape& shape, Address grad_output, Address grad_bias, const Queue& queue, bool allow_tf32,
                           const py::function& allocate) {
   Conv2dBuffers b{};
   b.grad_output = pointer(grad_output), b.grad_bias = pointer(grad_bias);
-  run(Conv2dDirection::backward_bias, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_bias, shape, b, {queue, allow_tf32, allocate});
 }
 
 // The buffers of a backward direction; `mask`: the offsets or, without pooling, the output.
@@ -130,32 +146,32 @@ Conv2dReluPoolBuffers backward_buffers(const Conv2dReluPoolShape& shape, Address
 }
 
 void conv2d_relu_max_pool2d_forward(const Conv2dReluPoolShape& shape, Address input, Address weight, Address bias, Address output,
-                                    Address offsets, const Queue& queue, const py::function& allocate) {
+                                    Address offsets, const Queue& queue, bool allow_tf32, const py::function& allocate) {
   Conv2dReluPoolBuffers b{};
   b.input = pointer(input), b.weight = pointer(weight), b.bias = pointer(bias);
   b.output = pointer(output), b.offsets = static_cast<uint8_t*>(pointer(offsets));
-  run(Conv2dDirection::forward, shape, b, queue, allocate);
+  run(Conv2dDirection::forward, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv2d_relu_max_pool2d_backward_input(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address weight,
-                                           Address grad_input, const Queue& queue, const py::function& allocate) {
+                                           Address grad_input, const Queue& queue, bool allow_tf32, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.weight = pointer(weight), b.grad_input = pointer(grad_input);
-  run(Conv2dDirection::backward_input, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_input, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv2d_relu_max_pool2d_backward_weight(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address input,
-                                            Address grad_weight, const Queue& queue, const py::function& allocate) {
+                                            Address grad_weight, const Queue& queue, bool allow_tf32, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.input = pointer(input), b.grad_weight = pointer(grad_weight);
-  run(Conv2dDirection::backward_weight, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_weight, shape, b, {queue, allow_tf32, allocate});
 }
 
 void conv2d_relu_max_pool2d_backward_bias(const Conv2dReluPoolShape& shape, Address grad_output, Address mask, Address grad_bias,
-                                          const Queue& queue, const py::function& allocate) {
+                                          const Queue& queue, bool allow_tf32, const py::function& allocate) {
   Conv2dReluPoolBuffers b = backward_buffers(shape, grad_output, mask);
   b.grad_bias = pointer(grad_bias);
-  run(Conv2dDirection::backward_bias, shape, b, queue, allocate);
+  run(Conv2dDirection::backward_bias, shape, b, {queue, allow_tf32, allocate});
 }
 
 void max_pool2d_forward(const Pool2dShape& shape, Address input, Address output, Address offsets, const Queue& queue) {

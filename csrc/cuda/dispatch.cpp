@@ -1,6 +1,9 @@
 // Chooses the row for a call by what the current device can do, and runs it.
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/api.h"
 #include "cuda/archs.h"
@@ -58,10 +61,15 @@ int capability_of(int device) {
   return 10 * major + minor;
 }
 
-// The compute capability of the current device, for which there is compiled code.
+// The compute capability of the current device, for which there is compiled code: found out once for each of the first devices.
 int usable_capability() {
-  const int device = current_device(), capability = capability_of(device);
+  static std::atomic<int> known[16];
+  const int device = current_device();
+  std::atomic<int>* const place = device < 16 ? &known[device] : nullptr;
+  if (place != nullptr && *place != 0) return *place;
+  const int capability = capability_of(device);
   require_arch(capability, "CUDA device " + std::to_string(device));
+  if (place != nullptr) *place = capability;
   return capability;
 }
 
@@ -80,40 +88,63 @@ bool suits(const Kernel&, bool) {
   return true;
 }
 
+// The rows that compete for the calls of a slot on devices of a capability, in the table's order. That stays what it is, and is looked up
+// for every call.
+template <class Kernel>
+const std::vector<const Kernel*>& competitors(const std::vector<const Kernel*>& table, int slot, int capability) {
+  static std::mutex one_at_a_time;
+  static std::map<std::pair<int, int>, std::vector<const Kernel*>> known;  // whose elements stay where they are
+  const std::lock_guard<std::mutex> locked(one_at_a_time);
+  const std::pair<int, int> key(slot, capability);
+  const auto place = known.find(key);
+  if (place != known.end()) return place->second;
+  std::vector<const Kernel*> rows;
+  for (const Kernel* row : table) {
+    if (slot_of(*row) == slot && runs_on(*row, capability) && is_admitted(row->name, row->needs_proof)) rows.push_back(row);
+  }
+  return known.emplace(key, std::move(rows)).first->second;
+}
+
+// A row, and its plan for the shape that it was chosen for.
+template <class Kernel>
+struct Chosen {
+  const Kernel& row;
+  Plan plan;
+};
+
 template <class Kernel, class Shape>
-const Kernel& choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape,
-                         bool with_bias = false) {
+Chosen<Kernel> choose_row(const std::vector<const Kernel*>& table, int slot, const Kernel* forced_row, const Shape& shape,
+                          bool with_bias = false) {
   const int capability = usable_capability();
   if (forced_row != nullptr) {
     if (!forced_row->accepts(shape) || !suits(*forced_row, with_bias))
       throw std::invalid_argument("forced kernel " + std::string(forced_row->name) + " refuses this shape");
-    return *forced_row;
+    return {*forced_row, forced_row->plan(shape)};
   }
-  for (const Kernel* row : table) {
-    if (slot_of(*row) == slot && runs_on(*row, capability) && is_admitted(row->name, row->needs_proof) && row->accepts(shape) &&
-        suits(*row, with_bias) && row->plan(shape).blocks <= kMostGridBlocks) {
-      return *row;
-    }
+  for (const Kernel* row : competitors(table, slot, capability)) {
+    if (!row->accepts(shape) || !suits(*row, with_bias)) continue;
+    const Plan plan = row->plan(shape);
+    if (plan.blocks <= kMostGridBlocks) return {*row, plan};
   }
   throw std::invalid_argument("no CUDA kernel serves this shape and dtype");
 }
 
-const Conv2dKernel& row_for(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias = false) {
+Chosen<Conv2dKernel> row_for(Conv2dDirection direction, const Conv2dShape& shape, bool with_bias = false) {
   const int slot = slot_of(direction);
   return choose_row(conv2d_kernels(), slot, forced_conv2d[slot].load(), shape, with_bias);
 }
 
-const Conv2dReluPoolKernel& row_for(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
+Chosen<Conv2dReluPoolKernel> row_for(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
   const int slot = slot_of(direction);
   return choose_row(conv2d_relu_pool_kernels(), slot, forced_conv2d_relu_pool[slot].load(), shape);
 }
 
-const Pool2dKernel& row_for(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
+Chosen<Pool2dKernel> row_for(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
   const int slot = slot_of(op, direction);
   return choose_row(pool2d_kernels(), slot, forced_pool2d[slot].load(), shape);
 }
 
-const SizedPool2dKernel& row_for(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape) {
+Chosen<SizedPool2dKernel> row_for(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape) {
   const int slot = slot_of(op, direction);
   return choose_row(sized_pool2d_kernels(), slot, forced_sized_pool2d[slot].load(), shape);
 }
@@ -158,9 +189,15 @@ void append_rows(std::vector<KernelRow>& rows, const std::vector<const Kernel*>&
 }
 
 template <class Kernel, class Shape, class Buffers>
-void run_in_workspace(const Kernel& row, const Shape& shape, const Buffers& buffers, const Allocate& allocate, cudaStream_t stream) {
-  const size_t bytes = row.plan(shape).workspace_bytes;
-  row.run(shape, buffers, bytes == 0 ? nullptr : allocate(bytes), stream);
+void run_in_workspace(const Chosen<Kernel>& chosen, const Shape& shape, const Buffers& buffers, const Allocate& allocate,
+                      cudaStream_t stream) {
+  const size_t bytes = chosen.plan.workspace_bytes;
+  chosen.row.run(shape, buffers, bytes == 0 ? nullptr : allocate(bytes), stream);
+}
+
+template <class Kernel>
+Choice choice_of(const Chosen<Kernel>& chosen) {
+  return {chosen.row.name, arch_name(chosen.row), chosen.plan};
 }
 
 }  // namespace
@@ -176,32 +213,22 @@ void run_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& 
 }
 
 void run_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape, const Pool2dBuffers& buffers, cudaStream_t stream) {
-  row_for(op, direction, shape).run(shape, buffers, stream);
+  row_for(op, direction, shape).row.run(shape, buffers, stream);
 }
 
 void run_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape, const SizedPool2dBuffers& buffers,
                       cudaStream_t stream) {
-  row_for(op, direction, shape).run(shape, buffers, stream);
+  row_for(op, direction, shape).row.run(shape, buffers, stream);
 }
 
-Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) {
-  const Conv2dKernel& row = row_for(direction, shape);
-  return {row.name, arch_name(row), row.plan(shape)};
-}
+Choice choose_conv2d(Conv2dDirection direction, const Conv2dShape& shape) { return choice_of(row_for(direction, shape)); }
 
-Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape) {
-  const Conv2dReluPoolKernel& row = row_for(direction, shape);
-  return {row.name, arch_name(row), row.plan(shape)};
-}
+Choice choose_conv2d_relu_pool(Conv2dDirection direction, const Conv2dReluPoolShape& shape) { return choice_of(row_for(direction, shape)); }
 
-Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) {
-  const Pool2dKernel& row = row_for(op, direction, shape);
-  return {row.name, arch_name(row), row.plan(shape)};
-}
+Choice choose_pool2d(Pool2dOp op, Pool2dDirection direction, const Pool2dShape& shape) { return choice_of(row_for(op, direction, shape)); }
 
 Choice choose_sized_pool2d(SizedPool2dOp op, SizedPool2dDirection direction, const SizedPool2dShape& shape) {
-  const SizedPool2dKernel& row = row_for(op, direction, shape);
-  return {row.name, arch_name(row), row.plan(shape)};
+  return choice_of(row_for(op, direction, shape));
 }
 
 std::vector<KernelRow> kernel_rows() {
