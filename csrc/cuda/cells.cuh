@@ -10,7 +10,7 @@ namespace cnn_ext::cuda {
 constexpr int kGroupWords = 16;                     // of depth: two instructions deep, 4 words of each of a fragment's four columns
 constexpr int kGroupBytes = kGroupWords * 4;        // of an output
 constexpr int kNarrowRows = 8, kFragmentRows = 16;  // of a cell: so few that cells are the rows of a fragment, and else of one fragment
-constexpr int kMostFragments = 4;                   // of a cell
+constexpr int kMostFragments = 4;                   // of a cell, in one block
 constexpr int kMostOutputs = 4, kLeastCells = 512;  // to a cell along an axis; of an image with more than one
 constexpr int kStageBytes = 32 * 1024;              // more groups than one at a time up to this
 
@@ -40,19 +40,21 @@ struct CellAxis {
   int count;  // of cells
 };
 
-// The product of a cell.
+// The product of a cell. A block multiplies at most block_fragments_ fragments of its rows: others share a cell where filters are large.
 struct Cells {
-  Cells(const Conv2dGeometry& g, DType dtype, int outputs_h, int outputs_w)
+  Cells(const Conv2dGeometry& g, DType dtype, int outputs_h, int outputs_w, int block_fragments_ = kMostFragments)
       : h(g.in_h, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, outputs_h),
         w(g.in_w, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, outputs_w),
         row_terms(w.size * g.group_in),
         rows(h.size * row_terms),
         fragment_rows(rows <= kNarrowRows ? kNarrowRows : kFragmentRows),
         fragments(ceil_div(rows, fragment_rows)),
+        block_fragments(smaller(fragments, block_fragments_)),
+        shares(ceil_div(fragments, block_fragments)),
         tap_bytes(fragment_rows * kGroupBytes),
         taps(h.taps * w.taps),
         groups(ceil_div(ceil_div(g.group_out * bytes_of(dtype), 4), kGroupWords)),
-        filter_bytes(static_cast<int>(smaller<int64_t>(kMostSharedBytes + 1, product({fragments, taps, groups, tap_bytes})))) {}
+        filter_bytes(static_cast<int>(smaller<int64_t>(kMostSharedBytes + 1, product({block_fragments, taps, groups, tap_bytes})))) {}
 
   bool is_narrow() const { return fragment_rows == kNarrowRows; }
   int of_image() const { return h.count * w.count; }
@@ -63,9 +65,10 @@ struct Cells {
   CellAxis h, w;
   int row_terms, rows;  // (h, w, channel) of a cell
   int fragment_rows, fragments;
-  int tap_bytes;     // of the filters of a fragment: one distance, one group of the depth
-  int taps, groups;  // of the depth
-  int filter_bytes;
+  int block_fragments, shares;  // of a block; blocks that share a cell
+  int tap_bytes;                // of the filters of a fragment: one distance, one group of the depth
+  int taps, groups;             // of the depth
+  int filter_bytes;             // of a block
 };
 
 // The outputs that a tile of cells reads, and where a block keeps things in shared memory, in bytes from its start: the filters, the
@@ -98,16 +101,22 @@ inline PatchTiles cell_tiles(const Cells& cells, int eights) {
   return {bits, (kBlockThreads / 4 * eights) >> bits, cells.h.count, cells.w.count};
 }
 
-inline int most_eights(const Cells& cells) { return cells.fragments == 1 ? 4 : 2; }
+inline int most_eights(const Cells& cells) { return cells.block_fragments == 1 ? 4 : 2; }
 
 inline bool fits_shared(const Conv2dGeometry& g, const Cells& cells) {
   return cells.filter_bytes <= kMostSharedBytes && all_below(kMostSharedBytes, {cells.taps}) &&
          CellPatch(g, cells, cell_tiles(cells, most_eights(cells))).shared_bytes <= kMostSharedBytes;
 }
 
+// One output to a cell: what no cell is smaller than.
+inline Cells least_cells(const Conv2dGeometry& g, DType dtype) {
+  const Cells whole(g, dtype, 1, 1);
+  return whole.shares == 1 && fits_shared(g, whole) ? whole : Cells(g, dtype, 1, 1, /*block_fragments_=*/1);
+}
+
 // By the shape of an image, which the order of additions follows.
 inline Cells cells_of(const Conv2dGeometry& g, DType dtype) {
-  Cells best(g, dtype, 1, 1);
+  Cells best = least_cells(g, dtype);
   for (int h = 1; h <= kMostOutputs; ++h) {
     for (int w = 1; w <= kMostOutputs; ++w) {
       const Cells cells(g, dtype, h, w);

@@ -9,9 +9,9 @@
 // The tile: 256 cells, a warp has 32 of them. As many outputs to a cell (axis by axis) as leave the least work for an output, while the
 // rows of a cell fit one fragment, of 8 or of 16. If its rows are more by the stride alone, a warp has 16 cells and up to four fragments;
 // if there are too few tiles, 8 cells, or 16 where they are the fragment's rows. The filters of all distances stay in shared memory, as
-// fragments. The gradients that a tile reads are staged through registers, a group of the depth or more at a time, while the one before is
-// multiplied: in each row of outputs one phase of the cells' width after the other, for so the outputs of neighbouring cells at one
-// distance are neighbours.
+// fragments; where they would not fit it, blocks share a cell, each with one fragment of its rows. The gradients that a tile reads are
+// staged through registers, a group of the depth or more at a time, while the one before is multiplied: in each row of outputs one phase of
+// the cells' width after the other, for so the outputs of neighbouring cells at one distance are neighbours.
 //
 // Bound by reading grad_output, in large layers of small strides by reading fragments from shared memory.
 //
@@ -20,7 +20,8 @@
 // Padding never multiplies: outputs that do not exist are staged as zeros. A sum that is NaN is added up again from the products that
 // exist.
 //
-// Not handled: groups, float64, strict float32, cells of more than 64 rows, and filters that do not fit shared memory: `patch` does it.
+// Not handled: groups, float64, strict float32, cells of more than 128 rows, and filters of a fragment that do not fit shared memory:
+// `patch` does it.
 #include "cuda/cells.cuh"
 #include "cuda/mma_fragments.cuh"
 
@@ -61,8 +62,13 @@ struct CellProblem {
 template <class T, bool kVector, bool kNarrow, int kFragments, int kEights>
 class CellBackwardInput {
  public:
-  __device__ explicit CellBackwardInput(const CellProblem<T>& problem)
-      : p(problem), g(problem.g), c(problem.cells), t(problem.patch), shared_(dynamic_shared<unsigned char>()) {
+  __device__ CellBackwardInput(const CellProblem<T>& problem, int share)
+      : p(problem),
+        g(problem.g),
+        c(problem.cells),
+        t(problem.patch),
+        first_fragment_(share * problem.cells.block_fragments),
+        shared_(dynamic_shared<unsigned char>()) {
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
       const int cell = cell_of(j, group());
@@ -159,7 +165,9 @@ class CellBackwardInput {
       for (int j = 0; j < c.w.outputs; ++j) {
         const int row = from_h.x + i * g.stride_h * c.row_terms + from_w.x + j * g.stride_w * g.group_in + tap.channel;
         const int distance = from_h.y + i * c.w.taps + from_w.y + j;
-        const int fragment = ((kNarrow ? 0 : row / kFragmentRows) * c.groups + group) * c.taps + distance;
+        const int own = kNarrow ? 0 : row / kFragmentRows - first_fragment_;
+        if (own < 0 || own >= c.block_fragments) continue;
+        const int fragment = (own * c.groups + group) * c.taps + distance;
         const int word_of_lane = kNarrow ? v : v % 2 * 2 + row / 8 % 2, instruction = kNarrow ? 0 : v / 2;
         const int place = fragment * kTapBytes + (instruction * 32 + row % 8 * 4 + pair) * kChunkBytes + word_of_lane * 4;
         if constexpr (sizeof(T) == 4) {
@@ -241,7 +249,7 @@ class CellBackwardInput {
         } else {
 #pragma unroll
           for (int i = 0; i < kFragments; ++i) {
-            if (kFragments > 1 && i >= c.fragments) break;
+            if (kFragments > 1 && i >= c.block_fragments) break;
             const uint4* a = reinterpret_cast<const uint4*>(filters + i * fragment_bytes);
             multiply_wide(a[0], a[32], outputs_of, sums_[i]);
           }
@@ -279,7 +287,8 @@ class CellBackwardInput {
     T* image = p.grad_input + at.outer * g.in.n;
 #pragma unroll
     for (int i = 0; i < 2 * kFragments; ++i) {
-      const int row = kNarrow ? pair() * 2 + i : i * 8 + group(), y = p.row_terms.quotient(row), term = row - y * c.row_terms;
+      const int row = kNarrow ? pair() * 2 + i : first_fragment_ * kFragmentRows + i * 8 + group(), y = p.row_terms.quotient(row),
+                term = row - y * c.row_terms;
       if (row >= c.rows) continue;
       const int x = p.channel.quotient(term), channel = term - x * g.group_in;
       const float bias = p.bias != nullptr ? widen(p.bias[channel]) : 0;
@@ -319,6 +328,7 @@ class CellBackwardInput {
   const Conv2dGeometry& g;
   const Cells& c;
   const CellPatch& t;
+  const int first_fragment_;  // of the block's
   unsigned char* shared_;
   int cells_[kEights];  // where this thread's cells read their first output, in bytes of shared memory
   int places_[kLoads];  // of the chunks fetched, in shared memory; -1: there is none
@@ -330,22 +340,25 @@ class CellBackwardInput {
 
 template <class T, bool kVector, bool kNarrow, int kFragments, int kEights>
 __global__ void __launch_bounds__(kBlockThreads, 2) backward_input_cells(CellProblem<T> problem, int ranges) {
-  CellBackwardInput<T, kVector, kNarrow, kFragments, kEights>(problem).run(static_cast<int>(blockIdx.x), ranges);
+  const int share = static_cast<int>(blockIdx.x) % problem.cells.shares, range = static_cast<int>(blockIdx.x) / problem.cells.shares;
+  CellBackwardInput<T, kVector, kNarrow, kFragments, kEights>(problem, share).run(range, ranges);
 }
+
+constexpr int kMostCellFragments = 8;  // more share the reading of grad_output among too few
 
 bool accepts(const Conv2dShape& s) {
   // The filters' product first: what follows fits an int then.
   if (!suits_patch(s) || !all_below(kMostSharedBytes, {product({s.out_channels, s.in_channels, s.kernel_h, s.kernel_w})})) return false;
   const Conv2dGeometry g(s);
-  const Cells cells(g, s.dtype, 1, 1);
-  return cells.fragments <= kMostFragments && fits_shared(g, cells);
+  const Cells cells = least_cells(g, s.dtype);
+  return cells.fragments <= kMostCellFragments && fits_shared(g, cells);
 }
 
 Plan plan(const Conv2dShape& s) {
   const Cells cells = cells_of(Conv2dGeometry(s), s.dtype);
   const PatchTiles tiles = cell_tiles(cells, eights_of(cells, s.batch));
-  const int64_t all = s.batch * tiles.of_image, most = kMultiprocessors * 2;
-  return {s.in_channels, int64_t{tiles.height} * tiles.width * cells.h.size * cells.w.size, all < most ? all : most, 0};
+  const int64_t all = s.batch * tiles.of_image, most = ceil_div(kMultiprocessors * 2, cells.shares);
+  return {s.in_channels, int64_t{tiles.height} * tiles.width * cells.h.size * cells.w.size, (all < most ? all : most) * cells.shares, 0};
 }
 
 template <class T, bool kVector>
@@ -353,11 +366,11 @@ void launch_cells(const Conv2dShape& s, const Conv2dBuffers& b, cudaStream_t str
   const CellProblem<T> problem(s, b);
   const int64_t blocks = plan(s).blocks;
   const int eights = eights_of(problem.cells, s.batch);
-  const auto kernel = problem.cells.fragments > 1 ? backward_input_cells<T, kVector, false, kMostFragments, 2>
+  const auto kernel = problem.cells.block_fragments > 1 ? backward_input_cells<T, kVector, false, kMostFragments, 2>
                       : problem.cells.is_narrow()
                           ? (eights == 4 ? backward_input_cells<T, kVector, true, 1, 4> : backward_input_cells<T, kVector, true, 1, 2>)
                           : (eights == 4 ? backward_input_cells<T, kVector, false, 1, 4> : backward_input_cells<T, kVector, false, 1, 1>);
-  launch(kernel, Grid(blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem, static_cast<int>(blocks));
+  launch(kernel, Grid(blocks, kBlockThreads, problem.patch.shared_bytes), stream, problem, static_cast<int>(blocks / problem.cells.shares));
 }
 
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void*, cudaStream_t stream) {
