@@ -13,6 +13,7 @@ from cnn_ext import _native
 from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
 from cnn_ext.ops.padding import NO_PADDING, fold, pad, padded_size, pads_a_copy
+from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
@@ -83,12 +84,6 @@ def _check_padding_mode(mode: str, input_size, padding) -> None:
                 f"Padding value causes wrapping around more than once: got padding {list(padding)} for input "
                 f"{list(input_size)}"
             )
-
-
-def empty(size, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    if memory_format is torch.contiguous_format:
-        return like.new_empty(*size)  # the same, sooner
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 # forward: output [N, K, OH, OW] --------------------------------------------------------------------------------------

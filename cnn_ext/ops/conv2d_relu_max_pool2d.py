@@ -11,8 +11,9 @@ import torch
 
 from cnn_ext import _native
 from cnn_ext.ops import shapes
-from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, native_shape, weight_format_of
+from cnn_ext.ops.conv2d import GEOMETRY, POLICY, native_shape, weight_format_of
 from cnn_ext.ops.library import register
+from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 _POOL = "SymInt[2] pool_size, SymInt[2] pool_stride"
@@ -105,7 +106,7 @@ def _forward(
     output = empty(output_size, input, memory_format)
     offsets = None
     if with_offsets and has_pooling(pool):
-        offsets = torch.empty(output_size, dtype=torch.uint8, device=input.device, memory_format=memory_format)
+        offsets = empty(output_size, input, memory_format, torch.uint8)
     if output.numel() != 0:
         input = input.contiguous(memory_format=memory_format)
         weight = weight.contiguous(memory_format=weight_format)

@@ -7,8 +7,9 @@ convolution's; negative padding behind the input is output padding.
 
 from cnn_ext import _native
 from cnn_ext.ops import shapes
-from cnn_ext.ops.conv2d import GEOMETRY, POLICY, empty, plan_backward_input, prepare_backward_input
+from cnn_ext.ops.conv2d import GEOMETRY, POLICY, plan_backward_input, prepare_backward_input
 from cnn_ext.ops.library import register
+from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 

@@ -6,6 +6,8 @@ the order in which ``fold`` adds is fixed, and nothing waits for the device.
 
 import torch
 
+from cnn_ext.ops.results import empty
+
 NO_PADDING = (0, 0, 0, 0)
 
 
@@ -40,8 +42,7 @@ def _inside(padded: torch.Tensor, padding) -> torch.Tensor:
 
 def pad(input: torch.Tensor, padding, mode: str, memory_format: torch.memory_format) -> torch.Tensor:
     """[N, C, H, W] with the elements around it that ``mode`` ('reflect', 'replicate', 'circular') takes from it."""
-    size = padded_size(input.shape, padding)
-    padded = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    padded = empty(padded_size(input.shape, padding), input, memory_format)
     _inside(padded, padding).copy_(input)
     for axis in (2, 3):  # the columns' padding copies the rows', corners and all
         for side, source in _sides(padded, axis, padding, mode):

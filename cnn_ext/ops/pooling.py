@@ -11,6 +11,7 @@ import torch
 from cnn_ext import _native
 from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
+from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
 
 _WINDOW = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, bool ceil_mode"
@@ -58,14 +59,6 @@ def _plan_backward(op: str, grad_output: TensorSpec, input_size, window):
     return shapes.memory_format(grad_output)
 
 
-def _empty(size, like: torch.Tensor, memory_format):
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def _empty_offsets(size, like: torch.Tensor, memory_format, kernel_size):
-    return torch.empty(size, dtype=shapes.offsets_dtype(kernel_size), device=like.device, memory_format=memory_format)
-
-
 def _no_offsets(like: torch.Tensor, kernel_size):
     return torch.empty(0, dtype=shapes.offsets_dtype(kernel_size), device=like.device)
 
@@ -87,11 +80,11 @@ def _check_offset_range(kernel_size) -> None:
 def _max_forward(input, kernel_size, stride, padding, dilation, ceil_mode, with_offsets):
     window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_max_forward(spec(input), window)
-    output = _empty(output_size, input, memory_format)
+    output = empty(output_size, input, memory_format)
     offsets = None
     if with_offsets:
         _check_offset_range(kernel_size)
-        offsets = _empty_offsets(output_size, input, memory_format, kernel_size)
+        offsets = empty(output_size, input, memory_format, shapes.offsets_dtype(kernel_size))
     if output.numel() != 0:
         _native.max_pool2d_forward(shape, input.contiguous(memory_format=memory_format), output, offsets)
     return output, _no_offsets(input, kernel_size) if offsets is None else offsets
@@ -100,10 +93,10 @@ def _max_forward(input, kernel_size, stride, padding, dilation, ceil_mode, with_
 def _max_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, with_offsets):
     window = (kernel_size, stride, padding, dilation, ceil_mode)
     output_size, memory_format = _plan_forward("max_pool2d", spec(input), window)
-    output = _empty(output_size, input, memory_format)
+    output = empty(output_size, input, memory_format)
     if not with_offsets:
         return output, _no_offsets(input, kernel_size)
-    return output, _empty_offsets(output_size, input, memory_format, kernel_size)
+    return output, empty(output_size, input, memory_format, shapes.offsets_dtype(kernel_size))
 
 
 # max pooling, backward: grad_input [N, C, H, W] ----------------------------------------------------------------------
@@ -135,7 +128,7 @@ def prepare_max_backward(grad_output: TensorSpec, offsets: TensorSpec, input_siz
 def _max_backward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode):
     window = kernel_size, stride, padding, dilation, ceil_mode
     shape, memory_format = prepare_max_backward(spec(grad_output), spec(offsets), input_size, window)
-    grad_input = _empty(input_size, grad_output, memory_format)
+    grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() != 0:
         grad_output = grad_output.contiguous(memory_format=memory_format)
         _native.max_pool2d_backward(shape, grad_output, offsets.contiguous(memory_format=memory_format), grad_input)
@@ -145,7 +138,7 @@ def _max_backward(grad_output, offsets, input_size, kernel_size, stride, padding
 def _max_backward_fake(grad_output, offsets, input_size, kernel_size, stride, padding, dilation, ceil_mode):
     window = (kernel_size, stride, padding, dilation, ceil_mode)
     memory_format = _plan_max_backward(spec(grad_output), spec(offsets), input_size, window)
-    return _empty(input_size, grad_output, memory_format)
+    return empty(input_size, grad_output, memory_format)
 
 
 # max pooling, gather: output [N, C, OH, OW], the input at the offsets ------------------------------------------------
@@ -166,7 +159,7 @@ def prepare_max_gather(input: TensorSpec, offsets: TensorSpec, window):
 def _max_gather(input, offsets, kernel_size, stride, padding, dilation, ceil_mode):
     window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_max_gather(spec(input), spec(offsets), window)
-    output = _empty(output_size, input, memory_format)
+    output = empty(output_size, input, memory_format)
     if output.numel() != 0:
         input = input.contiguous(memory_format=memory_format)
         _native.max_pool2d_gather(shape, input, offsets.contiguous(memory_format=memory_format), output)
@@ -176,7 +169,7 @@ def _max_gather(input, offsets, kernel_size, stride, padding, dilation, ceil_mod
 def _max_gather_fake(input, offsets, kernel_size, stride, padding, dilation, ceil_mode):
     window = (kernel_size, stride, padding, dilation, ceil_mode)
     output_size, memory_format = _plan_max_gather(spec(input), spec(offsets), window)
-    return _empty(output_size, input, memory_format)
+    return empty(output_size, input, memory_format)
 
 
 # average pooling -----------------------------------------------------------------------------------------------------
@@ -200,7 +193,7 @@ def prepare_avg_forward(input: TensorSpec, window, count_include_pad, divisor_ov
 def _avg_forward(input, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override):
     window = kernel_size, stride, padding, dilation, ceil_mode
     shape, output_size, memory_format = prepare_avg_forward(spec(input), window, count_include_pad, divisor_override)
-    output = _empty(output_size, input, memory_format)
+    output = empty(output_size, input, memory_format)
     if output.numel() != 0:
         _native.avg_pool2d_forward(shape, input.contiguous(memory_format=memory_format), output)
     return output
@@ -210,7 +203,7 @@ def _avg_forward_fake(input, kernel_size, stride, padding, dilation, ceil_mode, 
     _check_divisor(divisor_override)
     window = (kernel_size, stride, padding, dilation, ceil_mode)
     output_size, memory_format = _plan_forward("avg_pool2d", spec(input), window)
-    return _empty(output_size, input, memory_format)
+    return empty(output_size, input, memory_format)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -230,7 +223,7 @@ def _avg_backward(
     shape, memory_format = prepare_avg_backward(
         spec(grad_output), input_size, window, count_include_pad, divisor_override
     )
-    grad_input = _empty(input_size, grad_output, memory_format)
+    grad_input = empty(input_size, grad_output, memory_format)
     if grad_input.numel() != 0:
         _native.avg_pool2d_backward(shape, grad_output.contiguous(memory_format=memory_format), grad_input)
     return grad_input
@@ -242,7 +235,7 @@ def _avg_backward_fake(
     _check_divisor(divisor_override)
     window = (kernel_size, stride, padding, dilation, ceil_mode)
     memory_format = _plan_backward("avg_pool2d", spec(grad_output), input_size, window)
-    return _empty(input_size, grad_output, memory_format)
+    return empty(input_size, grad_output, memory_format)
 
 
 max_pool2d_forward = register(

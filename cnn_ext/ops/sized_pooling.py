@@ -11,6 +11,7 @@ import torch
 from cnn_ext import _native
 from cnn_ext.ops import shapes
 from cnn_ext.ops.library import register
+from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
 from cnn_ext.ops.sized_shapes import check_adaptive_pool2d, check_unpool2d
 
@@ -31,10 +32,6 @@ def _native_shape(large_size, small_size, dtype, memory_format):
 _prepare = functools.lru_cache(maxsize=1024)(_native_shape)
 
 
-def _empty(size, like: torch.Tensor, memory_format, dtype=None) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
-
-
 # adaptive pooling ----------------------------------------------------------------------------------------------------
 
 
@@ -49,12 +46,12 @@ def _plan_forward(op: str, input: TensorSpec, output_size):
 def _empty_indices(size, like: torch.Tensor, memory_format, with_indices: bool) -> torch.Tensor:
     if not with_indices:
         return torch.empty(0, dtype=torch.int64, device=like.device)
-    return _empty(size, like, memory_format, torch.int64)
+    return empty(size, like, memory_format, torch.int64)
 
 
 def _max_forward(input, output_size, with_indices):
     size, memory_format = _plan_forward("adaptive_max_pool2d", spec(input), output_size)
-    output = _empty(size, input, memory_format)
+    output = empty(size, input, memory_format)
     indices = _empty_indices(size, input, memory_format, with_indices)
     if output.numel() != 0:
         shape = _prepare(input.shape, size, input.dtype, memory_format)
@@ -65,12 +62,12 @@ def _max_forward(input, output_size, with_indices):
 
 def _max_forward_fake(input, output_size, with_indices):
     size, memory_format = _plan_forward("adaptive_max_pool2d", spec(input), output_size)
-    return _empty(size, input, memory_format), _empty_indices(size, input, memory_format, with_indices)
+    return empty(size, input, memory_format), _empty_indices(size, input, memory_format, with_indices)
 
 
 def _avg_forward(input, output_size):
     size, memory_format = _plan_forward("adaptive_avg_pool2d", spec(input), output_size)
-    output = _empty(size, input, memory_format)
+    output = empty(size, input, memory_format)
     if output.numel() != 0:
         shape = _prepare(input.shape, size, input.dtype, memory_format)
         _native.adaptive_avg_pool2d_forward(shape, input.contiguous(memory_format=memory_format), output)
@@ -79,7 +76,7 @@ def _avg_forward(input, output_size):
 
 def _avg_forward_fake(input, output_size):
     size, memory_format = _plan_forward("adaptive_avg_pool2d", spec(input), output_size)
-    return _empty(size, input, memory_format)
+    return empty(size, input, memory_format)
 
 
 def _plan_avg_backward(grad_output: TensorSpec, input_size):
@@ -91,7 +88,7 @@ def _plan_avg_backward(grad_output: TensorSpec, input_size):
 
 def _avg_backward(grad_output, input_size):
     memory_format = _plan_avg_backward(spec(grad_output), input_size)
-    grad_input = _empty(input_size, grad_output, memory_format)
+    grad_input = empty(input_size, grad_output, memory_format)
     if grad_output.numel() == 0:
         return grad_input.zero_()
     shape = _prepare(input_size, grad_output.shape, grad_output.dtype, memory_format)
@@ -100,7 +97,7 @@ def _avg_backward(grad_output, input_size):
 
 
 def _avg_backward_fake(grad_output, input_size):
-    return _empty(input_size, grad_output, _plan_avg_backward(spec(grad_output), input_size))
+    return empty(input_size, grad_output, _plan_avg_backward(spec(grad_output), input_size))
 
 
 # unpooling: values to and from the places that indices name ----------------------------------------------------------
@@ -116,7 +113,7 @@ def _plan_unpool(input: TensorSpec, indices: TensorSpec, output_size):
 
 def _unpool(kernel, input, indices, output_size):
     size, memory_format = _plan_unpool(spec(input), spec(indices), output_size)
-    output = _empty(size, input, memory_format)
+    output = empty(size, input, memory_format)
     if input.numel() == 0 or output.numel() == 0:
         return output.zero_()
     shape = _prepare(size, input.shape, input.dtype, memory_format)
@@ -135,7 +132,7 @@ def _unpool_scatter(input, indices, output_size):
 
 def _unpool_fake(input, indices, output_size):
     size, memory_format = _plan_unpool(spec(input), spec(indices), output_size)
-    return _empty(size, input, memory_format)
+    return empty(size, input, memory_format)
 
 
 def _plan_gather(input: TensorSpec, indices: TensorSpec):
@@ -146,7 +143,7 @@ def _plan_gather(input: TensorSpec, indices: TensorSpec):
 
 def _gather(input, indices):
     memory_format = _plan_gather(spec(input), spec(indices))
-    output = _empty(indices.shape, input, memory_format)
+    output = empty(indices.shape, input, memory_format)
     if output.numel() != 0:
         shape = _prepare(input.shape, indices.shape, input.dtype, memory_format)
         input = input.contiguous(memory_format=memory_format)
@@ -155,7 +152,7 @@ def _gather(input, indices):
 
 
 def _gather_fake(input, indices):
-    return _empty(indices.shape, input, _plan_gather(spec(input), spec(indices)))
+    return empty(indices.shape, input, _plan_gather(spec(input), spec(indices)))
 
 
 adaptive_max_pool2d_forward = register(
