@@ -146,10 +146,15 @@ def _asks_for_derivative(arguments, is_grad_enabled=torch.is_grad_enabled, tenso
     return forward_ad._current_level >= 0
 
 
+def lies_channels_last(tensor: torch.Tensor) -> bool:
+    """``is_channels_last`` of a 4-D tensor, soon decided where it is not."""
+    stride = tensor.stride()
+    return stride[1] <= stride[3] and is_channels_last(spec(tensor))
+
+
 def weight_form(weight: torch.Tensor) -> tuple[Sequence[int], bool]:
     """Size, and whether channels_last: what the gradient of a weight has of it."""
-    stride = weight.stride()
-    return weight.shape, stride[1] <= stride[3] and is_channels_last(spec(weight))  # the first is soon decided
+    return weight.shape, lies_channels_last(weight)
 
 
 def in_layout(grad: torch.Tensor, channels_last: bool) -> torch.Tensor:

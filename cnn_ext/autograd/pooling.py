@@ -9,8 +9,7 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable, in_layout, needs_backward, save
-from cnn_ext.ops.shapes import is_channels_last, spec
+from cnn_ext.autograd.function import differentiable, in_layout, lies_channels_last, needs_backward, save
 
 
 class _MaxForward(Function):
@@ -27,7 +26,7 @@ class _MaxForward(Function):
         ctx.mark_non_differentiable(offsets)
         save(ctx, (offsets,), (offsets,))
         ctx.input_size = input.shape
-        ctx.channels_last = is_channels_last(spec(input))
+        ctx.channels_last = lies_channels_last(input)
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -100,7 +99,7 @@ class _AvgForward(Function):
         input, ctx.window, ctx.divisor = inputs
         save(ctx, (), ())
         ctx.input_size = input.shape
-        ctx.channels_last = is_channels_last(spec(input))
+        ctx.channels_last = lies_channels_last(input)
 
     @staticmethod
     def backward(ctx, grad_output):

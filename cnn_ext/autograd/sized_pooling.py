@@ -9,8 +9,7 @@ import torch
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import differentiable, in_layout, needs_backward, save
-from cnn_ext.ops.shapes import is_channels_last, spec
+from cnn_ext.autograd.function import differentiable, in_layout, lies_channels_last, needs_backward, save
 
 
 class _AvgForward(Function):
@@ -25,7 +24,7 @@ class _AvgForward(Function):
         input, ctx.output_size = inputs
         save(ctx, (), ())
         ctx.input_size = input.shape
-        ctx.channels_last = is_channels_last(spec(input))
+        ctx.channels_last = lies_channels_last(input)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -72,7 +71,7 @@ class _MaxForward(Function):
         ctx.mark_non_differentiable(indices)
         save(ctx, (indices,), (indices,))
         ctx.plane = tuple(inputs[0].shape[2:])
-        ctx.channels_last = is_channels_last(spec(inputs[0]))
+        ctx.channels_last = lies_channels_last(inputs[0])
 
     @staticmethod
     def backward(ctx, grad_output, _):
