@@ -44,18 +44,25 @@ class PlaneBlocks {
   FastDivisor of_image_;
 };
 
-// Calls function(lanes) with the lanes of a block as a constant: in nhwc two, for there are too few planes to be thrifty with the memory's
-// sectors, or eight, where there are enough and shared_bytes(shape, 8) has room for them.
-constexpr int kFewLanes = 2, kManyLanes = 8;
-constexpr int64_t kManyPlanes = 2048;
+template <int kLanes>
+constexpr int kPlaneThreads = kLanes <= 2 ? 512 : 1024;  // of a block
+
+// Calls function(lanes) with the lanes of a block as a constant: in nhwc as many as shared_bytes(shape, lanes) leaves room for, up to
+// eight. Blocks that write a part of a sector of memory each wait for one another.
+constexpr int kFewestLanes = 2;
 
 template <class SharedBytes, class Function>
 void with_plane_lanes(const Pool2dShape& s, const SharedBytes& shared_bytes, const Function& function) {
   if (s.layout == Layout::nchw) return function(std::integral_constant<int, 1>{});
-  if (s.batch * s.channels >= kManyPlanes && shared_bytes(s, kManyLanes) <= kMostPlaneBytes) {
-    return function(std::integral_constant<int, kManyLanes>{});
-  }
-  function(std::integral_constant<int, kFewLanes>{});
+  if (shared_bytes(s, 8) <= kMostPlaneBytes) return function(std::integral_constant<int, 8>{});
+  if (shared_bytes(s, 4) <= kMostPlaneBytes) return function(std::integral_constant<int, 4>{});
+  function(std::integral_constant<int, kFewestLanes>{});
+}
+
+template <class SharedBytes>
+bool fits_planes(const Pool2dShape& s, const SharedBytes& shared_bytes) {
+  return all_below(kMostPlaneBytes, {s.in_h, s.in_w, s.out_h, s.out_w}) &&
+         shared_bytes(s, s.layout == Layout::nchw ? 1 : kFewestLanes) <= kMostPlaneBytes;
 }
 
 }  // namespace cnn_ext::cuda
