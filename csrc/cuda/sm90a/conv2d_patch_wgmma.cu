@@ -57,15 +57,25 @@ struct PatchPlan {
     fetched_bytes = lines * tile.pitch * box_bytes;
     const int64_t read = std::max(lines * tile.pitch, kPatchRows + reach_h * tile.pitch + reach_w);
     patch_box_bytes = ceil_div<int64_t>(read * box_bytes, 1024) * 1024;
-    for (cols = side.taps == 1 ? 64 : 128; cols >= 32; cols /= 2) {  // with few products more, smaller blocks hide each other's stores
-      if (cols > 32 && side.cols <= cols / 2) continue;
+    // With few products more, smaller blocks hide each other's stores.
+    for (int64_t width : {128, 64, 48, 32}) {
+      if ((width == 128 && side.taps == 1) || (width == 48 && !gains_from_48_columns())) continue;
+      if (width > 32 && side.cols <= width / 2) continue;
+      cols = width;
       for (buffers = 2; buffers >= 1; --buffers) {
         if (shared_bytes() <= kMostSharedBytes) return;
       }
     }
+    cols = 0;
   }
 
-  bool fits() const { return cols >= 32 && tile.height > 0 && tile.pitch <= kMostBoxExtent && lines <= kMostBoxExtent; }
+  // Fewer tiles than of 32; filters across the depth come in panels of 32 or 64, and the smaller boxes leave room for 64.
+  bool gains_from_48_columns() const {
+    return side.is_16_bit && !side.filters_across && box_bytes == 128 &&
+           ceil_div<int64_t>(side.cols, 48) < ceil_div<int64_t>(side.cols, 32);
+  }
+
+  bool fits() const { return cols > 0 && tile.height > 0 && tile.pitch <= kMostBoxExtent && lines <= kMostBoxExtent; }
   int64_t filter_bytes() const { return side.taps * channel_boxes * cols * box_bytes; }
   int64_t shared_bytes() const { return filter_bytes() + kPatchWorkers * buffers * channel_boxes * patch_box_bytes; }
   int64_t col_tiles() const { return ceil_div(side.cols, cols); }
@@ -143,6 +153,9 @@ void run_typed(const Conv2dShape& s, const Conv2dBuffers& b, bool relu, void* wo
   constexpr bool kAcross = !kForward && sizeof(T) == 2;
   const auto with_cols = [&](auto box_bytes) {
     constexpr int kBoxBytes = decltype(box_bytes)::value;
+    if constexpr (sizeof(T) == 2 && kForward && kBoxBytes == 128) {
+      if (plan.cols == 48) return launch(patch_wgmma<T, 48, kBoxBytes, kAcross>, grid, stream, problem);
+    }
     const auto kernel = plan.cols == 128  ? patch_wgmma<T, 128, kBoxBytes, kAcross>
                         : plan.cols == 64 ? patch_wgmma<T, 64, kBoxBytes, kAcross>
                                           : patch_wgmma<T, 32, kBoxBytes, kAcross>;

@@ -72,9 +72,19 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
       if (line != nullptr && col < target.cols) line[col * target.channel_stride] = elements.first;
       if (line != nullptr && col + 1 < target.cols) line[(col + 1) * target.channel_stride] = elements.second;
     }
-  } else if (sizeof(T) == 2 && target.whole_chunks) {
+    return meets_nan && line != nullptr;
+  }
+  const auto store_pairs = [&](int first) {  // the four lanes of a row write 16 or 32 bytes
 #pragma unroll
-    for (int j = 0; j < kColumnBlocks; j += 4) {
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      const int col = target.first_col + 8 * j + 2 * pair;
+      if (j >= first && line != nullptr && col < target.cols) *reinterpret_cast<ElementPair<T>*>(line + col) = pair_of(j);
+    }
+  };
+  if (sizeof(T) == 2 && target.whole_chunks) {
+    constexpr int kChunkBlocks = kColumnBlocks / 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kChunkBlocks; j += 4) {
       ChunkWords words;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -85,12 +95,9 @@ __device__ bool store_line(const RowTarget<T>& target, T* line, const float (&su
       const int col = target.first_col + 8 * (j + pair);
       if (line != nullptr && col < target.cols) *reinterpret_cast<ChunkWords*>(line + col) = words;
     }
-  } else {  // the four lanes of a row write 16 or 32 bytes
-#pragma unroll
-    for (int j = 0; j < kColumnBlocks; ++j) {
-      const int col = target.first_col + 8 * j + 2 * pair;
-      if (line != nullptr && col < target.cols) *reinterpret_cast<ElementPair<T>*>(line + col) = pair_of(j);
-    }
+    store_pairs(kChunkBlocks);
+  } else {
+    store_pairs(0);
   }
   return meets_nan && line != nullptr;
 }

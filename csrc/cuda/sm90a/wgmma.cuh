@@ -57,16 +57,18 @@ __device__ void pin(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// D += A * B of one warpgroup, 64 rows by 32, 64, 128, 192 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane % 4,
-// a lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
+// D += A * B of one warpgroup, 64 rows by 32, 48, 64, 128, 192 or 256 columns. With warp w of the group, group = lane / 4 and pair = lane %
+// 4, a lane holds of D   d[4 * j + 0..1] = row 16 * w + group, columns 8 * j + 2 * pair + {0, 1};   d[4 * j + 2..3] = the same of row + 8.
 // kAcrossA, kAcrossB: whether an operand lies across the depth (16-bit types). Rows of TF32 may also come from registers, as words:
 //   a[0..3] = (row 16 * w + group, depth pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4)
 #define CNN_EXT_SUMS_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define CNN_EXT_SUMS_16(d, i) CNN_EXT_SUMS_8(d, i), CNN_EXT_SUMS_8(d, i + 8)
+#define CNN_EXT_SUMS_24(d, i) CNN_EXT_SUMS_16(d, i), CNN_EXT_SUMS_8(d, i + 16)
 #define CNN_EXT_SUMS_32(d, i) CNN_EXT_SUMS_16(d, i), CNN_EXT_SUMS_16(d, i + 16)
 #define CNN_EXT_SUMS_64(d, i) CNN_EXT_SUMS_32(d, i), CNN_EXT_SUMS_32(d, i + 32)
 #define CNN_EXT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CNN_EXT_NAMES_24 CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define CNN_EXT_NAMES_32 CNN_EXT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define CNN_EXT_NAMES_64                                                                                 \
   CNN_EXT_NAMES_32                                                                                       \
@@ -115,6 +117,8 @@ __device__ void pin(float (&sums)[kCount]) {
   CNN_EXT_WGMMA_16BIT(COLS, COUNT, A, B, SCALE, ACROSS_A, ACROSS_B, __nv_bfloat16, "bf16") \
   CNN_EXT_WGMMA_TF32(COLS, COUNT, A, B, SCALE)
 CNN_EXT_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20")
+CNN_EXT_WGMMA_16BIT(48, 24, "%24", "%25", "%26", "%27", "%28", __half, "f16")
+CNN_EXT_WGMMA_16BIT(48, 24, "%24", "%25", "%26", "%27", "%28", __nv_bfloat16, "bf16")
 CNN_EXT_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36")
 CNN_EXT_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68")
 CNN_EXT_WGMMA_16BIT(192, 96, "%96", "%97", "%98", "%99", "%100", __half, "f16")
