@@ -26,6 +26,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_forward_dot_sm80)                        \
   ROW(conv2d_backward_input_dot_sm80)                 \
   ROW(conv2d_backward_weight_dot_sm80)                \
+  ROW(conv2d_backward_weight_few_pixels_sm80)         \
   CNN_EXT_CONV2D_SM90A_ROWS(ROW)                      \
   ROW(conv2d_forward_slab_mma_sm80)                   \
   ROW(conv2d_forward_columns_sm80)                    \
