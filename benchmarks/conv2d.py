@@ -11,6 +11,7 @@ import cnn_ext
 from benchmarks.cases import Conv2dCase, conv2d_cases
 from benchmarks.harness import BenchmarkError, Call, Comparison, check_close
 from benchmarks.options import LAYOUTS, Bench
+from cnn_ext import ops
 
 DIRECTIONS = ("forward", "backward_input", "backward_weight")
 
@@ -55,19 +56,17 @@ def random_tensors(case: Conv2dCase, bench: Bench) -> Tensors:
 
 
 def ours(direction: str, case: Conv2dCase, t: Tensors, winograd: bool = False) -> Call:
-    """The call at the level that users pay: with checks, dispatch and allocation."""
-    stride, padding, dilation = [case.stride] * 2, [case.padding] * 4, [case.dilation] * 2
+    """The call at the level that users pay, with checks and allocation: the function, and what its backward calls."""
+    stride, padding, dilation = (case.stride,) * 2, (case.padding,) * 4, (case.dilation,) * 2
     if direction == "forward":
         return lambda: cnn_ext.functional.conv2d(
             t.input, t.weight, None, case.stride, case.padding, case.dilation, case.groups
         )
     geometry = stride, padding, dilation, case.groups
     if direction == "backward_input":
-        return lambda: torch.ops.cnn_ext.conv2d_backward_input(
-            t.grad_output, t.weight, list(t.input.shape), *geometry, winograd
-        )
-    return lambda: torch.ops.cnn_ext.conv2d_backward_weight(
-        t.grad_output, t.input, list(t.weight.shape), *geometry, t.channels_last, winograd
+        return lambda: ops.conv2d_backward_input(t.grad_output, t.weight, tuple(t.input.shape), *geometry, winograd)
+    return lambda: ops.conv2d_backward_weight(
+        t.grad_output, t.input, tuple(t.weight.shape), *geometry, t.channels_last, winograd
     )
 
 

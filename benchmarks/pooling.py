@@ -9,6 +9,7 @@ import cnn_ext
 from benchmarks.cases import Pool2dCase, pool2d_cases
 from benchmarks.harness import Call, Comparison, check_close, lower_quartile
 from benchmarks.options import LAYOUTS, Bench
+from cnn_ext import ops
 
 DIRECTIONS = {"max": ("forward", "forward_training", "backward"), "avg": ("forward", "backward")}
 
@@ -33,10 +34,10 @@ class Pooling:
         if direction == "forward":
             pool = cnn_ext.functional.max_pool2d if c.op == "max" else cnn_ext.functional.avg_pool2d
             return lambda: pool(self.input, c.kernel, c.stride, c.padding, ceil_mode=c.ceil_mode)
-        size, window = list(c.input_size), self._window()
+        size, window = tuple(c.input_size), self._window()
         if c.op == "max":
-            return lambda: torch.ops.cnn_ext.max_pool2d_backward(self.grad_output, self._offsets, size, *window)
-        return lambda: torch.ops.cnn_ext.avg_pool2d_backward(self.grad_output, size, *window, True, None)
+            return lambda: ops.max_pool2d_backward(self.grad_output, self._offsets, size, *window)
+        return lambda: ops.avg_pool2d_backward(self.grad_output, size, *window, True, None)
 
     def torchs(self, direction: str) -> Call:
         c, two = self.case, self._two()
@@ -60,13 +61,13 @@ class Pooling:
     def _two(self) -> tuple[list[int], list[int], list[int]]:
         return [self.case.kernel] * 2, [self.case.stride] * 2, [self.case.padding] * 2
 
-    def _window(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
+    def _window(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
         """Kernel size, stride, padding of each side, dilation, ceil_mode."""
         c = self.case
-        return [c.kernel] * 2, [c.stride] * 2, [c.padding] * 4, [1, 1], c.ceil_mode
+        return (c.kernel,) * 2, (c.stride,) * 2, (c.padding,) * 4, (1, 1), c.ceil_mode
 
     def _our_training(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.cnn_ext.max_pool2d_forward(self.input, *self._window(), True)
+        return ops.max_pool2d_forward(self.input, *self._window(), True)
 
     def _torch_training(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.aten.max_pool2d_with_indices(self.input, *self._two(), [1, 1], self.case.ceil_mode)
