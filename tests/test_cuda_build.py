@@ -195,9 +195,8 @@ def test_every_kernel_is_compiled_for_every_arch():
     for row in resource_rows():
         kernels.setdefault(row["kernel"], set()).add(row["arch"])
     machine_code = {arch for arch in _native.cuda().archs if arch.startswith("sm_")}
-    of_one_arch = {
-        name for name in kernels if re.match(r"\w*_wgmma<|transpose(_slabs)?<|sum_clusters(_to_planes)?<", name)
-    }
+    of_one_arch = r"\w*_wgmma<|transpose(_slabs)?<|sum_clusters(_to_planes)?<|global_avg_cluster<"
+    of_one_arch = {name for name in kernels if re.match(of_one_arch, name)}
     assert all(kernels[name] == {"sm_90a"} for name in of_one_arch)
     assert bool(of_one_arch) == bool(machine_code & {"sm_90", "sm_90a"})
     assert {name for name, archs in kernels.items() if archs != machine_code} <= of_one_arch

@@ -5,24 +5,12 @@
 // sums are added up as a tree. backward, in nchw alone, writes grad_input a chunk for each thread.
 //
 // The order of additions follows the size of the plane alone.
-#include "cuda/pooling.cuh"
+#include "cuda/global_pooling.cuh"
 
 namespace cnn_ext::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int64_t kLargePlane = 4096;  // pixels
-
-bool is_global(const Pool2dShape& s) {
-  return s.out_h == 1 && s.out_w == 1 && s.kernel_h == s.in_h && s.kernel_w == s.in_w && s.dilation_h == 1 && s.dilation_w == 1 &&
-         s.pad_top == 0 && s.pad_bottom == 0 && s.pad_left == 0 && s.pad_right == 0 && has_int_extents(s) &&
-         all_below(kMaxExtent, {product({s.batch, s.channels, s.in_h, s.in_w})});
-}
-
-int64_t plane_size(const Pool2dShape& s) { return s.in_h * s.in_w; }
-bool is_large(const Pool2dShape& s) { return plane_size(s) >= kLargePlane; }
-int64_t divisor(const Pool2dShape& s) { return s.divisor_override != 0 ? s.divisor_override : plane_size(s); }
-
 // Adds chunk number `chunk`, of `size` elements in all.
 template <class T>
 __device__ void add_chunk(const T* source, int chunk, int size, bool is_whole, Accumulate<T> (&sums)[kChunk<T>]) {
@@ -72,32 +60,11 @@ template <class T, int kChunks>
 __global__ void __launch_bounds__(kPixelThreads<kChunks>, kChunks == kFewChunks ? 1 : 4)
     global_avg_pixels(int channels, int pixels, bool is_whole, Accumulate<T> divisor, const T* __restrict__ input, T* __restrict__ output) {
   using Acc = Accumulate<T>;
-  constexpr int kLanes = kPixelThreads<kChunks> / kChunks;
-  __shared__ Acc tree[kLanes][kChunks][kChunk<T>];
+  __shared__ Acc tree[kPixelThreads<kChunks> / kChunks][kChunks][kChunk<T>];
   const int chunk_blocks = ceil_div(channels, kChunks * kChunk<T>), image = blockIdx.x / chunk_blocks;
   const int chunk = threadIdx.x % kChunks, lane = threadIdx.x / kChunks;
   const int first = (blockIdx.x % chunk_blocks * kChunks + chunk) * kChunk<T>, count = smaller(kChunk<T>, channels - first);
-  Acc sums[kChunk<T>] = {};
-  if (count > 0) {
-    const T* source = input + image * pixels * channels + first;
-#pragma unroll kChunks == kFewChunks ? 6 : 4  // loads of a thread on their way
-    for (int pixel = lane; pixel < pixels; pixel += kLanes) {
-      Acc values[kChunk<T>];
-      load_chunk(source + pixel * channels, count, is_whole, values);
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) sums[i] += values[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kChunk<T>; ++i) tree[lane][chunk][i] = sums[i];
-  __syncthreads();
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    if (lane < half) {
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) tree[lane][chunk][i] += tree[lane + half][chunk][i];
-    }
-    __syncthreads();
-  }
+  add_up_pixels<kChunks == kFewChunks ? 6 : 4>(input + image * pixels * channels + first, {channels, count, is_whole}, pixels, tree);
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {

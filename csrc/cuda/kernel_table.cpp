@@ -16,9 +16,11 @@ namespace cnn_ext::cuda {
 #define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)        \
   ROW(conv2d_relu_max_pool2d_forward_patch_wgmma_sm90a) \
   ROW(conv2d_relu_max_pool2d_forward_wgmma_sm90a)
+#define CNN_EXT_POOL2D_SM90A_ROWS(ROW) ROW(avg_pool2d_forward_global_cluster_sm90a)
 #else
 #define CNN_EXT_CONV2D_SM90A_ROWS(ROW)
 #define CNN_EXT_CONV2D_RELU_POOL_SM90A_ROWS(ROW)
+#define CNN_EXT_POOL2D_SM90A_ROWS(ROW)
 #endif
 
 // The most special first.
@@ -87,6 +89,7 @@ namespace cnn_ext::cuda {
   ROW(conv2d_relu_max_pool2d_backward_bias_wide_sm80)
 
 #define CNN_EXT_POOL2D_ROWS(ROW)         \
+  CNN_EXT_POOL2D_SM90A_ROWS(ROW)         \
   ROW(max_pool2d_forward_separable_sm80) \
   ROW(max_pool2d_backward_scatter_sm80)  \
   ROW(max_pool2d_forward_strips_sm80)    \
