@@ -104,6 +104,7 @@ class CellBackwardInput {
  private:
   static constexpr int kTiles = kNarrow ? kEights / 2 : kEights;  // of a product's cells
   static constexpr int kLoads = 4;                                // of a thread, on their way together
+  static constexpr int kTapsAtOnce = kEights >= 4 ? 2 : 4;        // where cells are few, so are the warps that hide latency
   static constexpr int kGroupChunks = kGroupBytes / kChunkBytes;
   static constexpr int kTapBytes = (kNarrow ? kNarrowRows : kFragmentRows) * kGroupBytes;
 
@@ -238,7 +239,7 @@ class CellBackwardInput {
 #pragma unroll 1
     for (int part = 0; part < groups; ++part) {
       const unsigned char* outputs = shared_ + part * t.group_bytes;
-#pragma unroll 2
+#pragma unroll kTapsAtOnce
       for (int tap = 0; tap < c.taps; ++tap, filters += kTapBytes) {
         const int place = places()[tap];
         uint4 outputs_of[kEights];
