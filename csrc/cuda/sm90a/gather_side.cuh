@@ -41,11 +41,12 @@ struct Side {
   int64_t aligned(int64_t elements) const { return ceil_div<int64_t>(elements * (is_16_bit ? 2 : 4), 256) * 256; }
 
   // By how many blocks the depth is shared: as many as fill the device with a batch of 8, or leave each of them at most 32 steps where an
-  // image is small; never so many that a block has fewer than 8.
+  // image is small; never so many that a block has fewer than 8. A cluster takes about as long as nine steps by itself.
   int count_parts(const Conv2dShape& s) const {
+    constexpr int64_t kLeastSharedSteps = 20;
     const int64_t steps = ceil_div(depth_channels, 8 * chunk) * taps / phases;
     const int64_t sums = result_plane * cols * s.groups, few = 8 * kGatherRows * 128;
-    if (sums > few) return 1;
+    if (sums > few || steps < kLeastSharedSteps) return 1;
     const int64_t wanted = std::min(std::max(few / std::max<int64_t>(sums, 1), steps / 32), steps / 8);
     int count = 1;
     while (count < kMostGatherParts && 2 * count <= wanted) count *= 2;
