@@ -98,12 +98,14 @@ def test_gradients_of_overlapping_windows_are_added_in_float32(dtype, memory_for
     assert_equal(grad[:, :, 4, 4], torch.tensor(25 * (1 + 2.0**-7)).to(dtype))
 
 
+@pytest.mark.parametrize("channels", [32, 12])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_an_image_that_is_not_finite_leaves_the_bits_of_the_others(dtype, memory_format, value):
-    """Where products are of parts of a half, an infinity has none: its image is computed again, alone."""
+def test_an_image_that_is_not_finite_leaves_the_bits_of_the_others(dtype, memory_format, value, channels):
+    """Where products are of parts of a half, or reach beyond the taps, an infinity makes NaNs: its image is
+    computed again, alone."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 32, 9, 9, generator=generator).to(dtype).contiguous(memory_format=memory_format)
-    w = torch.randn(32, 32, 3, 3, generator=generator).to(dtype)
+    x = torch.randn(3, channels, 9, 9, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+    w = torch.randn(channels, channels, 3, 3, generator=generator).to(dtype)
     spoiled = x.clone()
     spoiled[1, 5, 4, 4] = value
     output = C.conv2d(spoiled, w, padding=1)

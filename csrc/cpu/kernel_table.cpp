@@ -126,8 +126,9 @@ CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 #if defined(CNN_EXT_HAS_AMX)
 namespace avx512_bf16 {
 extern const Conv2dKernel conv2d_forward_amx, conv2d_backward_input_amx, conv2d_backward_weight_amx;
+extern const Conv2dKernel conv2d_forward_amx_runs, conv2d_backward_input_amx_runs;
 extern const Conv2dKernel conv2d_forward_dot, conv2d_backward_input_dot;
-extern const PackingConv2d conv2d_forward_amx_packing;
+extern const PackingConv2d conv2d_forward_amx_packing, conv2d_forward_amx_runs_packing;
 }  // namespace avx512_bf16
 #endif
 
@@ -179,7 +180,8 @@ const std::vector<const Conv2dKernel*>& conv2d_kernels() {
     std::vector<const Conv2dKernel*> rows;
 #if defined(CNN_EXT_HAS_AMX)
     if (has_matrix_unit())
-      rows = {&avx512_bf16::conv2d_forward_amx, &avx512_bf16::conv2d_backward_input_amx, &avx512_bf16::conv2d_backward_weight_amx};
+      rows = {&avx512_bf16::conv2d_forward_amx, &avx512_bf16::conv2d_backward_input_amx, &avx512_bf16::conv2d_backward_weight_amx,
+              &avx512_bf16::conv2d_forward_amx_runs, &avx512_bf16::conv2d_backward_input_amx_runs};
     const auto add_dot_rows = [&rows] {
       rows.insert(rows.end(), {&avx512_bf16::conv2d_forward_dot, &avx512_bf16::conv2d_backward_input_dot});
     };
@@ -229,7 +231,7 @@ const std::vector<const PackingConv2d*>& packing_conv2d() {
   static const std::vector<const PackingConv2d*> table = [] {
     std::vector<const PackingConv2d*> rows;
 #if defined(CNN_EXT_HAS_AMX)
-    if (has_matrix_unit()) rows = {&avx512_bf16::conv2d_forward_amx_packing};
+    if (has_matrix_unit()) rows = {&avx512_bf16::conv2d_forward_amx_packing, &avx512_bf16::conv2d_forward_amx_runs_packing};
 #endif
     CNN_EXT_FOR_EACH_ISA(CNN_EXT_ADD_PACKING_CONV2D)
     return rows;

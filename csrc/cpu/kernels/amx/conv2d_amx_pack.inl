@@ -50,9 +50,9 @@ inline void load_pairs(const Gather& g, const Element* src, int64_t channels, in
 
 // Whether all weights are finite.
 template <class Element>
-inline bool pack_unit(const Gather& g, const Element* src, int64_t outputs, int64_t channel_blocks, BFloat16* dst) {
+inline bool pack_unit(const Gather& g, const Staged& staged, const Element* src, int64_t outputs, BFloat16* dst) {
   __mmask32 not_finite = 0;
-  for (int64_t block = 0; block < channel_blocks; ++block) {
+  for (int64_t block = 0; block < staged.channel_blocks; ++block) {
     for (int64_t r = 0; r < g.h.taps; ++r) {
       for (int64_t s = 0; s < g.w.taps; ++s) {
         const Element* tap = src + block * kTileChannels * g.weight_channel + (g.h.kernel_first + r * g.h.kernel_step) * g.weight_h +

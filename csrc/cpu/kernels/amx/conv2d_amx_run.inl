@@ -134,6 +134,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
+template <class Staged>
 Blocking make_blocking(const Gather& g, int64_t parts, int threads) {
   Blocking b{1, g.batch, g.h.count, 1, ceil_div(g.outputs, kOutputs), 1};
   const auto fits = [&] {
@@ -160,14 +161,14 @@ Blocking make_blocking(const Gather& g, int64_t parts, int threads) {
   }
 }
 
-// suspects: a byte for each image, in which a run notes that it met sums that are not finite; null: none.
-template <class Element, class Unit>
+// suspects: a byte for each image, in which a run notes that it met what is not finite; null: none.
+template <class Element, class Unit, class Staged>
 class TileRun {
  public:
   TileRun(const Gather& g, const Element* source, const Element* weight, const Element* bias, Element* dest, Packed packed,
           uint8_t* suspects, void* workspace, int threads)
       : g_(g),
-        b_(make_blocking(g, kParts<Element>, threads)),
+        b_(make_blocking<Staged>(g, kParts<Element>, threads)),
         staged_(g, b_.rows, b_.images, kParts<Element>),
         source_(source),
         weight_(weight),
@@ -186,13 +187,18 @@ class TileRun {
   Outcome run() const {
     if (!is_packed_ && !pack()) return Outcome::not_finite;
     fill_offsets(g_, staged_, kParts<Element>, offsets());
+    if constexpr (Staged::kReadsOn) {
+      parallel_for(threads_, threads_, [&](int, int64_t worker) {
+        __builtin_memset(staged(static_cast<int>(worker)), 0, static_cast<size_t>(staged_.bytes() + staged_.slack_bytes()));
+      });
+    }
     parallel_for(threads_, b_.tasks(g_.groups), [&](int worker, int64_t task) { run_task(worker, task); });
     return Outcome::done;
   }
 
  private:
   int64_t units() const { return ceil_div(g_.outputs, kOutputs); }
-  int64_t steps() const { return staged_.channel_blocks * g_.taps(); }
+  int64_t steps() const { return staged_.steps(g_); }
   int64_t unit_weights() const { return steps() * kParts<Element> * 2 * kTileElements; }
 
   // In the workspace: weights, offsets of the steps, and for each worker sums, staged source.
@@ -212,7 +218,7 @@ class TileRun {
     parallel_for(threads_, g_.groups * units(), [&](int, int64_t i) {
       const int64_t group = i / units(), first = i % units() * kOutputs;
       const Element* src = weight_ + group * g_.weight_group + first * g_.weight_output;
-      if (!pack_unit(g_, src, smaller(kOutputs, g_.outputs - first), staged_.channel_blocks, packed_ + i * unit_weights())) {
+      if (!pack_unit(g_, staged_, src, smaller(kOutputs, g_.outputs - first), packed_ + i * unit_weights())) {
         __atomic_store_n(&finite, 0, __ATOMIC_RELAXED);
       }
     });
@@ -237,12 +243,15 @@ class TileRun {
   void run_task(int worker, int64_t task) const {
     const Place p = place_of(task);
     for (int64_t i = 0; i < p.images; ++i) {
-      stage_image(g_, staged_, source_ + (p.n + i) * g_.source.n + p.group * g_.channels * g_.source.c, i, p.y, p.rows, staged(worker));
+      const Element* const image = source_ + (p.n + i) * g_.source.n + p.group * g_.channels * g_.source.c;
+      if (!stage_image(g_, staged_, image, i, p.y, p.rows, staged(worker))) suspect(p.n + i);
     }
     [[maybe_unused]] const typename Unit::State state{};
     const int64_t points = (p.images - 1) * staged_.image_points + (p.rows - 1) * staged_.row_points + g_.w.count;
     for (int64_t unit = p.unit; unit < p.unit_end; ++unit) run_points(worker, p, unit, points);
   }
+
+  void suspect(int64_t n) const { __atomic_store_n(suspects_ + n, 1, __ATOMIC_RELAXED); }
 
   // The first `points` points, in the numbering of staged_.
   void run_points(int worker, const Place& p, int64_t unit, int64_t points) const {
@@ -272,8 +281,8 @@ class TileRun {
         Element* to = dest_ + (p.n + image) * g_.dest.n + channel * g_.dest.c + (p.y + row) * g_.h.dest_step * g_.dest.h +
                       x * g_.w.dest_step * g_.dest.w;
         write_points(of_points, kOutputs, points, count, to, g_.w.dest_step * g_.dest.w, g_.dest.c);
-        if (suspects_ != nullptr && !are_finite(of_points, kOutputs, points, count)) {
-          __atomic_store_n(suspects_ + p.n + image, 1, __ATOMIC_RELAXED);
+        if (kParts<Element> > 1 && !are_finite(of_points, kOutputs, points, count)) {
+          suspect(p.n + image);
         }
       }
       point = next;

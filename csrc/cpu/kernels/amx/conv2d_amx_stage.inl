@@ -38,6 +38,8 @@ inline Pairs store_parts(const Pairs& pairs, BFloat16* dst, int64_t distance, Fl
 // What is staged of `images` images for `grid_rows` grid rows: the source by phases of the stride, each as [image][row][column]. Grid
 // points are numbered through as the positions of a phase are: the next one of a row is the next number.
 struct Staged {
+  static constexpr bool kReadsOn = false;  // whether a point that is kept reads what is not its own, times zeros
+
   Staged(const Gather& g, int64_t grid_rows, int64_t images, int64_t parts)
       : channel_blocks(g.taps() == 0 ? 0 : (g.channels + kTileChannels - 1) / kTileChannels),
         pixel(channel_blocks * parts * kTileChannels),
@@ -52,6 +54,7 @@ struct Staged {
   int64_t bytes() const { return step_h * step_w * phase_points * pixel * static_cast<int64_t>(sizeof(BFloat16)); }
   // Tiles end behind the last point.
   int64_t slack_bytes() const { return 2 * kTilePoints * pixel * static_cast<int64_t>(sizeof(BFloat16)) + kVectorBytes; }
+  int64_t steps(const Gather& g) const { return channel_blocks * g.taps(); }
   // Of a row and a column of an image's source window, in elements.
   int64_t place(int64_t image, int64_t row, int64_t col) const {
     const int64_t phase = row % step_h * step_w + col % step_w;
@@ -129,11 +132,12 @@ inline void stage_row_of_planes(const Element* row, int64_t plane, int64_t chann
   }
 }
 
-// What `grid_rows` grid rows from y on read of an image, the `image`-th that is staged; src: its first channel at row 0, column 0.
+// What `grid_rows` grid rows from y on read of an image, the `image`-th that is staged; src: its first channel at row 0, column 0. False:
+// the image has to be computed in another way.
 template <class Element>
-inline void stage_image(const Gather& g, const Staged& staged, const Element* src, int64_t image, int64_t y, int64_t grid_rows,
+inline bool stage_image(const Gather& g, const Staged& staged, const Element* src, int64_t image, int64_t y, int64_t grid_rows,
                         BFloat16* dst) {
-  if (staged.channel_blocks == 0) return;
+  if (staged.channel_blocks == 0) return true;
   const int64_t first_row = y * g.h.source_step + g.h.source_first - window_of(g.h, 1).tap_origin;
   const int64_t first_col = g.w.source_first - window_of(g.w, 1).tap_origin;
   const Inside cols = inside(first_col, 1, staged.cols, g.w.source_size);
@@ -151,6 +155,7 @@ inline void stage_image(const Gather& g, const Staged& staged, const Element* sr
       zero_columns(cols.end, staged.cols, staged, to);
     }
   }
+  return true;
 }
 
 }  // namespace
