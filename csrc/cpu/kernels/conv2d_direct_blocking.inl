@@ -17,6 +17,8 @@ using cnn_ext::cpu::Plan;
 
 constexpr int64_t kReductionTerms = 208;     // the weights of a tile, 26 KB, stay in the nearest cache beside the source that it reads
 constexpr int64_t kSomeLeftOutTerms = 256;   // where tiles at the edge leave out tap columns, and sum fewer
+constexpr int64_t kWholeVectorTerms = 288;   // where a block is widened to whole vectors of channels
+constexpr int64_t kFewPoints = 256;          // of an image: packing is then a large part of the time
 constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
 constexpr int64_t kSharedBytes = 512 << 10;  // one that is staged once for several problems
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
@@ -119,9 +121,18 @@ struct Reduction {
   int64_t channels, blocks;
 };
 
+// Whether weights are packed in vectors of channels, for few grid points: where part of a vector is left, packing takes as long as for a
+// whole one.
+inline bool packs_vectors_of_channels(const Gather& g) {
+  return g.weight_channel == 1 && g.weight_output != 1 && g.h.count * g.w.count <= kFewPoints;
+}
+
 inline Reduction reduction_of(const Gather& g) {
+  constexpr int64_t kVector = kLanes<float>;
   const int64_t most = leaves_out_columns(g) ? kSomeLeftOutTerms : kReductionTerms;
-  const int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), most))));
+  int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), most))));
+  const int64_t whole = ceil_div(channels, kVector) * kVector;
+  if (packs_vectors_of_channels(g) && whole * g.taps() <= kWholeVectorTerms) channels = smaller(whole, at_least_1(g.channels));
   return {channels, at_least_1(ceil_div(g.channels, channels))};
 }
 
