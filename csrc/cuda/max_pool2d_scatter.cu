@@ -41,16 +41,15 @@ __global__ void __launch_bounds__(kPlaneThreads<kLanes>)
     max_pool_scatter(Pool2dGeometry g, PoolStrides strides, ScatterSizes sizes, PlaneBlocks<kLanes> blocks,
                      const T* __restrict__ grad_output, const uint8_t* __restrict__ offsets, T* __restrict__ grad_input) {
   using Acc = Accumulate<T>;
-  constexpr int kThreads = kPlaneThreads<kLanes>;
   const auto planes = blocks.at(blockIdx.x);
   const int pitch = slab_pitch(g.kernel_h, g.in_w) * kLanes, chunks = slab_chunks<Acc, kLanes>(g.kernel_h, g.in_w, g.out_h);
   const int row = whole_row(g.out_w), row_pitch = odd_pitch(row) * kLanes;
   Acc* slabs = dynamic_shared<Acc>();
   Passed<Acc>* passed = reinterpret_cast<Passed<Acc>*>(slabs + chunks * kChunk<Acc>);
-  for (int i = threadIdx.x; i < chunks; i += kThreads) store_vector(slabs + i * kChunk<Acc>, Vector<Acc, kChunk<Acc>>{});
+  for (int i = threadIdx.x; i < chunks; i += blockDim.x) store_vector(slabs + i * kChunk<Acc>, Vector<Acc, kChunk<Acc>>{});
   const int outputs = planes.image * g.out_h * g.out_w, nowhere = g.kernel_h * g.in_w;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < g.out_h * row * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < g.out_h * row * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, place = i / kLanes, oh = sizes.row.quotient(place), ow = place - oh * row;
     const int output = (outputs + oh * g.out_w + smaller(ow, g.out_w - 1)) * blocks.channels + blocks.channel_of(planes, lane);
     const int tap = offsets[output], r = sizes.kernel_w.quotient(tap);
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kPlaneThreads<kLanes>)
     passed[oh * row_pitch + ow * kLanes + lane] = {widen(grad_output[output]), (exists ? r * g.in_w + w : nowhere) * kLanes};
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < g.out_h * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < g.out_h * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, oh = i / kLanes;
     const Passed<Acc>* windows = passed + oh * row_pitch + lane;
     Acc* slab = slabs + oh * pitch + lane;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kPlaneThreads<kLanes>)
   }
   __syncthreads();
   const int inputs = planes.image * g.in_h * g.in_w;
-  for (int i = threadIdx.x; i < g.in_h * g.in_w * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < g.in_h * g.in_w * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, pixel = i / kLanes, h = sizes.in_w.quotient(pixel), w = pixel - h * g.in_w;
     const int padded_h = h + g.pad_top;
     const Range rows = windows_over(padded_h, strides.h, g.kernel_h, g.out_h);
@@ -117,7 +116,7 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
     using T = decltype(element);
     with_plane_lanes(s, shared_bytes, [&](auto lanes) {
       const PlaneBlocks<lanes> blocks(s);
-      launch(max_pool_scatter<T, lanes>, Grid(blocks.count(), kPlaneThreads<lanes>, shared_bytes(s, lanes)), stream, Pool2dGeometry(s),
+      launch(max_pool_scatter<T, lanes>, Grid(blocks.count(), plane_threads(blocks), shared_bytes(s, lanes)), stream, Pool2dGeometry(s),
              PoolStrides(s), ScatterSizes(s), blocks, static_cast<const T*>(b.grad_output), static_cast<const uint8_t*>(b.offsets),
              static_cast<T*>(b.grad_input));
     });

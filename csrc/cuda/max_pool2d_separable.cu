@@ -55,20 +55,19 @@ __global__ void __launch_bounds__(kPlaneThreads<kLanes>)
     max_pool_planes(MaxForward<T> op, Pool2dGeometry g, PlaneSizes sizes, PlaneBlocks<kLanes> blocks, const T* __restrict__ input) {
   using Acc = Accumulate<T>;
   using Part = Maximum<Acc>;
-  constexpr int kThreads = kPlaneThreads<kLanes>;
   const auto planes = blocks.at(blockIdx.x);
   const int padded_w = sizes.padded_w.divisor(), padded_pitch = odd_pitch(padded_w) * kLanes, pitch = odd_pitch(g.out_w) * kLanes;
   Part* maxima = dynamic_shared<Part>();  // of the rows of windows
   Acc* values = reinterpret_cast<Acc*>(maxima + g.in_h * pitch);
   const T* source = input + planes.image * g.in_h * g.in_w * blocks.channels;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < g.in_h * padded_w * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < g.in_h * padded_w * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, place = i / kLanes, h = sizes.padded_w.quotient(place), column = place - h * padded_w;
     const int pixel = h * g.in_w + clamp(column - g.pad_left, 0, g.in_w);
     values[h * padded_pitch + column * kLanes + lane] = widen(source[pixel * blocks.channels + blocks.channel_of(planes, lane)]);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < ceil_div(g.out_w, kStrip) * g.in_h * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < ceil_div(g.out_w, kStrip) * g.in_h * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, line = i / kLanes, strip = sizes.in_h.quotient(line), h = line - strip * g.in_h;
     const Acc* row = values + h * padded_pitch + strip * kStrip * kLanes + lane;
     Part windows[kStrip];
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kPlaneThreads<kLanes>)
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < ceil_div(g.out_h, kStrip) * g.out_w * kLanes; i += kThreads) {
+  for (int i = threadIdx.x; i < ceil_div(g.out_h, kStrip) * g.out_w * kLanes; i += blockDim.x) {
     const int lane = i % kLanes, column = i / kLanes, strip = sizes.out_w.quotient(column), ow = column - strip * g.out_w;
     const int first_h = strip * kStrip - g.pad_top;
     Part windows[kStrip];
@@ -127,7 +126,7 @@ void run(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
     const MaxForward<T> op{static_cast<T*>(b.output), static_cast<uint8_t*>(b.offsets), b.relu};
     with_plane_lanes(s, shared_bytes, [&](auto lanes) {
       const PlaneBlocks<lanes> blocks(s);
-      launch(max_pool_planes<T, lanes>, Grid(blocks.count(), kPlaneThreads<lanes>, shared_bytes(s, lanes)), stream, op, Pool2dGeometry(s),
+      launch(max_pool_planes<T, lanes>, Grid(blocks.count(), plane_threads(blocks), shared_bytes(s, lanes)), stream, op, Pool2dGeometry(s),
              PlaneSizes(s), blocks, static_cast<const T*>(b.input));
     });
   });

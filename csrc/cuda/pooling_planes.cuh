@@ -45,17 +45,26 @@ class PlaneBlocks {
 };
 
 template <int kLanes>
-constexpr int kPlaneThreads = kLanes <= 2 ? 512 : 1024;  // of a block
+constexpr int kPlaneThreads = kLanes <= 2 ? 512 : 1024;  // of a block, at most
 
-// Calls function(lanes) with the lanes of a block as a constant: in nhwc as many as shared_bytes(shape, lanes) leaves room for, up to
-// eight. Blocks that write a part of a sector of memory each wait for one another.
+constexpr int64_t kEnoughBlocks = 128;  // for a GPU: one to a multiprocessor, about
+
+// Of a block: where several share a multiprocessor, half as many.
+template <int kLanes>
+int plane_threads(const PlaneBlocks<kLanes>& blocks) {
+  return blocks.count() >= 4 * kEnoughBlocks ? kPlaneThreads<kLanes> / 2 : kPlaneThreads<kLanes>;
+}
+
+// Calls function(lanes) with the lanes of a block as a constant: in nhwc eight, or as many as shared_bytes(shape, lanes) leaves room for,
+// or four where eight leave few blocks. Blocks that write a part of a sector of memory each wait for one another. No result depends on it.
 constexpr int kFewestLanes = 2;
 
 template <class SharedBytes, class Function>
 void with_plane_lanes(const Pool2dShape& s, const SharedBytes& shared_bytes, const Function& function) {
+  const auto fits = [&](int64_t lanes) { return shared_bytes(s, lanes) <= kMostPlaneBytes; };
   if (s.layout == Layout::nchw) return function(std::integral_constant<int, 1>{});
-  if (shared_bytes(s, 8) <= kMostPlaneBytes) return function(std::integral_constant<int, 8>{});
-  if (shared_bytes(s, 4) <= kMostPlaneBytes) return function(std::integral_constant<int, 4>{});
+  if (s.batch * s.channels >= 8 * kEnoughBlocks && fits(8)) return function(std::integral_constant<int, 8>{});
+  if (fits(4)) return function(std::integral_constant<int, 4>{});
   function(std::integral_constant<int, kFewestLanes>{});
 }
 

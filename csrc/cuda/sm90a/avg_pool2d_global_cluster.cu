@@ -1,6 +1,6 @@
 // Average pooling over whole large planes in nhwc, forward: the pixels of some channels of an image are divided among the blocks of a
 // cluster, whose first one adds up the others' sums through their shared memory, in order. There are enough blocks for all multiprocessors,
-// and each reads runs of memory of four chunks: blocks that take all pixels of a plane are few, or read a sector here and there.
+// and each reads runs of memory of 32 channels: blocks that take all pixels of a plane are few, or read a sector here and there.
 //
 // The order of additions follows the size of the plane alone. Not handled: float64; small planes.
 #include "cuda/global_pooling.cuh"
@@ -9,13 +9,13 @@
 namespace cnn_ext::cuda {
 namespace {
 
-constexpr int kParts = 8;   // of a plane's pixels: blocks of a cluster
-constexpr int kChunks = 4;  // of channels, for each cluster
+constexpr int kParts = 8;     // of a plane's pixels: blocks of a cluster
+constexpr int kColumns = 32;  // channels of a cluster
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     global_avg_cluster(int channels, int pixels, bool is_whole, float divisor, const T* __restrict__ input, T* __restrict__ output) {
-  constexpr int kColumns = kChunks * kChunk<T>;
+  constexpr int kChunks = kColumns / kChunk<T>;
   alignas(sizeof(float4)) __shared__ float tree[kBlockThreads / kChunks][kChunks][kChunk<T>];
   const int part = blockIdx.x % kParts, cluster = blockIdx.x / kParts;
   const int column_blocks = ceil_div(channels, kColumns), image = cluster / column_blocks;
@@ -48,9 +48,7 @@ bool accepts(const Pool2dShape& s) {
 }
 
 Plan plan(const Pool2dShape& s) {
-  int64_t columns = 0;
-  with_single_type(s.dtype, [&](auto element) { columns = kChunks * kChunk<decltype(element)>; });
-  return {columns, ceil_div<int64_t>(plane_size(s), kParts), s.batch * ceil_div<int64_t>(s.channels, columns) * kParts, 0};
+  return {kColumns, ceil_div<int64_t>(plane_size(s), kParts), s.batch * ceil_div<int64_t>(s.channels, kColumns) * kParts, 0};
 }
 
 void run(const Pool2dShape& s, const Pool2dBuffers& b, cudaStream_t stream) {
