@@ -103,8 +103,10 @@ class CellBackwardInput {
 
  private:
   static constexpr int kTiles = kNarrow ? kEights / 2 : kEights;  // of a product's cells
-  static constexpr int kLoads = 4;                                // of a thread, on their way together
-  static constexpr int kTapsAtOnce = kEights >= 4 ? 2 : 4;        // where cells are few, so are the warps that hide latency
+  static constexpr bool kFewCells = kEights < 4;                  // and so few warps to hide latency
+  // Of a thread, on their way together. TF32 has twice as many; where cells are rows, registers are left for them.
+  static constexpr int kLoads = kFewCells && kNarrow && sizeof(T) == 4 ? 8 : 4;
+  static constexpr int kTapsAtOnce = kFewCells ? 4 : 2;
   static constexpr int kGroupChunks = kGroupBytes / kChunkBytes;
   static constexpr int kTapBytes = (kNarrow ? kNarrowRows : kFragmentRows) * kGroupBytes;
 
