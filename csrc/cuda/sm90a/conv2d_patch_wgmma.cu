@@ -58,22 +58,28 @@ struct PatchPlan {
     const int64_t read = std::max(lines * tile.pitch, kPatchRows + reach_h * tile.pitch + reach_w);
     patch_box_bytes = ceil_div<int64_t>(read * box_bytes, 1024) * 1024;
     // With few products more, smaller blocks hide each other's stores.
-    for (int64_t width : {128, 64, 48, 32}) {
-      if ((width == 128 && side.taps == 1) || (width == 48 && !gains_from_48_columns())) continue;
-      if (width > 32 && side.cols <= width / 2) continue;
-      cols = width;
-      for (buffers = 2; buffers >= 1; --buffers) {
-        if (shared_bytes() <= kMostSharedBytes) return;
-      }
+    for (int64_t width : {128, 64, 32}) {
+      if ((width == 128 && side.taps == 1) || (width > 32 && side.cols <= width / 2)) continue;
+      if (take_columns(width)) break;
     }
-    cols = 0;
+    if (cols == 32 && has_48_columns()) {
+      const int64_t cycles_of_32 = cycles();
+      if (!take_columns(48) || cycles() >= cycles_of_32) take_columns(32);
+    }
   }
 
-  // Fewer tiles than of 32; filters across the depth come in panels of 32 or 64, and the smaller boxes leave room for 64.
-  bool gains_from_48_columns() const {
-    return side.is_16_bit && !side.filters_across && box_bytes == 128 &&
-           ceil_div<int64_t>(side.cols, 48) < ceil_div<int64_t>(side.cols, 32);
+  // As many patches of a worker as fit beside the filters of so many columns. Whether there is memory for one; cols is 0 otherwise.
+  bool take_columns(int64_t width) {
+    cols = width;
+    for (buffers = 2; buffers >= 1; --buffers) {
+      if (shared_bytes() <= kMostSharedBytes) return true;
+    }
+    cols = 0;
+    return false;
   }
+
+  // Filters across the depth come in panels of 32 or 64, and the smaller boxes leave room for 64.
+  bool has_48_columns() const { return side.is_16_bit && !side.filters_across && box_bytes == 128; }
 
   bool fits() const { return cols > 0 && tile.height > 0 && tile.pitch <= kMostBoxExtent && lines <= kMostBoxExtent; }
   int64_t filter_bytes() const { return side.taps * channel_boxes * cols * box_bytes; }
@@ -114,7 +120,7 @@ bool accepts(const Conv2dShape& s) {
   Conv2dShape eight = s;
   eight.batch = 8;
   const PatchPlan<kForward> plan(eight);
-  return PatchPlan<kForward>(s).fits() && 2 * plan.cycles() <= (plan.side.taps > 1 ? 3 : 2) * plan.side.cycles(eight);
+  return plan.fits() && PatchPlan<kForward>(s).fits() && 2 * plan.cycles() <= (plan.side.taps > 1 ? 3 : 2) * plan.side.cycles(eight);
 }
 
 template <bool kForward>
