@@ -28,6 +28,7 @@ struct Axis {
   PaddingMode padding_mode;  // what is read at positions outside the source
   // Source positions staged beyond those that the taps read, where several problems share them.
   int64_t staged_before, staged_behind;
+  bool is_shared;  // whether several problems read what is staged: each of them at positions of its own
 
   int64_t reach() const { return taps == 0 ? 0 : (taps - 1) * (tap_step < 0 ? -tap_step : tap_step); }  // of the taps
   int64_t lowest() const { return source_first - (tap_step < 0 ? reach() : 0); }  // source position that grid point 0 reads
@@ -97,7 +98,7 @@ inline StepOrder step_order(const Gather& g, int64_t channels) {
 }
 
 inline Axis forward_axis(int64_t in_size, int64_t out_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1, PaddingMode::zeros, 0, 0};
+  return {out_size, 0, 1, in_size, -pad, stride, kernel, dilation, 0, 1, PaddingMode::zeros, 0, 0, false};
 }
 
 // Input position i is reached from output position o by kernel position r if o * stride = i + pad - r * dilation.
@@ -189,6 +190,7 @@ inline void share_window(Bundle& bundle, Axis Gather::* axis) {
   if (lowest > highest) return;  // nothing is read
   for (int i = 0; i < bundle.count; ++i) {
     Axis& a = bundle.parts[i].*axis;
+    a.is_shared = true;
     if (a.taps == 0) a.source_first = lowest;
     a.staged_before = a.lowest() - lowest;
     a.staged_behind = highest - (a.lowest() + a.reach());

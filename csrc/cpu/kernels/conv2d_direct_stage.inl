@@ -25,7 +25,7 @@ inline Window window_of(const Axis& a, int64_t count) {
 
 // Whether any of `count` grid points reads position `at` of their window.
 inline bool is_read(const Axis& a, int64_t count, int64_t at) {
-  if (a.source_step == 1 && (a.tap_step * a.tap_step == 1 || a.staged_before + a.staged_behind > 0)) return true;
+  if (a.source_step == 1 && (a.tap_step * a.tap_step == 1 || a.is_shared)) return true;
   const int64_t origin = window_of(a, count).tap_origin;
   for (int64_t t = 0; t < a.taps; ++t) {
     const int64_t scaled = at - origin - t * a.tap_step;
