@@ -1,10 +1,11 @@
 // backward_weight of narrow groups (slab.cuh) on tensor cores, in TF32, float16 and bfloat16, in both layouts: rows of the product are 16
 // output channels, columns 16 input channels, depth the pixels of the output.
 //
-// A block goes over tiles of up to 256 pixels: it stages their gradient and what their windows read of the input, and takes from there for
-// 16 pixels at a time one fragment of the gradient and for each of up to 9 taps one of the input, at a fixed distance. So memory is read
-// once, whatever the kernel is; the sums of 9 taps are 72 registers. More taps take more blocks. Warps share the channels of the slab, then
-// the pixels of the tile; their sums are added up in order. A second launch adds up the partial sums of the blocks.
+// A block goes over tiles of up to 256 pixels, or of 128 where more do not fit shared memory: it stages their gradient and what their
+// windows read of the input, and takes from there for 16 pixels at a time one fragment of the gradient and for each of up to 9 taps one of
+// the input, at a fixed distance. So memory is read once, whatever the kernel is; the sums of 9 taps are 72 registers. More taps take more
+// blocks. Warps share the channels of the slab, then the pixels of the tile; their sums are added up in order. A second launch adds up the
+// partial sums of the blocks.
 //
 // Order of additions: every `ranges`-th tile, step by step; how many ranges there are follows from the shape alone.
 //
@@ -12,6 +13,8 @@
 //
 // Not handled: tiles that do not fit shared memory. Bound by waiting for memory: on an H100 ResNeXt's layers of 56 x 56 take 14 to 16 us in
 // 16 bits and 22 to 24 us in TF32 in nhwc, where moving their bytes would take 3 to 6.
+#include <optional>
+
 #include "cuda/mma_fragments.cuh"
 #include "cuda/pixel_reduction.cuh"
 #include "cuda/slab.cuh"
@@ -23,7 +26,7 @@ constexpr int kTaps = 9;  // of a block
 
 // What the host works out of a shape: how the tensors lie in shared memory, and who computes what.
 struct WeightSlabs {
-  WeightSlabs(const Conv2dShape& s, int slab_)
+  WeightSlabs(const Conv2dShape& s, int slab_, int tile_pixels)
       : slab(slab_),
         pitch(slab * bytes_of(s.dtype) + (bytes_of(s.dtype) == 2 ? 1 : 2) * kChunkBytes),
         chunk_bits(__builtin_ctz(static_cast<unsigned>(slab * bytes_of(s.dtype) / kChunkBytes))),
@@ -31,7 +34,7 @@ struct WeightSlabs {
         taps(static_cast<int>(s.kernel_h * s.kernel_w)),
         tap_ranges(ceil_div(taps, kTaps)),
         slabs(static_cast<int>(ceil_div<int64_t>(s.in_channels, slab))),
-        tiles(slab_tiles(s.out_h, s.out_w)),
+        tiles(slab_tiles(s.out_h, s.out_w, tile_pixels)),
         input(staged_source(tiles, static_cast<int>(s.stride_h), static_cast<int>(s.stride_w),
                             static_cast<int>((s.kernel_h - 1) * s.dilation_h), static_cast<int>((s.kernel_w - 1) * s.dilation_w), pitch)),
         gradient(tiles.height, tiles.width, pitch) {}
@@ -47,8 +50,13 @@ struct WeightSlabs {
   StagedPixels input, gradient;
 };
 
-int slab_of(const Conv2dShape& s) {
-  return slab_width(s.in_channels, [&](int slab) { return WeightSlabs(s, slab).shared_bytes(); });
+// The largest tiles that fit, none where half of one does not.
+std::optional<WeightSlabs> slabs_of(const Conv2dShape& s) {
+  for (const int pixels : {kTilePixels, kTilePixels / 2}) {
+    const int slab = slab_width(s.in_channels, [&](int width) { return WeightSlabs(s, width, pixels).shared_bytes(); });
+    if (slab > 0) return WeightSlabs(s, slab, pixels);
+  }
+  return std::nullopt;
 }
 
 template <class T>
@@ -266,10 +274,10 @@ Splits splits_of(const Conv2dShape& s, const WeightSlabs& slabs) {
   return {count, ceil_div(tiles, count)};
 }
 
-bool accepts(const Conv2dShape& s) { return suits_slabs(s) && slab_of(s) > 0; }
+bool accepts(const Conv2dShape& s) { return suits_slabs(s) && slabs_of(s); }
 
 Plan plan(const Conv2dShape& s) {
-  const WeightSlabs slabs(s, slab_of(s));
+  const WeightSlabs slabs = *slabs_of(s);
   const Splits splits = splits_of(s, slabs);
   return {slabs.slab, slabs.gradient.count.divisor(), slabs.slabs * slabs.tap_ranges * splits.count,
           partials_bytes(s.dtype, splits, weights_of(s))};
@@ -278,7 +286,7 @@ Plan plan(const Conv2dShape& s) {
 void run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, cudaStream_t stream) {
   with_single_type(s.dtype, [&](auto element) {
     using T = decltype(element);
-    const WeightSlabs slabs(s, slab_of(s));
+    const WeightSlabs slabs = *slabs_of(s);
     const Splits splits = splits_of(s, slabs);
     const WeightProblem<T> problem{Conv2dGeometry(s),
                                    slabs,

@@ -24,9 +24,9 @@ inline bool suits_slabs(const Conv2dShape& s) {
                                 product({s.batch, s.out_h, s.out_w}), product({s.out_channels, group, s.kernel_h, s.kernel_w})});
 }
 
-// The tiles of a map: up to 256 pixels, no higher than the map, in whole steps.
-inline PatchTiles slab_tiles(int64_t map_h, int64_t map_w) {
-  const int bits = width_bits_of(static_cast<int>(map_w)), most = kTilePixels >> bits;
+// The tiles of a map: up to `pixels` (256 or half of it), no higher than the map, in whole steps.
+inline PatchTiles slab_tiles(int64_t map_h, int64_t map_w, int pixels = kTilePixels) {
+  const int bits = width_bits_of(static_cast<int>(map_w)), most = pixels >> bits;
   const int64_t height = ceil_div<int64_t>(map_h, 2) * 2;
   return PatchTiles(bits, static_cast<int>(smaller<int64_t>(most, height)), static_cast<int>(map_h), static_cast<int>(map_w));
 }
