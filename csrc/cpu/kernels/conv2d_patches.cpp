@@ -18,7 +18,7 @@ bool accepts(const Conv2dShape& s) {
          s.weight_layout == s.layout;
 }
 
-Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1, PaddingMode::zeros, 0, 0}; }
+Axis patch_axis(int64_t count) { return {count, 0, 1, count, 0, 1, 1, 1, 0, 1, PaddingMode::zeros, 0, 0, false}; }
 
 Gather make_patch_gather(const Conv2dShape& s) {
   Gather g{};
