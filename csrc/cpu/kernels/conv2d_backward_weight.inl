@@ -41,8 +41,8 @@ struct NextBlock {
 
   // Gives a tile its part.
   void next(Patch& patch, const T* at_hand) {
-    patch.gradient_ahead = gradient.next(patch.pixels(), at_hand);
-    patch.input_ahead = input.next(patch.pixels(), at_hand);
+    patch.gradient_ahead = gradient.next(pixels_of(patch), at_hand);
+    patch.input_ahead = input.next(pixels_of(patch), at_hand);
   }
 
   Ahead<T> gradient, input;

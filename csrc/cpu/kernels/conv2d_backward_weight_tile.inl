@@ -27,9 +27,11 @@ struct Patch {
   int64_t input_image, input_row, input_column;
   int64_t input_tap_row;                  // from an entry to that of the next tap row
   Fetch gradient_ahead{}, input_ahead{};  // a part of what will be packed next, a line at a pixel
-
-  int64_t pixels() const { return images * rows * columns; }
 };
+
+namespace {
+inline int64_t pixels_of(const Patch& patch) { return patch.images * patch.rows * patch.columns; }
+}  // namespace
 
 template <class T>
 using AddPatch = void (*)(const Patch&, const T* grad_output, const T* input, T* sums, int64_t sums_row);
