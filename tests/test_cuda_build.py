@@ -224,7 +224,7 @@ def test_no_row_is_supported_without_a_gpu():
 def test_a_call_without_a_gpu_says_so():
     cuda = _native.cuda()
     with pytest.raises(RuntimeError, match="there is no CUDA device to use"):
-        cuda.conv2d_forward(conv2d_shape(), 0, 0, 0, 0, (0, 0), int)
+        cuda.conv2d_forward(conv2d_shape(), 0, 0, 0, 0, (0, 0), True, int)
 
 
 @needs_module
