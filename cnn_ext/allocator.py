@@ -39,7 +39,9 @@ def tune_malloc() -> bool:
     try:
         process = ctypes.CDLL(None)
         libc = _file_of(process, "gnu_get_libc_version")
-        if not libc or _file_of(process, "malloc") != libc:
+        # malloc itself may have an address in the executable's table of calls (Debian's python3), which says nothing of
+        # who serves it. The allocators that take its place define this one as well.
+        if not libc or _file_of(process, "malloc_usable_size") != libc:
             return False
     except (OSError, AttributeError, TypeError):  # no dynamic linker, or functions that this libc lacks
         return False
