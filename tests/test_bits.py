@@ -244,6 +244,29 @@ def test_conv2d_multiplies_data_and_never_padding(row, spoiled):
     report(problems, row)
 
 
+GROUPED_CASES = [case for case in conv2d_cases() if "groups" in case.name and case.multiplications > 0]
+
+
+@pytest.mark.parametrize("row", [row for row in CONV2D_ROWS if row.direction in READS], ids=str)
+def test_infinities_stay_in_their_groups(row):
+    """Rows that read on into the next group's channels have to leave them out."""
+    problems = []
+    key = READS[row.direction][0]
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in for_dtype(GROUPED_CASES, dtype):
+            data = vars(shared_tensors(case, dtype))
+            spoiled = data[key].clone()
+            spoiled[:, spoiled.shape[1] // case.groups :] = torch.inf
+            for layouts in CONV2D_LAYOUTS[:2]:
+                if accepts(row, shape_of(case, dtype, layouts)):
+                    (result,) = run(row, case, layouts, **{**data, key: spoiled})
+                    channels = 0 if row.direction == "backward_weight" else 1
+                    first_group = result.narrow(channels, 0, result.shape[channels] // case.groups)
+                    if not first_group.isfinite().all():
+                        problems.append((case.name, dtype, layouts))
+    report(problems, row)
+
+
 @functools.cache
 def spoiled_fused_truth(direction: str, case: FusedCase, dtype: torch.dtype, name: str, key: str) -> reference.Truth:
     operands = spoiled_fused_operands(direction, case, dtype, name, key)
