@@ -76,12 +76,28 @@ def _between(text: str, marker: str, block: str) -> str:
 
 
 def _benchmarks_block(results: Path, root: Path) -> str:
-    parts = []
-    for path in sorted(results.glob("*.json")):
-        document = json.loads(path.read_text())
-        if "benchmark" in document:
-            parts += _of_document(document, path, root)
+    """The records in ``results``, then those of the machines that have a folder in it: their tables, without pictures."""
+    parts = [part for path in sorted(results.glob("*.json")) for part in _of_file(path, root)]
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        tables = [part for path in sorted(folder.glob("*.json")) for part in _of_file(path, root, pictures=False)]
+        parts += [f"### {folder.name}", *tables] if tables else []
     return "\n\n".join(parts) if parts else "No results are recorded yet."
+
+
+def _of_file(path: Path, root: Path, pictures: bool = True) -> list[str]:
+    document = json.loads(path.read_text())
+    if "benchmark" not in document:
+        return []
+    return _of_document(document, path, root) + (_pictures(path, root) if pictures and _has_pictures(document) else [])
+
+
+def _has_pictures(document: dict) -> bool:
+    return "figures_of_runs" in document and not _is_verdict_alone(document)
+
+
+def _is_verdict_alone(document: dict) -> bool:
+    """Whether one line stands for the document: another dtype than float32, on a CPU."""
+    return document["device"] == "cpu" and document.get("dtype", "float32") != "float32"
 
 
 def _of_document(document: dict, path: Path, root: Path) -> list[str]:
@@ -95,19 +111,18 @@ def _of_document(document: dict, path: Path, root: Path) -> list[str]:
         ]
     runs = document["figures_of_runs"]
     quoted = f"the middle one of {len(runs)} runs" if len(runs) > 1 else "one run"
-    dtype = document.get("dtype", "float32")
-    in_dtype = f" in {dtype}" if document["device"] == "cpu" and dtype != "float32" else ""
+    in_dtype = f" in {document['dtype']}" if _is_verdict_alone(document) else ""
     name = f"**{document.get('name', document['benchmark'])}**{in_dtype}"
     head = f"{name}, {headline(document)}, {quoted} ({source})"
     if in_dtype:
         return [f"{head}: {views.verdict(document['summary']).splitlines()[0]}."]
     if "summary" not in document:
-        return [head, _table(MODEL_COLUMNS, document["rows"]), *_pictures(path, root)]
+        return [head, _table(MODEL_COLUMNS, document["rows"])]
     columns, groups = _groups(document)
     verdict = "; ".join(views.verdict(document["summary"]).splitlines())
     means = f"Speeds are geometric means; above 1, cnn_ext is faster. {verdict.capitalize()}."
     means += PEAK_OF_A_GPU.format(**document["peak"]) if document["device"] == "cuda" else ""
-    return [head, _table(columns, groups), means, *_pictures(path, root)]
+    return [head, _table(columns, groups), means]
 
 
 def _groups(document: dict) -> tuple[list[Column], list[dict]]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -283,6 +284,18 @@ def test_report_writes_between_the_markers_and_nowhere_else(results):
         picture.load()
     report.write(results, readme)
     assert readme.read_text() == text
+
+
+def test_records_of_another_machine_stand_below_without_pictures(results, tmp_path):
+    for folder in (tmp_path, tmp_path / "another"):
+        folder.mkdir(exist_ok=True)
+        for path in results.glob("pooling_cpu_nofault*"):
+            shutil.copy(path, folder)
+    (tmp_path / "README.md").write_text(README)
+    report.write(tmp_path, tmp_path / "README.md")
+    first, another = (tmp_path / "README.md").read_text().split("### another\n")
+    assert "(pooling_cpu_nofault.json)" in first and "![pooling cpu nofault speed]" in first
+    assert "(another/pooling_cpu_nofault.json)" in another and "| `max_pool2d` |" in another and "![" not in another
 
 
 def test_report_refuses_a_readme_without_markers(tmp_path):
