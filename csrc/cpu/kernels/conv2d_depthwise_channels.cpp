@@ -15,10 +15,12 @@
 //
 // Order of the tiles: kernels of up to 3 rows read along the rows, all channels of a pixel, as memory lies: they wait for memory, and the
 // rows come from L2. Taller kernels wait for arithmetic; they take 4 vectors of channels over all rows, so that the rows are still in L1.
+// With avx2, whose 2 vectors are one line of each pixel, they do so only where the rows would leave L2.
 //
 // A target is one chain: bias, then its taps in row-major order, of each tap the channels of the group. Fewer channels than a vector are
 // left to conv2d_depthwise.cpp; a rest of channels is computed as the last full vector, which repeats some sums to the same bits.
 #include "cpu/kernels/conv2d_depthwise_channels_tile.inl"
+#include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -45,6 +47,13 @@ struct Job {
   int64_t tasks() const { return s.batch * row_tasks; }
 };
 
+// Whether the source rows of a target row stay in the second cache with all their channels. (AVX-512: its 4 vectors are 4 lines in a row,
+// which a processor follows by itself.)
+template <class T>
+bool rows_stay_near(const Job<T>& job) {
+  return kVectorBytes < 64 && job.s.kernel_h * job.w.source * job.channels * static_cast<int64_t>(sizeof(T)) <= kSecondCacheBytes / 2;
+}
+
 template <class T>
 Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, int64_t* bytes) {
   Job<T> job{};
@@ -55,7 +64,7 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.group = s.in_channels / s.groups;
   job.vectors = job.channels / kLanes<T>;
   job.tiles = ceil_div(ceil_div(job.w.target, job.w.phases()), kTilePixels);
-  job.by_channels = s.kernel_h > 3;
+  job.by_channels = s.kernel_h > 3 && !rows_stay_near<T>(job);
   job.rows_per_task = larger(1, smaller(job.h.target, job.h.target * s.batch / (8 * static_cast<int64_t>(threads))));
   job.row_tasks = ceil_div(job.h.target, job.rows_per_task);
   const int64_t sizes[] = {align_64(s.kernel_h * static_cast<int64_t>(sizeof(Tap))),
