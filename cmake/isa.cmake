@@ -4,7 +4,7 @@ set(CNN_EXT_ISAS baseline)
 set(CNN_EXT_FLAGS_baseline "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND CNN_EXT_ISAS avx2 avx512)
-  set(CNN_EXT_FLAGS_avx2 -mavx2 -mfma)
+  set(CNN_EXT_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(CNN_EXT_FLAGS_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
   # Beside these, baseline has the rows alone that serve every shape: those that csrc/cpu/kernel_table.cpp does not call special.
   set(CNN_EXT_BASELINE_KERNELS

@@ -49,10 +49,21 @@ void forward_packed(const Pool2dShape& s, const T* input, T* output, int64_t row
 }
 
 template <class T>
+void forward_narrow(const Pool2dShape& s, const T* input, T* output, int64_t row, int64_t last_row) {
+  const Divisor<T> divisor(s);
+  const LaneSet outputs = first_lanes<T>(s.out_w);
+  for_each_narrow_tile(s, row, last_row, [&](int64_t in, int64_t out) {
+    const NarrowInputs<T> v(input + in, s.out_w);
+    store_lanes(output + out, divisor.divide(sum_columns<T>(v.upper[0], v.upper[1]) + sum_columns<T>(v.lower[0], v.lower[1])), outputs);
+  });
+}
+
+template <class T>
 void forward_wide(const Pool2dShape& s, const T* input, T* output, int64_t row, int64_t last_row) {
   const Divisor<T> divisor(s);
   for_each_wide_tile<T>(s, row, last_row, [&](int64_t in, int64_t out) {
     const T *upper = input + in, *lower = upper + s.in_w;
+    if constexpr (kFetchesReads) fetch_rows(upper, lower);
     const Vec<T> sum = sum_columns<T>(load(upper), load(upper + kLanes<T>)) + sum_columns<T>(load(lower), load(lower + kLanes<T>));
     store(output + out, divisor.divide(sum));
   });
@@ -61,7 +72,8 @@ void forward_wide(const Pool2dShape& s, const T* input, T* output, int64_t row, 
 template <class T>
 void forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   for_each_task(s, split_2x2<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t, int64_t) {
-    (packs_rows<T>(s) ? forward_packed<T> : forward_wide<T>)(s, static_cast<const T*>(b.input), static_cast<T*>(b.output), row, last_row);
+    const auto rows = has_narrow_rows<T>(s) ? forward_narrow<T> : packs_rows<T>(s) ? forward_packed<T> : forward_wide<T>;
+    rows(s, static_cast<const T*>(b.input), static_cast<T*>(b.output), row, last_row);
   });
 }
 
@@ -77,6 +89,17 @@ void backward_packed(const Pool2dShape& s, const T* grad_output, T* grad_input, 
       store_in_stream(pixels, interleave_lower<T>(shares, shares), lanes.inputs[2 * half]);
       store_in_stream(pixels + kLanes<T>, interleave_upper<T>(shares, shares), lanes.inputs[2 * half + 1]);
     }
+  });
+}
+
+template <class T>
+void backward_narrow(const Pool2dShape& s, const T* grad_output, T* grad_input, int64_t row, int64_t last_row) {
+  const Divisor<T> divisor(s);
+  const LaneSet outputs = first_lanes<T>(s.out_w);
+  for_each_narrow_tile(s, row, last_row, [&](int64_t in, int64_t out) {
+    const Vec<T> share = divisor.divide(load_lanes(grad_output + out, outputs, Vec<T>{}));
+    const Vec<T> first = interleave_lower<T>(share, share), second = interleave_upper<T>(share, share);
+    store_narrow(grad_input + in, s.out_w, first, second, first, second);
   });
 }
 
@@ -97,7 +120,8 @@ template <class T>
 void backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   for_each_task(s, split_2x2<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t, int64_t) {
     T* grad_input = static_cast<T*>(b.grad_input);
-    (packs_rows<T>(s) ? backward_packed<T> : backward_wide<T>)(s, static_cast<const T*>(b.grad_output), grad_input, row, last_row);
+    const auto rows = has_narrow_rows<T>(s) ? backward_narrow<T> : packs_rows<T>(s) ? backward_packed<T> : backward_wide<T>;
+    rows(s, static_cast<const T*>(b.grad_output), grad_input, row, last_row);
     clear_uncovered(s, row, last_row, grad_input);
   });
 }

@@ -46,9 +46,22 @@ void forward_packed(const Pool2dShape& s, const T* input, T* output, Offset* off
 }
 
 template <class T, class Offset>
+void forward_narrow(const Pool2dShape& s, const T* input, T* output, Offset* offsets, int64_t row, int64_t last_row) {
+  const LaneSet outputs = first_lanes<T>(s.out_w);
+  for_each_narrow_tile(s, row, last_row, [&](int64_t in, int64_t out) {
+    const NarrowInputs<T> v(input + in, s.out_w);
+    auto best = best_of_columns<T, Offset>(v.upper[0], v.upper[1]);
+    const auto below = best_of_columns<T, Offset>(v.lower[0], v.lower[1]);
+    best.take(below.value, below.offset + tap<T>(2));
+    best.store_to(output + out, offsets + out, outputs);
+  });
+}
+
+template <class T, class Offset>
 void forward_wide(const Pool2dShape& s, const T* input, T* output, Offset* offsets, int64_t row, int64_t last_row) {
   for_each_wide_tile<T>(s, row, last_row, [&](int64_t in, int64_t out) {
     const T *upper = input + in, *lower = upper + s.in_w;
+    if constexpr (kFetchesReads) fetch_rows(upper, lower);
     auto best = best_of_columns<T, Offset>(load(upper), load(upper + kLanes<T>));
     const auto below = best_of_columns<T, Offset>(load(lower), load(lower + kLanes<T>));
     best.take(below.value, below.offset + tap<T>(2));
@@ -59,6 +72,11 @@ void forward_wide(const Pool2dShape& s, const T* input, T* output, Offset* offse
 template <class T, class Offset>
 void forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   for_each_task(s, split_2x2<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t, int64_t) {
+    if constexpr (kVectorBytes == 32) {
+      if (has_narrow_rows<T>(s)) {
+        return forward_narrow(s, static_cast<const T*>(b.input), static_cast<T*>(b.output), static_cast<Offset*>(b.offsets), row, last_row);
+      }
+    }
     (packs_rows<T>(s) ? forward_packed<T, Offset> : forward_wide<T, Offset>)(s, static_cast<const T*>(b.input), static_cast<T*>(b.output),
                                                                              static_cast<Offset*>(b.offsets), row, last_row);
   });
@@ -88,6 +106,19 @@ void backward_packed(const Pool2dShape& s, const T* grad_output, const uint8_t* 
 }
 
 template <class T>
+void backward_narrow(const Pool2dShape& s, const T* grad_output, const uint8_t* offsets, T* grad_input, int64_t row, int64_t last_row) {
+  const LaneSet outputs = first_lanes<T>(s.out_w);
+  for_each_narrow_tile(s, row, last_row, [&](int64_t in, int64_t out) {
+    const Vec<T> grad = load_lanes(grad_output + out, outputs, Vec<T>{});
+    const IntVec<T> offset = load_offsets<T>(offsets + out, outputs);
+    Vec<T> v[4];
+    for (int i = 0; i < 4; ++i) v[i] = where_tap<T>(offset, tap<T>(i), grad);
+    store_narrow(grad_input + in, s.out_w, interleave_lower<T>(v[0], v[1]), interleave_upper<T>(v[0], v[1]), interleave_lower<T>(v[2], v[3]),
+                 interleave_upper<T>(v[2], v[3]));
+  });
+}
+
+template <class T>
 void backward_wide(const Pool2dShape& s, const T* grad_output, const uint8_t* offsets, T* grad_input, int64_t row, int64_t last_row) {
   const LaneSet all = first_lanes<T>(kLanes<T>);
   for_each_wide_tile<T>(s, row, last_row, [&](int64_t in, int64_t out) {
@@ -105,8 +136,10 @@ template <class T>
 void backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
   for_each_task(s, split_2x2<T>(s, threads), threads, [&](int, int64_t row, int64_t last_row, int64_t, int64_t) {
     T* grad_input = static_cast<T*>(b.grad_input);
-    (packs_rows<T>(s) ? backward_packed<T> : backward_wide<T>)(s, static_cast<const T*>(b.grad_output),
-                                                               static_cast<const uint8_t*>(b.offsets), grad_input, row, last_row);
+    const T* grad_output = static_cast<const T*>(b.grad_output);
+    const uint8_t* offsets = static_cast<const uint8_t*>(b.offsets);
+    const auto rows = has_narrow_rows<T>(s) ? backward_narrow<T> : packs_rows<T>(s) ? backward_packed<T> : backward_wide<T>;
+    rows(s, grad_output, offsets, grad_input, row, last_row);
     clear_uncovered(s, row, last_row, grad_input);
   });
 }

@@ -229,11 +229,52 @@ void gather_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outpu
   }
 }
 
+// kVectors neighbouring vectors of channels of one pixel, from channel 0 of `outputs` and grad_input on; `lanes` are those of the last of
+// them. (AVX2: a step for one vector alone costs more in counting than in adding.)
+template <int kVectors, class T, class Offset>
+void gather_channels(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t iw, T* grad_input,
+                     LaneSet lanes) {
+  Vec<T> sums[kVectors] = {};
+  for (int64_t i = t.rows.begin[ih]; i < t.rows.begin[ih + 1]; ++i) {
+    const Cover row = t.rows.covers[i];
+    for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
+      const Cover column = t.columns.covers[j];
+      const int64_t at = (row.out * s.out_w + column.out) * s.channels;
+      const int32_t name = name_of<Offset>(row.tap * s.kernel_w + column.tap);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t from = at + v * kLanes<T>;
+        const LaneSet inside = v + 1 < kVectors ? first_lanes<T>(kLanes<T>) : lanes;
+        sums[v] = add_named<false>(sums[v], outputs.grad + from, outputs.offsets + from, name, inside);
+      }
+    }
+  }
+  for (int v = 0; v + 1 < kVectors; ++v) store_in_stream(grad_input + v * kLanes<T>, sums[v]);
+  store_in_stream(grad_input + (kVectors - 1) * kLanes<T>, sums[kVectors - 1], lanes);
+}
+
+template <class T, class Offset>
+void gather_pixel(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t iw, T* grad_input, int64_t channel,
+                  int64_t last_channel) {
+  constexpr int kTogether = 4;
+  const LaneSet all = first_lanes<T>(kLanes<T>);
+  const auto from = [&](int64_t c) { return Outputs<T, Offset>{outputs.grad + c, outputs.offsets + c}; };
+  int64_t c = channel;
+  for (; c + kTogether * kLanes<T> <= last_channel; c += kTogether * kLanes<T>) {
+    gather_channels<kTogether>(s, t, from(c), ih, iw, grad_input + c, all);
+  }
+  for (; c + kLanes<T> <= last_channel; c += kLanes<T>) gather_channels<1>(s, t, from(c), ih, iw, grad_input + c, all);
+  if (c < last_channel) gather_channels<1>(s, t, from(c), ih, iw, grad_input + c, first_lanes<T>(last_channel - c));
+}
+
 // The channels [channel, last_channel) of one row of one image.
 template <class T, class Offset>
 void gather_row_nhwc(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, T* grad_input, int64_t channel,
                      int64_t last_channel) {
   for (int64_t iw = 0; iw < s.in_w; ++iw) {
+    if constexpr (kVectorBytes == 32) {
+      gather_pixel(s, t, outputs, ih, iw, grad_input + iw * s.channels, channel, last_channel);
+      continue;
+    }
     for (int64_t c = channel; c < last_channel; c += kLanes<T>) {
       const LaneSet lanes = first_lanes<T>(last_channel - c);
       Vec<T> sum{};

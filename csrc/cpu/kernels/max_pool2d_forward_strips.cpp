@@ -8,11 +8,12 @@
 // Planes are walked in blocks of rows, so that the strips beside find their rows in the first-level cache. A row narrower than a vector
 // leaves lanes idle.
 #include "cpu/kernels/max_pool2d.inl"
+#include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 24576;  // of input rows, half of the 48 KB next to a core
+constexpr int64_t kBlockBytes = kFirstCacheBytes / 2;  // of input rows
 
 // A vector of outputs of a row: where its loads begin, with which lanes, and the first tap inside the input of each output.
 template <class T, int kKernel, int kStride>
@@ -59,6 +60,7 @@ template <class T, class Offset, int kKernel, int kStride>
 void forward_strip(const Pool2dShape& s, const Strip<T, kKernel, kStride>& strip, const T* plane, int64_t oh, int64_t last, T* output,
                    Offset* offsets) {
   Best<T, Offset> rows[kKernel];
+  [[maybe_unused]] const int64_t next_block = (last - oh) * kStride * s.in_w;
   for (bool shares = false; oh < last; ++oh, output += s.out_w, offsets += s.out_w, shares = true) {
     const int64_t top = oh * kStride - s.pad_top;
     const Taps inside = taps_inside(top, kKernel, 1, s.in_h);
@@ -67,6 +69,7 @@ void forward_strip(const Pool2dShape& s, const Strip<T, kKernel, kStride>& strip
       if (shares && r + kStride < kKernel) {
         rows[r] = rows[r + kStride];
       } else if (r >= inside.first && r < inside.last) {
+        if constexpr (kFetchesReads) fetch_to_read(plane + (top + r) * s.in_w + strip.column + next_block);
         rows[r] = row_maxima<T, Offset>(strip, plane + (top + r) * s.in_w);
       }
     }

@@ -5,6 +5,8 @@
 // outputs twice. Narrower rows are packed, as many whole ones as fit (two of 7, one of 14 outputs in 16 lanes): their inputs are one run
 // of memory, four vectors at most. Of such a run the left and right columns of all windows come out of an even-odd split, wherever the rows
 // begin; one more shuffle then parts upper from lower rows.
+//
+// With AVX2 a shuffle by places takes several instructions: where no two rows fit, a tile is one row, read and written as a wide one.
 #pragma once
 
 #include "cpu/kernels/pool2d.inl"
@@ -30,6 +32,12 @@ inline bool accepts_2x2(const Pool2dShape& s) {
 template <class T>
 bool packs_rows(const Pool2dShape& s) {
   return s.out_w < kLanes<T>;
+}
+
+// Whether a row is a tile by itself, narrower than a vector.
+template <class T>
+bool has_narrow_rows(const Pool2dShape& s) {
+  return kVectorBytes == 32 && s.out_w < kLanes<T> && 2 * s.out_w > kLanes<T>;
 }
 
 // How packed rows lie. A run of inputs, split into even and odd columns, is the sequence upper row, lower row, upper row ... of column
@@ -82,6 +90,34 @@ void for_each_packed_tile(const Pool2dShape& s, int64_t rows_per_tile, int64_t r
   }
 }
 
+// Calls body(input, output) with the tiles of narrow rows.
+template <class Body>
+void for_each_narrow_tile(const Pool2dShape& s, int64_t row, int64_t last, const Body& body) {
+  while (row < last) {
+    const int64_t end = smaller(last, (row / s.out_h + 1) * s.out_h);  // of this plane
+    for (int64_t input = input_of_row(s, row); row < end; ++row, input += 2 * s.in_w) body(input, row * s.out_w);
+  }
+}
+
+// The 4 * out_w inputs of a narrow tile, two rows without a gap, as the two vectors of each. What lies behind an upper row is read with it:
+// the lower row, which is longer than that.
+template <class T>
+struct NarrowInputs {
+  Vec<T> upper[2], lower[2];
+  NarrowInputs(const T* p, int64_t out_w)
+      : upper{load(p), load(p + kLanes<T>)},
+        lower{load(p + 2 * out_w), load_first(p + 2 * out_w + kLanes<T>, static_cast<int>(2 * out_w - kLanes<T>))} {}
+};
+
+// The same of its gradients: what an upper row writes behind it, the lower one overwrites.
+template <class T>
+void store_narrow(T* p, int64_t out_w, Vec<T> upper_first, Vec<T> upper_second, Vec<T> lower_first, Vec<T> lower_second) {
+  store_in_stream(p, upper_first);
+  store(p + kLanes<T>, upper_second);
+  store_in_stream(p + 2 * out_w, lower_first);
+  store_first(p + 2 * out_w + kLanes<T>, lower_second, static_cast<int>(2 * out_w - kLanes<T>));
+}
+
 // Calls body(input, output) with the tiles of rows that fill vectors: the elements at which their upper inputs and outputs begin.
 template <class T, class Body>
 void for_each_wide_tile(const Pool2dShape& s, int64_t row, int64_t last, const Body& body) {
@@ -91,6 +127,14 @@ void for_each_wide_tile(const Pool2dShape& s, int64_t row, int64_t last, const B
     for (; ow + kLanes<T> <= s.out_w; ow += kLanes<T>) body(input + 2 * ow, row * s.out_w + ow);
     if (ow < s.out_w) body(input + 2 * (s.out_w - kLanes<T>), (row + 1) * s.out_w - kLanes<T>);
   }
+}
+
+// Fetches the inputs some tiles further on.
+template <class T>
+void fetch_rows(const T* upper, const T* lower) {
+  constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T));
+  fetch_to_read(upper + kAhead);
+  fetch_to_read(lower + kAhead);
 }
 
 // Clears what no window covers: a last column and a last row, beyond the rows [row, last) of outputs.

@@ -1,6 +1,6 @@
 // Loads and stores of halves: vectors of floats in registers. Each of vec.h's and lanes.h's, with the same name and the same rule for what
-// memory is touched. AVX-512 converts binary16 by instruction, the others by arithmetic on bits; a bfloat16 is the
-// upper half of a float.
+// memory is touched. x86-64 from AVX2 on converts binary16 by instruction, the others by arithmetic on bits; a bfloat16 is the upper half
+// of a float.
 #pragma once
 
 #include "core/half.h"
@@ -16,18 +16,34 @@ using cnn_ext::Float16;
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
 
-inline Vec<float> widened(HalfBits halves, BFloat16) { return (Vec<float>)(__builtin_convertvector(halves, FloatBits) << 16); }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The compiler's own conversions between 16 and 32 bits go through more shuffles.
+inline FloatBits bits_of_halves(HalfBits halves) { return (FloatBits)_mm256_cvtepu16_epi32((__m128i)halves); }
+inline HalfBits lower_bits(FloatBits v) {  // of lanes that have no others
+  return (HalfBits)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
+#else
+inline FloatBits bits_of_halves(HalfBits halves) { return __builtin_convertvector(halves, FloatBits); }
+inline HalfBits lower_bits(FloatBits v) { return __builtin_convertvector(v, HalfBits); }
+#endif
+
+inline Vec<float> widened(HalfBits halves, BFloat16) { return (Vec<float>)(bits_of_halves(halves) << 16); }
 
 inline HalfBits narrowed(Vec<float> v, BFloat16) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
-  return __builtin_convertvector((v == v ? rounded : quiet) >> 16, HalfBits);
+  return lower_bits((v == v ? rounded : quiet) >> 16);
 }
 
 #if defined(__AVX512F__)
 inline Vec<float> widened(HalfBits halves, Float16) { return _mm512_maskz_cvtph_ps(0xffff, (__m256i)halves); }
 inline HalfBits narrowed(Vec<float> v, Float16) {
   return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Vec<float> widened(HalfBits halves, Float16) { return _mm256_cvtph_ps((__m128i)halves); }
+inline HalfBits narrowed(Vec<float> v, Float16) {
+  return (HalfBits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
 // As core/half.h has it for one.

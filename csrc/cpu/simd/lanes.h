@@ -102,9 +102,14 @@ inline void store_offsets(Offset* p, IntVec<T> v, LaneSet set) {
 }
 #else
 #if defined(__AVX2__)
+// A window of 8 over this has the runs that end at a lane, or begin at one.
+alignas(32) constexpr int32_t kRunOfLanes[24] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
 template <class T>
 inline __m256i mask_of(LaneSet set) {
-  const __m256i lanes = lanes_between_32(set.first, set.last);
+  const __m256i ends = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kRunOfLanes + 16 - set.last));
+  const __m256i begins = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kRunOfLanes + 8 - set.first));
+  const __m256i lanes = _mm256_and_si256(ends, begins);
   return sizeof(T) == 4 ? lanes : _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
 }
 
@@ -120,10 +125,61 @@ inline Vec<double> load_lanes(const double* p, LaneSet set, Vec<double> other) {
 }
 
 inline void store_lanes(float* p, Vec<float> v, LaneSet set) {
-  is_full<float>(set) ? store(p, v) : _mm256_maskstore_ps(p, mask_of<float>(set), v);
+  set.first == 0 ? store_first(p, v, set.last) : _mm256_maskstore_ps(p, mask_of<float>(set), v);
 }
 inline void store_lanes(double* p, Vec<double> v, LaneSet set) {
-  is_full<double>(set) ? store(p, v) : _mm256_maskstore_pd(p, mask_of<double>(set), v);
+  set.first == 0 ? store_first(p, v, set.last) : _mm256_maskstore_pd(p, mask_of<double>(set), v);
+}
+
+// Up to 8 bytes as an integer, in pieces of 4, 2 and 1.
+inline uint64_t load_bytes(const uint8_t* p, int count) {
+  uint64_t bytes = 0;
+  int loaded = 0;
+  const auto piece = [&](auto part) {
+    if ((count & static_cast<int>(sizeof part)) == 0) return;
+    __builtin_memcpy(&part, p + loaded, sizeof part);
+    bytes |= static_cast<uint64_t>(part) << (8 * loaded);
+    loaded += static_cast<int>(sizeof part);
+  };
+  if (count == 8) {
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return bytes;
+  }
+  piece(uint32_t{}), piece(uint16_t{}), piece(uint8_t{});
+  return bytes;
+}
+inline void store_bytes(uint8_t* p, uint64_t bytes, int count) {
+  const auto piece = [&](auto part) {
+    if ((count & static_cast<int>(sizeof part)) == 0) return;
+    part = static_cast<decltype(part)>(bytes);
+    __builtin_memcpy(p, &part, sizeof part);
+    p += sizeof part;
+    if constexpr (sizeof part < sizeof bytes) bytes >>= 8 * sizeof part;
+  };
+  piece(uint64_t{}), piece(uint32_t{}), piece(uint16_t{}), piece(uint8_t{});
+}
+
+// The compiler's own conversions between bytes and wider lanes go one by one.
+template <class T>
+inline IntVec<T> load_byte_offsets(const uint8_t* p, LaneSet set) {
+  const uint64_t bytes = load_bytes(p + set.first, set.last - set.first) << (8 * set.first & 63);
+  const __m128i narrow = _mm_cvtsi64_si128(static_cast<int64_t>(bytes));
+  return (IntVec<T>)(sizeof(T) == 4 ? _mm256_cvtepu8_epi32(narrow) : _mm256_cvtepu8_epi64(narrow));
+}
+
+template <class T>
+inline void store_byte_offsets(uint8_t* p, IntVec<T> v, LaneSet set) {
+  __m128i words;  // 16 bits each
+  if constexpr (sizeof(T) == 4) {
+    words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  } else {
+    const __m128 lower = _mm_castsi128_ps(_mm256_castsi256_si128((__m256i)v));
+    const __m128 upper = _mm_castsi128_ps(_mm256_extracti128_si256((__m256i)v, 1));
+    const __m128i lanes = _mm_castps_si128(_mm_shuffle_ps(lower, upper, _MM_SHUFFLE(2, 0, 2, 0)));
+    words = _mm_packus_epi32(lanes, lanes);
+  }
+  const uint64_t bytes = static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+  store_bytes(p + set.first, bytes >> (8 * set.first & 63), set.last - set.first);
 }
 #else
 template <class T>
@@ -146,6 +202,9 @@ inline void store_lanes(T* p, Vec<T> v, LaneSet set) {
 
 template <class T, class Offset>
 inline IntVec<T> load_offsets(const Offset* p, LaneSet set) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Offset) == 1) return load_byte_offsets<T>(p, set);
+#endif
   IntVec<T> v{};
   if (is_full<T>(set)) {
     typedef Offset Narrow __attribute__((vector_size(kLanes<T> * sizeof(Offset))));
@@ -159,6 +218,9 @@ inline IntVec<T> load_offsets(const Offset* p, LaneSet set) {
 
 template <class T, class Offset>
 inline void store_offsets(Offset* p, IntVec<T> v, LaneSet set) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Offset) == 1) return store_byte_offsets<T>(p, v, set);
+#endif
   if (is_full<T>(set)) {
     for (int i = 0; i < kLanes<T>; ++i) p[i] = static_cast<Offset>(v[i]);
     return;
@@ -179,6 +241,16 @@ inline Vec<double> load_strided(const double* p, int64_t stride, LaneSet set, Ve
   return _mm512_mask_i32gather_pd(other, static_cast<__mmask8>(set.bits), index, p, 8);
 }
 #else
+#if defined(__AVX2__)
+inline Vec<float> load_strided(const float* p, int64_t stride, LaneSet set, Vec<float> other) {
+  if (is_full<float>(set)) {  // a gather takes twice as long
+    const float* q = p + 4 * stride;
+    return _mm256_setr_ps(p[0], p[stride], p[2 * stride], p[3 * stride], q[0], q[stride], q[2 * stride], q[3 * stride]);
+  }
+  const __m256i index = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(stride)));
+  return _mm256_mask_i32gather_ps(other, p, index, _mm256_castsi256_ps(mask_of<float>(set)), sizeof(float));
+}
+#endif
 template <class T>
 inline Vec<T> load_strided(const T* p, int64_t stride, LaneSet set, Vec<T> other) {
   for (int i = set.first; i < set.last; ++i) other[i] = p[i * stride];
@@ -211,11 +283,18 @@ inline Vec<int32_t> is_nan(Vec<float> a) { return a != a; }
 inline Vec<int64_t> is_nan(Vec<double> a) { return a != a; }
 inline Vec<int32_t> equal(Vec<int32_t> a, Vec<int32_t> b) { return a == b; }
 inline Vec<int64_t> equal(Vec<int64_t> a, Vec<int64_t> b) { return a == b; }
+#if defined(__AVX2__)
+template <class C>
+inline bool any(C choice) {
+  return _mm256_testz_si256((__m256i)choice, (__m256i)choice) == 0;
+}
+#else
 template <class C>
 inline bool any(C choice) {
   const __typeof__(choice) none{};
   return __builtin_memcmp(&choice, &none, sizeof choice) != 0;
 }
+#endif
 inline Vec<float> select(Vec<int32_t> c, Vec<float> a, Vec<float> b) { return c ? a : b; }
 inline Vec<double> select(Vec<int64_t> c, Vec<double> a, Vec<double> b) { return c ? a : b; }
 inline Vec<int32_t> select(Vec<int32_t> c, Vec<int32_t> a, Vec<int32_t> b) { return c ? a : b; }
@@ -224,6 +303,32 @@ inline Vec<int64_t> select(Vec<int64_t> c, Vec<int64_t> a, Vec<int64_t> b) { ret
 
 // Of the 2 * lanes elements of a, then b: those at even places, those at odd ones; and the inverse, a and b alternating, its lower and its
 // upper half.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The lower and the upper halves of two vectors side by side: so shuffles within the halves do the rest, and even_lanes and odd_lanes share
+// them.
+template <class T>
+inline __m256d lower_halves(Vec<T> a, Vec<T> b) {
+  return _mm256_permute2f128_pd((__m256d)a, (__m256d)b, 0x20);
+}
+template <class T>
+inline __m256d upper_halves(Vec<T> a, Vec<T> b) {
+  return _mm256_permute2f128_pd((__m256d)a, (__m256d)b, 0x31);
+}
+
+template <class T>
+inline Vec<T> even_lanes(Vec<T> a, Vec<T> b) {
+  const __m256d lower = lower_halves<T>(a, b), upper = upper_halves<T>(a, b);
+  if constexpr (kLanes<T> == 4) return (Vec<T>)_mm256_unpacklo_pd(lower, upper);
+  if constexpr (kLanes<T> == 8) return (Vec<T>)_mm256_shuffle_ps((__m256)lower, (__m256)upper, _MM_SHUFFLE(2, 0, 2, 0));
+}
+
+template <class T>
+inline Vec<T> odd_lanes(Vec<T> a, Vec<T> b) {
+  const __m256d lower = lower_halves<T>(a, b), upper = upper_halves<T>(a, b);
+  if constexpr (kLanes<T> == 4) return (Vec<T>)_mm256_unpackhi_pd(lower, upper);
+  if constexpr (kLanes<T> == 8) return (Vec<T>)_mm256_shuffle_ps((__m256)lower, (__m256)upper, _MM_SHUFFLE(3, 1, 3, 1));
+}
+#else
 template <class T>
 inline Vec<T> even_lanes(Vec<T> a, Vec<T> b) {
   if constexpr (kLanes<T> == 16) return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -239,6 +344,7 @@ inline Vec<T> odd_lanes(Vec<T> a, Vec<T> b) {
   if constexpr (kLanes<T> == 4) return __builtin_shufflevector(a, b, 1, 3, 5, 7);
   if constexpr (kLanes<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
 }
+#endif
 
 template <class T>
 inline Vec<T> interleave_lower(Vec<T> a, Vec<T> b) {

@@ -168,8 +168,32 @@ inline __m256i first_lanes_32(int count) { return _mm256_cmpgt_epi32(_mm256_set1
 inline __m256i first_lanes_64(int count) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3)); }
 inline Vec<float> load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes_32(count)); }
 inline Vec<double> load_first(const double* p, int count) { return _mm256_maskload_pd(p, first_lanes_64(count)); }
-inline void store_first(float* p, Vec<float> v, int count) { _mm256_maskstore_ps(p, first_lanes_32(count), v); }
-inline void store_first(double* p, Vec<double> v, int count) { _mm256_maskstore_pd(p, first_lanes_64(count), v); }
+// In pieces of 4, 2 and 1 elements: AMD's processors take five times as long for a masked store.
+inline void store_first(float* p, Vec<float> v, int count) {
+  if (count == kLanes<float>) return store(p, v);
+  __m128 rest = _mm256_castps256_ps128(v);
+  if ((count & 4) != 0) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if ((count & 2) != 0) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if ((count & 1) != 0) _mm_store_ss(p, rest);
+}
+inline void store_first(double* p, Vec<double> v, int count) {
+  if (count == kLanes<double>) return store(p, v);
+  __m128d rest = _mm256_castpd256_pd128(v);
+  if ((count & 2) != 0) {
+    _mm_storeu_pd(p, rest);
+    rest = _mm256_extractf128_pd(v, 1);
+    p += 2;
+  }
+  if ((count & 1) != 0) _mm_store_sd(p, rest);
+}
 #else
 template <class T>
 inline Vec<T> load_first(const T* p, int count) {
