@@ -10,6 +10,7 @@
 #include "cpu/kernels/conv2d_direct_stage.inl"
 #include "cpu/kernels/conv2d_direct_tile.inl"
 #include "cpu/kernels/conv2d_direct_write.inl"
+#include "cpu/simd/caches.h"
 
 namespace {
 
@@ -19,8 +20,8 @@ constexpr int64_t kReductionTerms = 208;     // the weights of a tile, 26 KB, st
 constexpr int64_t kSomeLeftOutTerms = 256;   // where tiles at the edge leave out tap columns, and sum fewer
 constexpr int64_t kWholeVectorTerms = 288;   // where a block is widened to whole vectors of channels
 constexpr int64_t kFewPoints = 256;          // of an image: packing is then a large part of the time
-constexpr int64_t kStagedBytes = 256 << 10;  // a block's source, with the weights and sums beside it, stays in the second cache
-constexpr int64_t kSharedBytes = 512 << 10;  // one that is staged once for several problems
+constexpr int64_t kStagedBytes = kSecondCacheBytes / 8;  // a block's source, which stays there beside weights, sums and what is fetched
+constexpr int64_t kSharedBytes = kSecondCacheBytes / 4;  // one that is staged once for several problems
 constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice

@@ -15,8 +15,8 @@ using cnn_ext::cpu::Outcome;
 using cnn_ext::cpu::Packed;
 using cnn_ext::cpu::PackedForm;
 
-constexpr int64_t kSerialPack = 1 << 14;     // weights
-constexpr int64_t kNearWeights = 512 << 10;  // bytes
+constexpr int64_t kSerialPack = 1 << 14;                 // weights
+constexpr int64_t kNearWeights = kSecondCacheBytes / 4;  // bytes
 
 template <class T, class Tile, class Ends>
 class GatherRun {
