@@ -120,17 +120,21 @@ def test_packed_once(monkeypatch, without_gradients):
 
 
 def test_no_more_than_one_form_is_kept(without_gradients):
-    """Large and small maps of a pointwise layer are packed in different forms."""
-    layer = cnn_ext.Conv2d(6, 66, 1).eval()
-    inputs = [torch.randn(1, 6, size, size) for size in (2, 40, 3, 64)]
-    wanted = [layer(input) for input in inputs]
-    cnn_ext.pack(layer)
-    sizes = set()
-    for _ in range(2):
-        for input, output in zip(inputs, wanted, strict=True):
-            assert torch.equal(layer(input), output)
-            sizes.add(layer.packing.bytes)
-    assert len(sizes) == 2 and max(sizes) <= 8 * layer.weight.nbytes
+    """Large and small maps of a pointwise layer, whose channels suffice, are packed in different forms."""
+    forms = []
+    for channels in (6, 40):
+        layer = cnn_ext.Conv2d(channels, 70, 1).eval()
+        inputs = [torch.randn(1, channels, size, size) for size in (2, 40, 3, 64)]
+        wanted = [layer(input) for input in inputs]
+        cnn_ext.pack(layer)
+        sizes = set()
+        for _ in range(2):
+            for input, output in zip(inputs, wanted, strict=True):
+                assert torch.equal(layer(input), output)
+                sizes.add(layer.packing.bytes)
+        assert max(sizes) <= 8 * layer.weight.nbytes
+        forms.append(len(sizes))
+    assert max(forms) == 2
 
 
 def test_gradients_and_training_keep_nothing(monkeypatch):
