@@ -76,7 +76,7 @@ def _between(text: str, marker: str, block: str) -> str:
 
 
 def _benchmarks_block(results: Path, root: Path) -> str:
-    """The records in ``results``, then those of the machines that have a folder in it: their tables, without pictures."""
+    """The records in ``results``, then those of machines that have a folder in it: their tables, without pictures."""
     parts = [part for path in sorted(results.glob("*.json")) for part in _of_file(path, root)]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         tables = [part for path in sorted(folder.glob("*.json")) for part in _of_file(path, root, pictures=False)]

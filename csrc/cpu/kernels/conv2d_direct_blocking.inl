@@ -16,13 +16,13 @@ namespace {
 
 using cnn_ext::cpu::Plan;
 
-constexpr int64_t kReductionTerms = 208;     // the weights of a tile, 26 KB, stay in the nearest cache beside the source that it reads
-constexpr int64_t kSomeLeftOutTerms = 256;   // where tiles at the edge leave out tap columns, and sum fewer
-constexpr int64_t kWholeVectorTerms = 288;   // where a block is widened to whole vectors of channels
-constexpr int64_t kFewPoints = 256;          // of an image: packing is then a large part of the time
+constexpr int64_t kReductionTerms = 208;    // the weights of a tile, 26 KB, stay in the nearest cache beside the source that it reads
+constexpr int64_t kSomeLeftOutTerms = 256;  // where tiles at the edge leave out tap columns, and sum fewer
+constexpr int64_t kWholeVectorTerms = 288;  // where a block is widened to whole vectors of channels
+constexpr int64_t kFewPoints = 256;         // of an image: packing is then a large part of the time
 constexpr int64_t kStagedBytes = kSecondCacheBytes / 8;  // a block's source, which stays there beside weights, sums and what is fetched
 constexpr int64_t kSharedBytes = kSecondCacheBytes / 4;  // one that is staged once for several problems
-constexpr int64_t kTaskPoints = 512;         // grid points that read the same packed weights while these are near
+constexpr int64_t kTaskPoints = 512;                     // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice
 constexpr int64_t kWholeGridShare = 2;  // of these, where each stages the source of the whole grid

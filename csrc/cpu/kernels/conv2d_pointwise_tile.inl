@@ -39,8 +39,8 @@ struct PointwiseTile {
 // A function that takes sums by reference must vanish into its caller, or the sums live in memory.
 #define CNN_EXT_INLINE inline __attribute__((always_inline))
 
-// Whether a turn of a tile's loop takes two channels. A turn of 12 FMAs is so short that Zen 3 falls into rhythms in which a third of its FMA
-// slots stay empty, depending on how the loop was entered; one of 28 FMAs has time enough.
+// Whether a turn of a tile's loop takes two channels. A turn of 12 FMAs is so short that Zen 3 falls into rhythms in which a third of its
+// FMA slots stay empty, depending on how the loop was entered; one of 28 FMAs has time enough.
 constexpr bool kTurnsOfTwo = kVectorRegisters < 32;
 
 template <class Body>

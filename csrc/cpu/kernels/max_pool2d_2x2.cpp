@@ -113,8 +113,8 @@ void backward_narrow(const Pool2dShape& s, const T* grad_output, const uint8_t* 
     const IntVec<T> offset = load_offsets<T>(offsets + out, outputs);
     Vec<T> v[4];
     for (int i = 0; i < 4; ++i) v[i] = where_tap<T>(offset, tap<T>(i), grad);
-    store_narrow(grad_input + in, s.out_w, interleave_lower<T>(v[0], v[1]), interleave_upper<T>(v[0], v[1]), interleave_lower<T>(v[2], v[3]),
-                 interleave_upper<T>(v[2], v[3]));
+    store_narrow(grad_input + in, s.out_w, interleave_lower<T>(v[0], v[1]), interleave_upper<T>(v[0], v[1]),
+                 interleave_lower<T>(v[2], v[3]), interleave_upper<T>(v[2], v[3]));
   });
 }
 

@@ -147,9 +147,8 @@ inline void store_in_stream(T* p, Vec<T> v, LaneSet lanes) {
   store_lanes(p, v, lanes);
 }
 
-
-// Fetches a line that will soon be read, where a kernel goes down columns or along two rows at once. (AVX2: AVX-512's processors follow such
-// reads themselves.)
+// Fetches a line that will soon be read, where a kernel goes down columns or along two rows at once. (AVX2: AVX-512's processors follow
+// such reads themselves.)
 constexpr bool kFetchesReads = kVectorBytes == 32;
 template <class T>
 inline void fetch_to_read(const T* p) {

@@ -42,9 +42,7 @@ inline HalfBits narrowed(Vec<float> v, Float16) {
 }
 #elif defined(__F16C__)
 inline Vec<float> widened(HalfBits halves, Float16) { return _mm256_cvtph_ps((__m128i)halves); }
-inline HalfBits narrowed(Vec<float> v, Float16) {
-  return (HalfBits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline HalfBits narrowed(Vec<float> v, Float16) { return (HalfBits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
 // As core/half.h has it for one.
 inline Vec<float> widened(HalfBits halves, Float16) {
