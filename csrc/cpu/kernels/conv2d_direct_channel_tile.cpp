@@ -11,7 +11,7 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
   for_steps<kVectors * kV>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
-    const T* in = staged + offset;
+    const T* in = at_offset(staged, offset);
     Vec<T> weight[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
@@ -19,7 +19,7 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
     for (int i = 0; i < kPoints; ++i) {
       const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = fma(x, weight[v], sum[i][v]);
+      for (int v = 0; v < kVectors; ++v) add_product(sum[i][v], x, weight[v]);
     }
   });
   const auto write = [&](const auto& store_last) __attribute__((always_inline)) {

@@ -11,7 +11,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
   for_steps<kWidth, kVectors>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
-    const T* in = staged + offset;
+    const T* in = at_offset(staged, offset);
     if constexpr (kWidth < kPoints) {
       Vec<T> weight[kWidth];
 #pragma GCC unroll 14
@@ -20,7 +20,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
       for (int p = 0; p < kPoints; ++p) {
         const Vec<T> x = load(in + p / kVectors * row_step + p % kVectors * kV);
 #pragma GCC unroll 14
-        for (int k = 0; k < kWidth; ++k) sum[p][k] = fma(x, weight[k], sum[p][k]);
+        for (int k = 0; k < kWidth; ++k) add_product(sum[p][k], x, weight[k]);
       }
     } else {
       Vec<T> x[kPoints];
@@ -30,7 +30,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
       for (int k = 0; k < kWidth; ++k) {
         const Vec<T> weight = broadcast_from(weights + k);
 #pragma GCC unroll 8
-        for (int p = 0; p < kPoints; ++p) sum[p][k] = fma(x[p], weight, sum[p][k]);
+        for (int p = 0; p < kPoints; ++p) add_product(sum[p][k], x[p], weight);
       }
     }
   });

@@ -55,8 +55,8 @@ class GatherRun {
     for (int i = 0; i < bundle_.count; ++i) {
       const Part& part = parts_[i];
       const int64_t last = part.reduction.blocks - 1;
-      fill_offsets(*part.g, layout_, part.reduction.channels, offsets(part, 0));
-      fill_offsets(*part.g, layout_, channels_of(part, last), offsets(part, last));
+      fill_offsets<T>(*part.g, layout_, part.reduction.channels, offsets(part, 0));
+      fill_offsets<T>(*part.g, layout_, channels_of(part, last), offsets(part, last));
     }
     parallel_for(threads_, b_.tasks, [&](int worker, int64_t task) { run_task(worker, task); });
     return is_finite_ ? Outcome::done : Outcome::not_finite;

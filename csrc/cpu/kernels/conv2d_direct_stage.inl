@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/kernels/conv2d_direct_gather.inl"
+#include "cpu/kernels/conv2d_direct_tile.inl"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/pieces.h"
 
@@ -62,6 +63,7 @@ inline StagedLayout staged_layout(const Gather& g, int64_t channels, int64_t row
 }
 
 // From the place of a grid point in the staged block to what the steps of a block of channels read.
+template <class T>
 inline void fill_offsets(const Gather& g, const StagedLayout& l, int64_t channels, int32_t* offsets) {
   const int64_t origin_h = window_of(g.h, 1).tap_origin, origin_w = window_of(g.w, 1).tap_origin;
   const StepOrder order = step_order(g, channels);
@@ -69,8 +71,8 @@ inline void fill_offsets(const Gather& g, const StagedLayout& l, int64_t channel
     for (int64_t s = 0; s < g.w.taps; ++s) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t row = origin_h + r * g.h.tap_step, col = origin_w + s * g.w.tap_step, step = g.w.source_step;
-        offsets[r * order.row + s * order.col + c * order.channel] =
-            static_cast<int32_t>(c * l.channel_pitch + row * l.row_pitch + col % step * l.cols + col / step);
+        const int64_t place = c * l.channel_pitch + row * l.row_pitch + col % step * l.cols + col / step;
+        offsets[r * order.row + s * order.col + c * order.channel] = static_cast<int32_t>(place * kOffsetUnit<T>);
       }
     }
   }

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
-// With 16 registers a step has fewer multiply-adds, and what stands beside them counts: two steps share what is fetched.
-constexpr int kStepsTogether = kVectorRegisters == 32 ? 1 : 2;
+// With 16 registers a step has fewer multiply-adds, and what stands beside them counts: four steps share it, and what is fetched.
+constexpr int kStepsTogether = kVectorRegisters == 32 ? 1 : 4;
 
 // Calls step(offset, weights) for the steps of a tile. Its first run is gone through in two parts: while there is a destination to fetch,
 // and after that, as in the other runs, what there is of the weights. Where kDestLines is 2, the line before each of the destination's is
@@ -33,13 +33,13 @@ inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, co
     }
   }
   while (true) {
-    if constexpr (kStepsTogether == 2) {
-      for (; stop - offset > 1; offset += 2, weights += 2 * kWidth) {
-        step(offset[0], weights);
+    if constexpr (kStepsTogether > 1) {
+      for (const int32_t* last = stop - (kStepsTogether - 1); offset < last; offset += kStepsTogether, weights += kStepsTogether * kWidth) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStepsTogether; ++i) step(offset[i], weights + i * kWidth);
         __builtin_prefetch(source, 0, 2);
-        step(offset[1], weights + kWidth);
         __builtin_prefetch(other, 0, 2);
-        source += 2 * source_step, other += other_step;
+        source += kStepsTogether * source_step, other += other_step;
       }
     }
     for (; offset != stop; ++offset, weights += kWidth) {

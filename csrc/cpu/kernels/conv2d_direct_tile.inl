@@ -11,7 +11,7 @@ template <class T>
 struct TileTask {
   const T* weights;        // [steps][width]
   const T* staged;         // of the first grid point
-  const int32_t* offsets;  // [steps]
+  const int32_t* offsets;  // [steps], kOffsetUnit each element
   // The steps are `runs` of neighbouring ones, `gap` of which lie between the end of one and the beginning of the next.
   int64_t runs, run_steps, gap;
   int64_t row_step;  // from a grid point to the one below it in the staged block
@@ -42,6 +42,20 @@ void run_pixel_tile(const TileTask<double>& task, int width, int rows, int vecto
 namespace {
 
 using cnn_ext::cpu::CNN_EXT_ISA::TileTask;
+
+// What an offset of 1 element counts: with 16 registers, where each instruction of a step weighs more, its bytes, which an address takes as
+// they are.
+template <class T>
+constexpr int64_t kOffsetUnit = kVectorRegisters == 32 ? 1 : sizeof(T);
+
+template <class T>
+inline const T* at_offset(const T* staged, int64_t offset) {
+  if constexpr (kOffsetUnit<T> == 1) {
+    return staged + offset;
+  } else {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(staged) + offset);
+  }
+}
 
 constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
 // Output channels of a pixel tile: in float64 as many as first layers have, for every width is compiled for itself.

@@ -129,6 +129,18 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b +
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 #endif
 
+// sum += a * b, as fma(). With 16 registers by an instruction that leaves the sum in its register: left to itself, GCC moves the sums of a
+// tile from register to register and, in a long loop, to memory.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void add_product(Vec<float>& sum, Vec<float> a, Vec<float> b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+inline void add_product(Vec<double>& sum, Vec<double> a, Vec<double> b) { asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+#else
+template <class V>
+inline void add_product(V& sum, V a, V b) {
+  sum = fma(a, b, sum);
+}
+#endif
+
 // The elements at p that belong to lanes begin to end - 1, zeros in the other lanes; no other memory is touched. begin and end may lie
 // beyond the lanes, up to 2^30 away.
 #if defined(__AVX512F__)
