@@ -83,10 +83,17 @@ bool all_finite(const T* p, int64_t count) {
   return true;
 }
 
+// Whether a channel in each lane (conv2d_depthwise.cpp) is faster than neighbouring columns, however wide the maps are. With avx2, whose
+// vectors take half as many channels to fill and half as many shuffles to transpose, it is by a fifth to a half, unless lanes are idle.
+inline bool prefers_channels_in_lanes(const Conv2dShape& s) {
+  constexpr int64_t lanes = kLanes<float>;
+  return kVectorBytes == 32 && 4 * s.groups >= 3 * lanes * ceil_div(s.groups, lanes);
+}
+
 // nchw maps in float32 that fill most of a vector: with fewer columns a channel in each lane (conv2d_depthwise.cpp) is faster.
 inline bool accepts_planes(const Conv2dShape& s, int64_t columns) {
   return s.dtype == DType::float32 && s.layout == Layout::nchw && s.groups > 1 && s.groups == s.in_channels &&
-         4 * columns >= 3 * kLanes<float>;
+         4 * columns >= 3 * kLanes<float> && !prefers_channels_in_lanes(s);
 }
 
 // Columns read one after the other, or every second; neighbouring rows of the output then meet in the same input rows.
