@@ -5,17 +5,19 @@
 // Both directions are one gather (Axis in conv2d_depthwise.inl). backward_input of stride s falls into s * s phases, each with its own
 // taps.
 //
-// Tile: 7 pixels of a row times 4 vectors of channels (avx2: 6 times 2): 28 sums and 4 vectors of weights fill AVX-512's 32 registers, the
-// source is a memory operand. 7, for maps are 7, 14, 28, 56 or 112 wide. At borders and at a row's end a bit mask per tap column says which
-// pixels of the tile have a source; a predictable branch per pixel skips the others.
+// Tile: 7 pixels of a row times 4 vectors of channels (avx2: 2): 28 sums and 4 vectors of weights fill AVX-512's 32 registers, the source
+// is a memory operand. 7, for maps are 7, 14, 28, 56 or 112 wide. At borders and at a row's end a bit mask per tap column says which pixels
+// of the tile have a source; a predictable branch per pixel skips the others.
 //
 // In wider groups every lane adds up the source channels of its own group: a shuffle of the pixel's vector brings channel j of each group
 // to the group's lanes, for j = 0, 1, ...; 14 sums then leave registers for the shuffled vectors. Shuffles share a port with half of the
-// multiplications, so half of the peak is the most there is; a group of 16 is a vector, and conv2d_direct.cpp serves it.
+// multiplications, so half of the peak is the most there is; a group of 16 is a vector, and conv2d_direct.cpp serves it. With avx2 such a
+// tile has 6 pixels.
 //
 // Order of the tiles: kernels of up to 3 rows read along the rows, all channels of a pixel, as memory lies: they wait for memory, and the
 // rows come from L2. Taller kernels wait for arithmetic; they take 4 vectors of channels over all rows, so that the rows are still in L1.
-// With avx2, whose 2 vectors are one line of each pixel, they do so only where the rows would leave L2.
+// With avx2, whose 2 vectors are one line of each pixel, they do so only where the rows would leave L2; and no processor sees that the
+// lines of neighbouring pixels are one stream, so that each tile fetches what the one below it will meet first.
 //
 // A target is one chain: bias, then its taps in row-major order, of each tap the channels of the group. Fewer channels than a vector are
 // left to conv2d_depthwise.cpp; a rest of channels is computed as the last full vector, which repeats some sums to the same bits.
@@ -38,6 +40,7 @@ struct Job {
   Axis h, w;
   TapLists h_lists, w_lists;
   int64_t channels, vectors, group;  // group: channels of one
+  int64_t pixels() const { return tile_pixels(group); }
   int64_t rows_per_task, row_tasks;
   int64_t tiles;     // per phase of w
   bool by_channels;  // the channels of one tile over all rows, then the next ones
@@ -63,7 +66,7 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.channels = s.in_channels;
   job.group = s.in_channels / s.groups;
   job.vectors = job.channels / kLanes<T>;
-  job.tiles = ceil_div(ceil_div(job.w.target, job.w.phases()), kTilePixels);
+  job.tiles = ceil_div(ceil_div(job.w.target, job.w.phases()), job.pixels());
   job.by_channels = s.kernel_h > 3 && !rows_stay_near<T>(job);
   job.rows_per_task = larger(1, smaller(job.h.target, job.h.target * s.batch / (8 * static_cast<int64_t>(threads))));
   job.row_tasks = ceil_div(job.h.target, job.rows_per_task);
@@ -115,8 +118,8 @@ void fill_masks(const Job<T>& job) {
       uint32_t* masks = job.masks + (phase * job.tiles + tile) * w.taps;
       for (int64_t i = job.w_lists.begin[phase]; i < job.w_lists.begin[phase + 1]; ++i) {
         uint32_t mask = 0;
-        for (int64_t pixel = 0; pixel < kTilePixels; ++pixel) {
-          const int64_t target = first_target(w, phase) + (tile * kTilePixels + pixel) * w.phases();
+        for (int64_t pixel = 0; pixel < job.pixels(); ++pixel) {
+          const int64_t target = first_target(w, phase) + (tile * job.pixels() + pixel) * w.phases();
           const int64_t source = w.place(target) * w.source_step() + job.w_lists.taps[i].offset;
           if (target < w.target && source >= 0 && source < w.source) mask |= 1u << pixel;
         }
@@ -171,18 +174,46 @@ int64_t vectors_of_tile(const Job<T>& job, int64_t first_vector) {
   return left > 0 ? ceil_div(left, ceil_div(left, most)) : 1;
 }
 
-// A tile of columns of one target row, the channel vectors [first_vector, last_vector).
+constexpr bool kFetchesAhead = kVectorBytes == 32;
+
+// The source rows, of all columns, that a target row meets and the one before it does not; the next image's behind the last.
+template <class T>
+struct NewRows {
+  const T* first;
+  int64_t count;
+};
+
+template <class T>
+NewRows<T> new_rows(const Job<T>& job, const T* source, int64_t row) {
+  const int64_t first = job.h.last_source(row);
+  return {source + first * job.w.source * job.channels, job.h.last_source(row + 1) - first};
+}
+
+// Fetches a tile's pixels of the next target row, and of the source rows that are new there. (Inlined: of a function that fetches and does
+// nothing else GCC takes the call for dead.)
+template <class T>
+inline __attribute__((always_inline)) void fetch_ahead(const Job<T>& job, const TileArguments<T>& a, const NewRows<T>& next,
+                                                       int64_t source_column, int64_t channel) {
+  const T* target = a.target + job.w.target * job.channels;
+  for (int64_t i = 0; i < job.pixels(); ++i) __builtin_prefetch(target + i * a.target_step, 1);
+  for (int64_t row = 0; row < next.count; ++row) {
+    const T* source = next.first + (row * job.w.source + source_column) * job.channels + channel;
+    for (int64_t i = 0; i < job.pixels() * job.w.source_step(); ++i) __builtin_prefetch(source + i * job.channels);
+  }
+}
+
+// A tile of columns of one target row, the channel vectors [first_vector, last_vector). next: what the row below meets first.
 template <class T>
 void compute_columns(const Job<T>& job, TileArguments<T>& a, int64_t tile, int64_t first_vector, int64_t last_vector, const T* source,
-                     const T* initial, T* target) {
+                     const NewRows<T>& next, const T* initial, T* target) {
   const Axis& w = job.w;
-  constexpr uint32_t kAll = (1u << kTilePixels) - 1;
+  const uint32_t every_pixel = (1u << job.pixels()) - 1;
   for (int64_t phase = 0; phase < w.phases(); ++phase) {
-    const int64_t column = first_target(w, phase) + tile * kTilePixels * w.phases();
+    const int64_t column = first_target(w, phase) + tile * job.pixels() * w.phases();
     if (column >= w.target) continue;
     a.column = job.w_lists.taps + job.w_lists.begin[phase];
     a.last_column = job.w_lists.taps + job.w_lists.begin[phase + 1];
-    const int64_t count = smaller(kTilePixels, ceil_div(w.target - column, w.phases()));
+    const int64_t count = smaller(job.pixels(), ceil_div(w.target - column, w.phases()));
     a.stored = (1u << count) - 1;
     a.masks = job.masks + (phase * job.tiles + tile) * w.taps;
     uint32_t all = a.stored;
@@ -194,7 +225,8 @@ void compute_columns(const Job<T>& job, TileArguments<T>& a, int64_t tile, int64
       a.weights = job.weights + channel;
       a.initial = initial + channel;
       a.target = target + column * job.channels + channel;
-      (all == kAll ? tile_of<T, false>(job.group, vectors) : tile_of<T, true>(job.group, vectors))(a);
+      if constexpr (kFetchesAhead) fetch_ahead(job, a, phase == 0 ? next : NewRows<T>{}, w.place(column) * w.source_step(), channel);
+      (all == every_pixel ? tile_of<T, false>(job.group, vectors) : tile_of<T, true>(job.group, vectors))(a);
     }
   }
 }
@@ -212,8 +244,10 @@ void compute_rows(const Job<T>& job, const T* source, int64_t first_row, int64_t
     for (int64_t row = first_row; row < last_row; ++row) {
       clip_rows(job, row, a);
       const T* source_row = source + h.place(row) * h.source_step() * w.source * job.channels;
+      const NewRows<T> next = kFetchesAhead ? new_rows(job, source, row + 1) : NewRows<T>{};
       for (int64_t tile = 0; tile < job.tiles; ++tile) {
-        compute_columns(job, a, tile, first_vector, first_vector + vectors, source_row, initial, target + row * w.target * job.channels);
+        compute_columns(job, a, tile, first_vector, first_vector + vectors, source_row, next, initial,
+                        target + row * w.target * job.channels);
       }
     }
   }
@@ -243,7 +277,7 @@ template <class T>
 Plan plan_job(const Conv2dShape& s, bool forward, int threads) {
   int64_t bytes;
   const Job<T> job = make_job<T>(s, forward, threads, nullptr, &bytes);
-  return {kLanes<T> * (job.group == 1 ? kTileVectors : kGroupedVectors), kTilePixels, job.tasks(), static_cast<size_t>(bytes)};
+  return {kLanes<T> * (job.group == 1 ? kTileVectors : kGroupedVectors), tile_pixels(job.group), job.tasks(), static_cast<size_t>(bytes)};
 }
 
 template <bool kForward>

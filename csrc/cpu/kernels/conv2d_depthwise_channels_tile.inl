@@ -6,9 +6,10 @@
 namespace {
 
 constexpr bool kManyRegisters = kVectorRegisters == 32;
-constexpr int kTilePixels = kManyRegisters ? 7 : 6;
 constexpr int kTileVectors = kManyRegisters ? 4 : 2;  // of groups of one channel
 constexpr int kGroupedVectors = 2;
+// Pixels of a tile: of 16 registers, a shuffled vector takes one that the sums of a seventh pixel would need.
+constexpr int tile_pixels(int64_t group) { return kManyRegisters || group == 1 ? 7 : 6; }
 
 // A tap of one axis that belongs to a phase: the distance of its source from the target's place, in positions and in elements, and where
 // its weights lie.
@@ -57,18 +58,19 @@ inline Vec<T> spread(Vec<T> v, Lanes<J...>) {
   return __builtin_shufflevector(v, v, (J / kGroup * kGroup + kTerm)...);
 }
 
-template <class T, int kVectors>
-using TileSums = Vec<T>[kTilePixels][kVectors];
+template <class T, int kGroup, int kVectors>
+using TileSums = Vec<T>[tile_pixels(kGroup)][kVectors];
 
 // Adds one tap of one source channel of each group. bits: the pixels that have a source.
 template <class T, int kGroup, int kTerm, int kVectors, bool kMasked>
 inline __attribute__((always_inline)) void add_term(const TilePixels<T>& pixels, const T* weights, uint32_t bits,
-                                                    TileSums<T, kVectors>& sum) {
+                                                    TileSums<T, kGroup, kVectors>& sum) {
+  constexpr int kPixels = tile_pixels(kGroup);
   Vec<T> w[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes<T>);
 #pragma GCC unroll 7
-  for (int i = 0; i < kTilePixels; ++i) {
+  for (int i = 0; i < kPixels; ++i) {
     if (kMasked && (bits & (1u << i)) == 0) continue;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -84,18 +86,19 @@ inline __attribute__((always_inline)) void add_term(const TilePixels<T>& pixels,
 
 template <class T, int kGroup, int kVectors, bool kMasked, int... kTerm>
 inline __attribute__((always_inline)) void add_terms(const TilePixels<T>& pixels, const T* weights, int64_t channels, uint32_t bits,
-                                                     TileSums<T, kVectors>& sum, Lanes<kTerm...>) {
+                                                     TileSums<T, kGroup, kVectors>& sum, Lanes<kTerm...>) {
   (add_term<T, kGroup, kTerm, kVectors, kMasked>(pixels, weights + kTerm * channels, bits, sum), ...);
 }
 
 template <class T, int kGroup, int kVectors, bool kMasked>
 void compute_tile(const TileArguments<T>& a) {
-  TileSums<T, kVectors> sum;
+  constexpr int kPixels = tile_pixels(kGroup);
+  TileSums<T, kGroup, kVectors> sum;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const Vec<T> initial = load(a.initial + v * kLanes<T>);
 #pragma GCC unroll 7
-    for (int i = 0; i < kTilePixels; ++i) sum[i][v] = initial;
+    for (int i = 0; i < kPixels; ++i) sum[i][v] = initial;
   }
   constexpr int64_t kScalar = sizeof(T);
   const int64_t step = a.source_step * kScalar;
@@ -115,7 +118,7 @@ void compute_tile(const TileArguments<T>& a) {
     }
   }
 #pragma GCC unroll 7
-  for (int i = 0; i < kTilePixels; ++i) {
+  for (int i = 0; i < kPixels; ++i) {
     if (kMasked && (a.stored & (1u << i)) == 0) continue;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(a.target + i * a.target_step + v * kLanes<T>, sum[i][v]);
