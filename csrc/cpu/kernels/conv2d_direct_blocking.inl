@@ -49,6 +49,15 @@ int64_t staged_bytes(const Gather& g, const Blocking& b) {
   return b.images * staged_layout<T>(g, b.channels, b.rows, b.cols).image_pitch * static_cast<int64_t>(sizeof(T));
 }
 
+// Of a block's source, what is written and read: rows between those of the taps are left out.
+template <class T>
+int64_t read_bytes(const Gather& g, const Blocking& b) {
+  const StagedLayout l = staged_layout<T>(g, b.channels, b.rows, b.cols);
+  int64_t rows = 0;
+  for (int64_t r = 0; r < l.rows; ++r) rows += is_read(g.h, b.rows, r) ? 1 : 0;
+  return b.images * b.channels * rows * l.row_pitch * static_cast<int64_t>(sizeof(T));
+}
+
 inline void set_rows(const Gather& g, int64_t pieces, Blocking& b) { b.row_pieces = pieces, b.rows = g.rows.points(pieces); }
 inline void set_cols(const Gather& g, int64_t pieces, Blocking& b) { b.col_pieces = pieces, b.cols = g.cols.points(pieces); }
 
@@ -63,7 +72,7 @@ inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
 // The largest block of grid points whose source fits, of several images where one is small.
 template <class T, class Tile>
 void fit_points(const Gather& g, int64_t most_bytes, Blocking& b) {
-  const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && staged_bytes<T>(g, b) <= most_bytes; };
+  const auto fits = [&] { return b.images * b.rows * b.cols <= kTaskPoints && read_bytes<T>(g, b) <= most_bytes; };
   const auto whole_tiles = [&](int64_t pieces) {
     return at_least_1(ceil_div(pieces * g.cols.step, Tile::kMaxPoints) * Tile::kMaxPoints / g.cols.step);
   };
