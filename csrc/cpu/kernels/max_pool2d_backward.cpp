@@ -8,9 +8,11 @@
 //
 // nhwc: a vector holds neighbouring channels of one pixel.
 //
+// 3x3 windows with stride 2 in nchw, without AVX-512: max_pool2d_backward_pairs.inl.
+//
 // A step costs a load of offsets, one of grad_output, a comparison and an addition. Where many windows meet in an element, scattering
 // is cheaper: max_pool2d_backward_scatter.cpp.
-#include "cpu/kernels/max_pool2d_backward.inl"
+#include "cpu/kernels/max_pool2d_backward_pairs.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -178,12 +180,6 @@ inline void gather_vectors(Outputs<T, Offset> outputs, const Step* step, const S
   }
 }
 
-template <class T>
-inline void store_columns(T* row, int64_t column, Vec<T> v, int64_t size) {
-  if (column + kLanes<T> <= size) return store_in_stream(row + column, v);
-  if (column < size) store_lanes(row + column, v, first_lanes<T>(size - column));
-}
-
 // One vector of each phase.
 template <class T, class Offset, int kStride, bool kFull>
 inline void gather_phases(const Tables& t, Outputs<T, Offset> outputs, RowSteps steps, int64_t q, T* row, int64_t size) {
@@ -229,41 +225,68 @@ void gather_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outpu
   }
 }
 
-// kVectors neighbouring vectors of channels of one pixel, from channel 0 of `outputs` and grad_input on; `lanes` are those of the last of
-// them. (AVX2: a step for one vector alone costs more in counting than in adding.)
-template <int kVectors, class T, class Offset>
+// A count known to the compiler.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// kVectors vectors of channels of one pixel, from channel 0 of `outputs` and grad_input on: neighbours, but for the last, which begins at
+// last_from, with the lanes `inside` (kFull: all). (AVX2: a step for one vector alone costs more in counting than in adding.)
+template <int kVectors, bool kFull, class T, class Offset>
 void gather_channels(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t iw, T* grad_input,
-                     LaneSet lanes) {
+                     int64_t last_from, LaneSet inside) {
   Vec<T> sums[kVectors] = {};
+  const auto from = [&](int v) { return v + 1 < kVectors ? v * kLanes<T> : last_from; };
   for (int64_t i = t.rows.begin[ih]; i < t.rows.begin[ih + 1]; ++i) {
     const Cover row = t.rows.covers[i];
     for (int64_t j = t.columns.begin[iw]; j < t.columns.begin[iw + 1]; ++j) {
       const Cover column = t.columns.covers[j];
       const int64_t at = (row.out * s.out_w + column.out) * s.channels;
       const int32_t name = name_of<Offset>(row.tap * s.kernel_w + column.tap);
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t from = at + v * kLanes<T>;
-        const LaneSet inside = v + 1 < kVectors ? first_lanes<T>(kLanes<T>) : lanes;
-        sums[v] = add_named<false>(sums[v], outputs.grad + from, outputs.offsets + from, name, inside);
+        const LaneSet lanes = kFull ? first_lanes<T>(kLanes<T>) : inside;
+        sums[v] = add_named<kFull>(sums[v], outputs.grad + at + from(v), outputs.offsets + at + from(v), name, lanes);
       }
     }
   }
-  for (int v = 0; v + 1 < kVectors; ++v) store_in_stream(grad_input + v * kLanes<T>, sums[v]);
-  store_in_stream(grad_input + (kVectors - 1) * kLanes<T>, sums[kVectors - 1], lanes);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    if constexpr (kFull) store_in_stream(grad_input + from(v), sums[v]);
+    if constexpr (!kFull) store_in_stream(grad_input + from(v), sums[v], inside);
+  }
 }
 
+// From one vector of channels on, the last one ends with the channels: some are written twice, rather than lanes masked.
 template <class T, class Offset>
 void gather_pixel(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outputs, int64_t ih, int64_t iw, T* grad_input, int64_t channel,
                   int64_t last_channel) {
-  constexpr int kTogether = 4;
-  const LaneSet all = first_lanes<T>(kLanes<T>);
-  const auto from = [&](int64_t c) { return Outputs<T, Offset>{outputs.grad + c, outputs.offsets + c}; };
-  int64_t c = channel;
-  for (; c + kTogether * kLanes<T> <= last_channel; c += kTogether * kLanes<T>) {
-    gather_channels<kTogether>(s, t, from(c), ih, iw, grad_input + c, all);
+  constexpr int64_t kTogether = 4, kWhole = kTogether * kLanes<T>;
+  const auto gather = [&](auto vectors, int64_t c, int64_t last_from) {
+    const Outputs<T, Offset> from{outputs.grad + c, outputs.offsets + c};
+    gather_channels<vectors.value, true>(s, t, from, ih, iw, grad_input + c, last_from, LaneSet{});
+  };
+  const int64_t channels = last_channel - channel;
+  if (channels < kLanes<T>) {
+    const Outputs<T, Offset> from{outputs.grad + channel, outputs.offsets + channel};
+    return gather_channels<1, false>(s, t, from, ih, iw, grad_input + channel, 0, first_lanes<T>(channels));
   }
-  for (; c + kLanes<T> <= last_channel; c += kLanes<T>) gather_channels<1>(s, t, from(c), ih, iw, grad_input + c, all);
-  if (c < last_channel) gather_channels<1>(s, t, from(c), ih, iw, grad_input + c, first_lanes<T>(last_channel - c));
+  int64_t c = channel;
+  for (; c + kWhole <= last_channel; c += kWhole) gather(Count<kTogether>{}, c, kWhole - kLanes<T>);
+  const int64_t last_from = last_channel - kLanes<T> - c;
+  switch (ceil_div(last_channel - c, kLanes<T>)) {
+    case 4:
+      return gather(Count<4>{}, c, last_from);
+    case 3:
+      return gather(Count<3>{}, c, last_from);
+    case 2:
+      return gather(Count<2>{}, c, last_from);
+    case 1:
+      return gather(Count<1>{}, c, last_from);
+    default:
+      return;
+  }
 }
 
 // The channels [channel, last_channel) of one row of one image.
@@ -311,6 +334,9 @@ Outputs<T, Offset> outputs_of(const Pool2dShape& s, const Pool2dBuffers& b, int6
 
 template <class T, class Offset>
 void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  if constexpr (kHasPairs) {
+    if (gathers_pairs(s)) return backward_by_pairs<T, Offset>(s, b, workspace, threads, split_of<T>(s, threads));
+  }
   Carver carver(workspace);
   Tables tables = carve_tables<T>(s, carver);
   fill_tables<T, Offset>(s, tables);
@@ -334,6 +360,9 @@ bool accepts(const Pool2dShape& s) { return accepts_float_and_double(s) && (s.la
 
 template <class T>
 Plan plan_for(const Pool2dShape& s, int threads) {
+  if constexpr (kHasPairs) {
+    if (gathers_pairs(s)) return {1, kLanes<T>, split_of<T>(s, threads).tasks, workspace_of_pairs<T>(s, threads)};
+  }
   Carver carver(nullptr);
   carve_tables<T>(s, carver);
   const bool nchw = s.layout == Layout::nchw;

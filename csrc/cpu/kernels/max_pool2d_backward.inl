@@ -15,9 +15,23 @@ inline bool joins_rows(const Pool2dShape& s) {
   return s.layout == Layout::nchw && moves_by_one && keeps_size && s.in_h * s.in_w <= kMostElements;
 }
 
+// Whether there is a gather by pairs of rows and columns (max_pool2d_backward_pairs.inl), and whether a shape takes it.
+constexpr bool kHasPairs = kVectorBytes < 64;
+inline bool gathers_pairs(const Pool2dShape& s) {
+  const bool is_3x3 = s.kernel_h == 3 && s.kernel_w == 3 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.layout == Layout::nchw && is_3x3 && s.stride_h == 2 && s.stride_w == 2 && s.pad_top <= 1 && s.pad_left <= 1;
+}
+
 // Vectors of outputs in a plane.
 inline int64_t output_vectors_of(const Pool2dShape& s, int64_t lanes) {
   return joins_rows(s) ? ceil_div(s.out_h * s.out_w, lanes) : s.out_h * ceil_div(s.out_w, lanes);
+}
+
+// A vector of a row of `size` columns, as far as it lies inside.
+template <class T>
+inline void store_columns(T* row, int64_t column, Vec<T> v, int64_t size) {
+  if (column + kLanes<T> <= size) return store_in_stream(row + column, v);
+  if (column < size) store_lanes(row + column, v, first_lanes<T>(size - column));
 }
 
 }  // namespace

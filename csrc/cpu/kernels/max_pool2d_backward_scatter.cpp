@@ -13,7 +13,7 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kPlanes = 8;
+constexpr int64_t kPlanes = kVectorBytes == 64 ? 8 : 4;  // AVX2: more streams side by side than that are slower than what waits
 constexpr int64_t kChannels = 32;
 // Steps of a gather in nchw that take as long as scattering five outputs: they are shorter where lanes are masked by instructions.
 constexpr int64_t kStepsOfFiveOutputs = kVectorBytes == 64 ? 8 : 3;
@@ -125,6 +125,20 @@ void scatter_row(const Pool2dShape& s, const Grouping& g, const int32_t* distanc
   }
 }
 
+// The same for whole groups of channels, whose places the compiler knows. (Without AVX-512, where the counting and the addresses of each
+// channel take as long as its addition.)
+template <class T, class Offset>
+void scatter_row_of_channels(const Pool2dShape& s, const Grouping& g, const int32_t* distances, const Members<T, Offset>& members,
+                             int64_t oh, T* window) {
+  const uint32_t last_tap = static_cast<uint32_t>(taps_of(s) - 1);
+  const T* grad = members.grad_output + oh * s.out_w * s.channels;
+  const Offset* offset = members.offsets + oh * s.out_w * s.channels;
+  for (int64_t ow = 0; ow < s.out_w; ++ow, grad += s.channels, offset += s.channels, window += s.stride_w * g.pixel) {
+#pragma GCC unroll 32
+    for (int64_t c = 0; c < kChannels; ++c) window[c + distances[table_index(offset[c], last_tap)]] += grad[c];
+  }
+}
+
 template <class T>
 void clear(T* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = T{0};
@@ -153,6 +167,11 @@ class Sums {
 
   void add_row(int64_t oh) {
     T* window = sums_ + (oh * s_.stride_h - top_) * g_.columns * g_.pixel;
+    if constexpr (kVectorBytes < 64) {
+      if (s_.layout == Layout::nhwc && members_.count == kChannels) {
+        return scatter_row_of_channels(s_, g_, distances_, members_, oh, window);
+      }
+    }
     constexpr int kWhole = static_cast<int>(kPlanes);
     const bool is_whole = s_.layout == Layout::nchw && members_.count == kWhole;
     (is_whole ? scatter_row<T, Offset, kWhole> : scatter_row<T, Offset, 0>)(s_, g_, distances_, members_, oh, window);
@@ -229,6 +248,9 @@ bool accepts(const Pool2dShape& s) {
   if (!accepts_float_and_double(s)) return false;
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
   if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > 3 * lanes * s.in_h * s.in_w;
+  if constexpr (kHasPairs) {
+    if (gathers_pairs(s)) return false;
+  }
   return s.stride_w > 2 || 5 * taps_of(s) * output_vectors_of(s, lanes) > kStepsOfFiveOutputs * s.out_h * s.out_w;
 }
 
