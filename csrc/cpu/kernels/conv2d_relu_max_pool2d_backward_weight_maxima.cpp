@@ -12,11 +12,12 @@
 #include "cpu/kernels/conv2d_backward_weight_split.inl"
 #include "cpu/kernels/conv2d_relu_max_pool2d_maxima.inl"
 #include "cpu/parallel.h"
+#include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kPackedBytes = 44 << 10;  // of a block
+constexpr int64_t kPackedBytes = kFirstCacheBytes - (4 << 10);  // of a block: the rest is for the sums and the list
 constexpr int64_t kWantedJobs = 16;
 constexpr int64_t kFewestOutputs = 16;  // channels of a job, which packs its input for itself
 constexpr int64_t kMostPartialBytes = 8 << 20;
