@@ -16,8 +16,8 @@ namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
 // Tiles of a patch up to which packing takes long enough beside them for its memory to be fetched ahead. Those of one vector wait for their
-// loads already.
-constexpr int64_t kFewTiles = 64, kFewNarrowTiles = 4;
+// loads already. With 16 registers a tile is less than a quarter as much work.
+constexpr int64_t kFewTiles = kVectorRegisters == 32 ? 64 : 288, kFewNarrowTiles = 4;
 
 // A block of output pixels.
 struct Block {
