@@ -18,19 +18,21 @@ constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the w
 constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
 constexpr int64_t kWholePlane = 256;         // points of a planar map that is not cut, so that it lies in one piece
 // Points share weights that are not near, so many that ...
-constexpr int64_t kSliceBytes = 400 << 10;      // ... a block of their channels and ...
-constexpr int64_t kSharingBytes = 1 << 20;      // ... all their channels stay in the second cache, bytes
-constexpr int64_t kPanelSums = 1 << 20;         // bytes of the sums of a task that has several blocks of channels
-constexpr int64_t kMostGapPlane = 4096;         // bytes: a page
-constexpr int64_t kMostGapWeights = 384 << 10;  // bytes that stay near beside a block of planes with its gaps
-constexpr int64_t kNearWeights = 1 << 20;       // bytes that stay near from one block of points to the next
-constexpr int64_t kFewestCopiedUnits = 3;       // units of outputs that pay for copying rows or panels of whole planes, ...
-constexpr int64_t kFewestRowPanelUnits = 4;     // ... and panels of a few rows of planes
-constexpr int64_t kFewestPanelTiles = 4;        // that pay for reading weights from the second cache
-constexpr int64_t kAliasedPlane = 4096;         // bytes: the distance of rows that compete, ...
-constexpr int64_t kAliasedPixel = 2048;         // ... half of it where a tile reads 14 of them side by side
-constexpr int64_t kTasksPerThread = 8;          // with fewer, the last one to finish is waited for too long; ...
-constexpr int64_t kPanelTasksPerThread = 4;     // ... with more, panels are copied more often
+constexpr int64_t kSliceBytes = 400 << 10;             // ... a block of their channels and ...
+constexpr int64_t kSharingBytes = 1 << 20;             // ... all their channels stay in the second cache, bytes
+constexpr int64_t kPanelSums = 1 << 20;                // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kMostGapPlane = 4096;                // bytes: a page
+constexpr int64_t kMostGapWeights = 384 << 10;         // bytes that stay near beside a block of planes with its gaps
+constexpr int64_t kNearWeights = 1 << 20;              // bytes that stay near from one block of points to the next
+constexpr int64_t kFewestCopiedUnits = 3;              // units of outputs that pay for copying rows or panels of whole planes, ...
+constexpr int64_t kFewestRowPanelUnits = 4;            // ... and panels of a few rows of planes
+constexpr bool kCopiesPoints = kVectorRegisters < 32;  // whether planes that have points in the lanes are read from panels, too, ...
+constexpr int64_t kFewestPointUnits = 32;              // ... from so many units on
+constexpr int64_t kFewestPanelTiles = 4;               // that pay for reading weights from the second cache
+constexpr int64_t kAliasedPlane = 4096;                // bytes: the distance of rows that compete, ...
+constexpr int64_t kAliasedPixel = 2048;                // ... half of it where a tile reads 14 of them side by side
+constexpr int64_t kTasksPerThread = 8;                 // with fewer, the last one to finish is waited for too long; ...
+constexpr int64_t kPanelTasksPerThread = 4;            // ... with more, panels are copied more often
 constexpr int64_t kAlignment = 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -57,10 +59,12 @@ struct PointwiseBlocking {
 
 // A source is copied first where it is read often enough and its rows lie so far apart that they compete for the same few places in the
 // caches, or where the points of a tile are a short piece of each of many planes: there every tile touches twice as many lines as it needs.
+// (kCopiesPoints: and pages, as many as channels.)
 template <class T, class Tile>
 Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
+  if constexpr (Tile::kPointsInLanes && kCopiesPoints) return units < kFewestPointUnits ? Reading::in_place : Reading::panels;
   if (!Tile::kPointsInLanes && p.source_channel != 1) {
     return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
   }

@@ -66,6 +66,34 @@ void copy_panels(const T* src, int64_t step, int64_t src_channel, int64_t channe
   }
 }
 
+// `points` elements of each of `channels` planes, at most a vector, `step` apart (kApart) or neighbours, to rows of `width` elements.
+template <class T, bool kApart>
+void copy_panel_rows(const T* src, int64_t step, int64_t src_channel, int64_t channels, int points, T* dst, int64_t width) {
+  for (int64_t c = 0; c < channels; ++c, src += src_channel, dst += width) {
+    const Vec<T> v = kApart ? load_apart(src, step, points) : load_first(src, points);
+    if (c + 1 == channels) return store_first(dst, v, points);
+    store(dst, v);
+  }
+}
+
+// As copy_panels(), to the panels of even tiles, one after the other: the rows of a channel in all panels may lie so far apart that they
+// compete for the same few places in the nearest cache.
+template <class T, class Tile, bool kApart>
+void copy_even_panels(const T* src, int64_t step, int64_t src_channel, int64_t channels, int64_t points, T* dst) {
+  constexpr int64_t kV = kLanes<T>;
+  for (int64_t begin = 0, width; begin < points; begin += width, dst += width * channels) {
+    width = Tile::next_tile(points - begin);
+    const T* panel = src + begin * step;
+    if (width <= kV) {
+      copy_panel_rows<T, kApart>(panel, step, src_channel, channels, static_cast<int>(width), dst, width);
+    } else {
+      // The second vector first: what it writes too much is the first one of the next channel.
+      copy_panel_rows<T, kApart>(panel + kV * step, step, src_channel, channels, static_cast<int>(width - kV), dst + kV, width);
+      copy_panel_rows<T, kApart>(panel, step, src_channel, channels, static_cast<int>(kV), dst, width);
+    }
+  }
+}
+
 // Up to kV outputs of sums[point][pitch of outputs], from `first` on, in lanes: body(output, first point, points, vector of them).
 template <class T, class Body>
 inline __attribute__((always_inline)) void for_each_transposed(const T* sums, int64_t pitch, int64_t points, int outputs,

@@ -132,8 +132,13 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
       if (b_.reading == Reading::panels) {
-        copy_panels(line, p_.source_point, p_.source_channel, channels, block.points, Tile::tile_points(block.points),
-                    copy + i * copied_line);
+        if constexpr (kEvenTiles) {
+          const auto copy_line = p_.source_point == 1 ? copy_even_panels<T, Tile, false> : copy_even_panels<T, Tile, true>;
+          copy_line(line, p_.source_point, p_.source_channel, channels, block.points, copy + i * copied_line);
+        } else {
+          copy_panels(line, p_.source_point, p_.source_channel, channels, block.points, Tile::tile_points(block.points),
+                      copy + i * copied_line);
+        }
       } else if constexpr (Tile::kPointsInLanes) {
         copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
       } else {
@@ -230,7 +235,8 @@ class PointwiseRun {
   void run_unit(int worker, const Task& task, const Block& block, const Source& source, int64_t unit, int64_t channel_block,
                 Ahead& ahead) const {
     const int64_t first = task.group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
-    const int64_t width = Tile::width(p_.outputs, unit), tile_points = Tile::tile_points(block.points);
+    const int64_t width = Tile::width(p_.outputs, unit);
+    int64_t tile_points = Tile::tile_points(block.points);
     const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1, panels = b_.reading == Reading::panels;
     const bool writes_sums = !in_place && channel_block == b_.channel_blocks - 1;
     PointwiseTile<T> tile{};
@@ -249,6 +255,7 @@ class PointwiseRun {
       const T* const line = line_of(source, block, i);
       T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel + block.point * p_.dest_point;
       for (int64_t begin = 0; begin < block.points; begin += tile_points) {
+        if constexpr (kEvenTiles) tile_points = Tile::next_tile(block.points - begin);
         const int64_t points = smaller(tile_points, block.points - begin);
         tile.source = line + begin * (panels ? tile.channels : source.point);
         if (panels) tile.source_channel = points;

@@ -153,6 +153,10 @@ __attribute__((noinline)) void output_lanes(const PointwiseTile<T>& tile, Lanes<
   (finish_point<T>(tile, kPoint, sum[kPoint]), ...);
 }
 
+// Whether each tile of points takes an even share of those that are left, rather than the last one the rest: of 7 x 7 points in tiles of 6
+// that would be a single one, whose two sums wait for the latency of their own additions.
+constexpr bool kEvenTiles = kVectorRegisters < 32;
+
 // The units of both tiles: `outputs` channels are cut into units, each as wide as one tile.
 template <class T>
 struct OutputLanes {
@@ -167,6 +171,7 @@ struct OutputLanes {
 
   static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_points(int64_t points) { return (points + tiles(points) - 1) / tiles(points); }
+  static int64_t next_tile(int64_t points_left) { return tile_points(points_left); }  // where tiles are even
 
   static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) {
     width == kMaxWidth ? run_points<2>(tile, points) : run_points<1>(tile, points);
@@ -238,6 +243,7 @@ struct PointLanes {
 
   static int64_t tiles(int64_t points) { return (points + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_points(int64_t) { return kMaxPoints; }
+  static int64_t next_tile(int64_t points_left) { return points_left < kMaxPoints ? points_left : kMaxPoints; }
 
   static void run(const PointwiseTile<T>& tile, int64_t width, int64_t points) { run_width<kMaxWidth>(tile, width, points); }
 
