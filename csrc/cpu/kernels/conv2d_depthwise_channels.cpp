@@ -137,9 +137,21 @@ int64_t weight_index(const Job<T>& job, int64_t channel, int64_t term, int64_t t
   return job.s.weight_layout == Layout::nchw ? (k * job.group + c) * taps + tap : (k * taps + tap) * job.group + c;
 }
 
+// The weights of kLanes channels in groups of one, as [tap, channel]. In either layout a channel's taps lie together.
+template <class T>
+void pack_depthwise(const Job<T>& job, const T* weight, int64_t first) {
+  const int64_t taps = taps_of(job.s);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    store(job.weights + tap * job.channels + first, load_strided(weight + first * taps + tap, taps, first_lanes<T>(kLanes<T>), Vec<T>{}));
+  }
+}
+
 // The weights of kLanes target channels as [tap, term, channel].
 template <class T>
 void pack_channels(const Job<T>& job, const T* weight, int64_t first) {
+  if constexpr (kVectorBytes == 32) {
+    if (job.group == 1) return pack_depthwise(job, weight, first);
+  }
   for (int64_t tap = 0; tap < taps_of(job.s); ++tap) {
     for (int64_t term = 0; term < job.group; ++term) {
       T* packed = job.weights + (tap * job.group + term) * job.channels + first;
