@@ -128,13 +128,18 @@ void forward_row_nchw(const Pool2dShape& s, const T* column_divisors, T* sums, c
 // tap.
 template <class T, int kVectors>
 void average_channels(const Pool2dShape& s, const T* window, int64_t rows, int64_t columns, T divisor, T* output, LaneSet lanes) {
+  constexpr int64_t kPixelsAhead = 8;  // of some of their channels: strided reads
+  constexpr int kVectorsOfLine = 64 / kVectorBytes;
   const LaneSet all = first_lanes<T>(kLanes<T>);
   Vec<T> total[kVectors] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const T* pixel = window + r * s.dilation_h * s.in_w * s.channels;
     Vec<T> sum[kVectors] = {};
     for (int64_t k = 0; k < columns; ++k, pixel += s.dilation_w * s.channels) {
-      for (int i = 0; i < kVectors; ++i) sum[i] += load_lanes(pixel + i * kLanes<T>, i + 1 < kVectors ? all : lanes, Vec<T>{});
+      for (int i = 0; i < kVectors; ++i) {
+        if (i % kVectorsOfLine == 0) fetch_to_read(pixel + i * kLanes<T> + kPixelsAhead * s.channels);
+        sum[i] += load_lanes(pixel + i * kLanes<T>, i + 1 < kVectors ? all : lanes, Vec<T>{});
+      }
     }
     for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
   }
