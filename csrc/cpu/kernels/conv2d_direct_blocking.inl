@@ -156,7 +156,8 @@ Blocking make_blocking(const Bundle& bundle, int threads) {
   fit_points<T, Tile>(g, shares ? kSharedBytes : kStagedBytes, b);
   b.units = Tile::units(g.outputs);
   split_tasks<T, Tile>(g, threads > 1 ? threads * kTasksPerThread : 1, b);
-  const bool pairs_rows = Tile::rows(Tile::width(g.outputs, 0), b.cols, 2) == 2;
+  const int64_t width = Tile::width(g.outputs, 0);
+  const bool pairs_rows = Tile::rows(width, b.cols, 2) == 2 || Tile::body(width, b.cols) < b.cols;
   b.rows_together = pairs_rows && g.rows.step == 1 ? 2 : 1;
   if (b.row_pieces < g.rows.count) set_rows(g, ceil_div(b.row_pieces, b.rows_together) * b.rows_together, b);
   count_blocks(g, Tile::units(g.outputs), b);

@@ -1,7 +1,7 @@
 // The functions of a row of gather convolutions in float32 and float64.
 #pragma once
 
-#include "cpu/kernels/conv2d_direct_run.inl"
+#include "cpu/kernels/conv2d_direct_gathers.inl"
 
 namespace {
 

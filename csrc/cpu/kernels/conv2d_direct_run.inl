@@ -13,7 +13,6 @@ namespace {
 using cnn_ext::Conv2dBuffers;
 using cnn_ext::cpu::Outcome;
 using cnn_ext::cpu::Packed;
-using cnn_ext::cpu::PackedForm;
 
 constexpr int64_t kSerialPack = 1 << 14;                 // weights
 constexpr int64_t kNearWeights = kSecondCacheBytes / 4;  // bytes
@@ -258,7 +257,11 @@ class GatherRun {
 
   // Tiles of a unit, about.
   int64_t tiles_of(const Place& p) const {
-    return p.images * ceil_div(p.rows, Tile::rows(Tile::kMaxWidth, p.cols, p.rows)) * Tile::tiles(p.cols);
+    int64_t tiles = 0;
+    for_column_ranges<Tile>(Tile::kMaxWidth, p.cols, [&](int64_t, int64_t range) {
+      tiles += ceil_div(p.rows, Tile::rows(Tile::kMaxWidth, range, p.rows)) * Tile::tiles(range);
+    });
+    return p.images * tiles;
   }
 
   Writing writing_of(const Part& part, int64_t channel_block, const Sink& sink) const {
@@ -277,7 +280,7 @@ class GatherRun {
   void run_unit(int worker, const Place& p, const Part& part, int64_t channel_block, int64_t unit, bool interleaved, T* sums_of_unit,
                 Ahead<T>& source, Ahead<T> next_weights) const {
     const Gather& g = *part.g;
-    const int64_t width = Tile::width(g.outputs, unit), row_sums = Tile::row_sums(width, p.cols), tiles = Tile::tiles(p.cols);
+    const int64_t width = Tile::width(g.outputs, unit), row_sums = Tile::row_sums(width, p.cols);
     const int64_t channel = p.group * g.outputs + Tile::first(g.outputs, unit);
     const int64_t pitch = Tile::kChannelsInner ? width : Tile::kMaxPoints, outputs = outputs_of(unit);
     if (packs_in_tasks_) pack(part, p.group, unit, channel_block, own_weights(worker));
@@ -296,39 +299,41 @@ class GatherRun {
         staged(worker) + (b_.stagings == 1 ? channel_block * part.reduction.channels : 0) * layout_.channel_pitch;
     for (int64_t image = 0; image < p.images; ++image) {
       const T* staged_image = staged_channels + image * layout_.image_pitch;
-      int64_t rows = 0;
-      for (int64_t y = 0; y < p.rows; y += rows) {
-        rows = Tile::rows(width, p.cols, p.rows - y);
-        const TapRange tap_rows = taps_inside(g.h, p.y + y, rows);
-        choose_steps(tile, part, weights, tap_rows, {0, g.w.taps}, channel_block, width);
-        int64_t x = 0;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t end = Tile::tile_begin(p.cols, t + 1), cols = end - x;
-          if (part.leaves_out_columns) choose_steps(tile, part, weights, tap_rows, taps_inside(g.w, p.x + x, cols), channel_block, width);
-          tile.staged = staged_image + y * tile.row_step + x;
-          tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
-          if (keeps_sums) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
-          if (Tile::kChannelsInner && tile.bias != nullptr) {
-            tile.before = tile.bias;
-          } else {
-            tile.before = tile.out, tile.before_pitch = tile.pitch, tile.before_row_pitch = tile.row_pitch;
+      for_column_ranges<Tile>(width, p.cols, [&](int64_t first_col, int64_t range) {
+        int64_t rows = 0;
+        for (int64_t y = 0; y < p.rows; y += rows) {
+          rows = Tile::rows(width, range, p.rows - y);
+          const TapRange tap_rows = taps_inside(g.h, p.y + y, rows);
+          choose_steps(tile, part, weights, tap_rows, {0, g.w.taps}, channel_block, width);
+          int64_t x = first_col;
+          for (int64_t t = 0; t < Tile::tiles(range); ++t) {
+            const int64_t end = first_col + Tile::tile_begin(range, t + 1), cols = end - x;
+            if (part.leaves_out_columns) choose_steps(tile, part, weights, tap_rows, taps_inside(g.w, p.x + x, cols), channel_block, width);
+            tile.staged = staged_image + y * tile.row_step + x;
+            tile.out = sums_of_unit, tile.pitch = pitch, tile.row_pitch = Tile::row_sums(width, cols), tile.last = kLanes<T>;
+            if (keeps_sums) tile.out += (image * p.rows + y) * row_sums + x * width, tile.row_pitch = row_sums;
+            if (Tile::kChannelsInner && tile.bias != nullptr) {
+              tile.before = tile.bias;
+            } else {
+              tile.before = tile.out, tile.before_pitch = tile.pitch, tile.before_row_pitch = tile.row_pitch;
+            }
+            tile.weights_ahead = next_weights.next(tile.run_steps, tile.weights);
+            tile.source_ahead = source.next(tile.runs * tile.run_steps, tile.weights);
+            if constexpr (!Sink::kTakesUnits) {
+              T* const dst = sink.point(p.n + image, channel, p.y + y, p.x + x);
+              if (writing == Writing::in_place) writer.write_in_place(tile, dst, cols, outputs);
+              tile.dest_ahead = writer.ahead(tile, writing, dst, rows, cols, outputs);
+              Tile::run(tile, width, rows, cols);
+              if (rectifies) Tile::rectify(tile, writing == Writing::in_place ? outputs : width, rows, cols);
+              if (writing == Writing::by_tiles) writer.write_tile(tile, rows, cols, outputs, dst);
+            } else {
+              tile.dest_ahead = fetch_nothing(tile.weights);
+              Tile::run(tile, width, rows, cols);
+            }
+            x = end;
           }
-          tile.weights_ahead = next_weights.next(tile.run_steps, tile.weights);
-          tile.source_ahead = source.next(tile.runs * tile.run_steps, tile.weights);
-          if constexpr (!Sink::kTakesUnits) {
-            T* const dst = sink.point(p.n + image, channel, p.y + y, p.x + x);
-            if (writing == Writing::in_place) writer.write_in_place(tile, dst, cols, outputs);
-            tile.dest_ahead = writer.ahead(tile, writing, dst, rows, cols, outputs);
-            Tile::run(tile, width, rows, cols);
-            if (rectifies) Tile::rectify(tile, writing == Writing::in_place ? outputs : width, rows, cols);
-            if (writing == Writing::by_tiles) writer.write_tile(tile, rows, cols, outputs, dst);
-          } else {
-            tile.dest_ahead = fetch_nothing(tile.weights);
-            Tile::run(tile, width, rows, cols);
-          }
-          x = end;
         }
-      }
+      });
     }
     const UnitSums<T> complete{sums_of_unit, width, p.images, p.rows, p.cols, outputs, p.n, channel, p.y, p.x};
     if constexpr (Sink::kTakesUnits) {
@@ -367,33 +372,5 @@ class GatherRun {
   int64_t blocks_ = 0;   // of the reduction, of all parts
   int64_t weights_ = 0;  // packed, of all parts
 };
-
-// Plan and run of the problems that a direction is made of. `Ends` makes a problem's gather, source and sink.
-template <class T, class Tile, class Ends>
-Plan plan_gathers(const Ends& ends, int threads) {
-  Plan plan{Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
-  for_bundles<T, Tile>(ends, [&](const Bundle& bundle) {
-    const Plan one = plan_bundle<T, Tile, typename Ends::Source, typename Ends::Sink>(bundle, threads);
-    plan.tasks += one.tasks;
-    if (one.workspace_bytes > plan.workspace_bytes) plan.workspace_bytes = one.workspace_bytes;
-  });
-  return plan;
-}
-
-// packed: of a direction that is one problem.
-template <class T, class Tile, class Ends>
-Outcome run_gathers(const Ends& ends, const T* weight, const T* bias, Packed packed, void* workspace, int threads) {
-  Outcome outcome = Outcome::done;
-  for_bundles<T, Tile>(ends, [&](const Bundle& bundle) {
-    if (outcome != Outcome::done) return;
-    outcome = GatherRun<T, Tile, Ends>(bundle, ends, weight, bias, packed, workspace, threads).run();
-  });
-  return outcome;
-}
-
-template <class T, class Tile>
-PackedForm packed_form(const Gather& g) {
-  return {static_cast<size_t>(packed_bytes<T, Tile>(g)), 0};
-}
 
 }  // namespace

@@ -102,6 +102,13 @@ struct ChannelTile {
   static int64_t rows(int64_t width, int64_t cols, int64_t available) {
     return (width == kV || 2 * cols <= kMaxPoints) && available > 1 ? 2 : 1;
   }
+  // The columns of a row that are taken row by row. With 16 registers the last 2 or 3 that whole tiles leave (3 where they leave 1) are
+  // taken two rows at a time: a tile of fewer than 4 points waits for its own additions.
+  static int64_t body(int64_t width, int64_t cols) {
+    const int64_t left = cols % kMaxPoints;
+    if (kVectorRegisters == 32 || width == kV || cols < kMaxPoints || left == 0 || 2 * left > kMaxPoints) return cols;
+    return cols - (left == 1 ? kMaxPoints / 2 : left);
+  }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
   // The sums of a row of grid points, [column][width].
@@ -135,6 +142,7 @@ struct PixelTile {
     while (rows > 1 && (rows > available || rows * width * vectors(cols) > kAccumulators)) rows /= 2;
     return rows;
   }
+  static int64_t body(int64_t, int64_t cols) { return cols; }
   static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * kMaxPoints < cols ? tile * kMaxPoints : cols; }
   // The sums of a row of grid points, [tile][width][kMaxPoints].
@@ -149,5 +157,13 @@ struct PixelTile {
  private:
   static int64_t vectors(int64_t cols) { return cols > kV ? 2 : 1; }
 };
+
+// Calls run(first, count) for the columns of a row that are cut into tiles together: its body and what is left of it.
+template <class Tile, class Run>
+void for_column_ranges(int64_t width, int64_t cols, const Run& run) {
+  const int64_t body = Tile::body(width, cols);
+  run(0, body);
+  if (body < cols) run(body, cols - body);
+}
 
 }  // namespace

@@ -6,7 +6,7 @@
 // once instead of once for each of the stride_h * stride_w phases that conv2d_direct would make of it, and grad_input is written in runs of
 // neighbours (PatchSink) instead of every stride-th element. Patches must tile the input, and the weight lie in the layout of the
 // activations.
-#include "cpu/kernels/conv2d_direct_run.inl"
+#include "cpu/kernels/conv2d_direct_gathers.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {

@@ -7,6 +7,7 @@
 //
 // The sums are those of conv2d_direct, in the same order. Grid points in the lanes (conv2d_direct_pixels.cpp) serve backward_input and the
 // activation alone where they are faster, but not pooling, which would have to pick lanes apart.
+#include "cpu/kernels/conv2d_direct_gathers.inl"
 #include "cpu/kernels/conv2d_direct_pixels.inl"
 #include "cpu/kernels/conv2d_direct_pooled.inl"
 #include "cpu/kernels/conv2d_winograd_blocking.inl"
