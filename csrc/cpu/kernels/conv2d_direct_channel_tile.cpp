@@ -19,7 +19,7 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
     for (int i = 0; i < kPoints; ++i) {
       const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) add_product(sum[i][v], x, weight[v]);
+      for (int v = 0; v < kVectors; ++v) accumulate(sum[i][v], x, weight[v]);
     }
   });
   const auto write = [&](const auto& store_last) __attribute__((always_inline)) {

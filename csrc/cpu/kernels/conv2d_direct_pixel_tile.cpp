@@ -20,7 +20,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
       for (int p = 0; p < kPoints; ++p) {
         const Vec<T> x = load(in + p / kVectors * row_step + p % kVectors * kV);
 #pragma GCC unroll 14
-        for (int k = 0; k < kWidth; ++k) add_product(sum[p][k], x, weight[k]);
+        for (int k = 0; k < kWidth; ++k) accumulate(sum[p][k], x, weight[k]);
       }
     } else {
       Vec<T> x[kPoints];
@@ -30,7 +30,7 @@ __attribute__((noinline)) void pixel_tile(const TileTask<T>& task) {
       for (int k = 0; k < kWidth; ++k) {
         const Vec<T> weight = broadcast_from(weights + k);
 #pragma GCC unroll 8
-        for (int p = 0; p < kPoints; ++p) add_product(sum[p][k], x[p], weight);
+        for (int p = 0; p < kPoints; ++p) accumulate(sum[p][k], x[p], weight);
       }
     }
   });

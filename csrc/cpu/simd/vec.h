@@ -132,11 +132,11 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a *
 // sum += a * b, as fma(). With 16 registers by an instruction that leaves the sum in its register: left to itself, GCC moves the sums of a
 // tile from register to register and, in a long loop, to memory.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-inline void add_product(Vec<float>& sum, Vec<float> a, Vec<float> b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
-inline void add_product(Vec<double>& sum, Vec<double> a, Vec<double> b) { asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+inline void accumulate(Vec<float>& sum, Vec<float> a, Vec<float> b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+inline void accumulate(Vec<double>& sum, Vec<double> a, Vec<double> b) { asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 #else
 template <class V>
-inline void add_product(V& sum, V a, V b) {
+inline void accumulate(V& sum, V a, V b) {
   sum = fma(a, b, sum);
 }
 #endif
