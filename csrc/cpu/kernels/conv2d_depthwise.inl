@@ -192,24 +192,12 @@ void write_pixels(const T* stage, int64_t count, const BlockMaps<T>& maps, int64
   for_each_piece<T>(count, piece, single);
 }
 
-// Fetches, of the block behind this one, as many pixels as belong to the row at hand: whole maps of neighbouring channels lie one behind
-// the other, and the next task is most often the next block.
-template <class T>
-void fetch_next_block(const ChannelBlock<T>& b, int64_t row, bool to_write) {
-  if (b.step != 1) return;
-  const auto* next = b.image + (b.first + kLanes<T>)*b.height * b.width + row * b.width * kLanes<T>;
-  for (int64_t i = 0; i < b.width; ++i) {
-    to_write ? __builtin_prefetch(next + i * kLanes<T>, 1) : __builtin_prefetch(next + i * kLanes<T>);
-  }
-}
-
 template <class T>
 void stage_rows_nchw(const ChannelBlock<const T>& b, const Stage<T>& stage, int64_t first_row, int64_t last_row) {
   const BlockMaps<const T> maps(b);
   const int64_t first = larger(0, stage.column), last = smaller(b.width, stage.column + stage.columns);
   for (int64_t r = first_row; r < last_row; ++r) {
     stage_pixels(maps, r * b.width + first, last - first, stage.at(r, first));
-    if (last_row - first_row == b.height) fetch_next_block(b, r, false);
   }
 }
 
@@ -236,9 +224,6 @@ void write_stage(const Stage<T>& stage, const ChannelBlock<T>& b) {
   if (b.layout == Layout::nhwc) {
     for (int64_t p = 0; p < pixels; ++p) store_pixel(b, first_pixel + p, load(stage.data + p * kLanes<T>));
     return;
-  }
-  if (stage.rows == b.height) {
-    for (int64_t r = 0; r < b.height; ++r) fetch_next_block(b, r, true);
   }
   write_pixels(stage.data, pixels, BlockMaps<T>(b), first_pixel);
 }
