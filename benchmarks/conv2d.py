@@ -19,6 +19,9 @@ DIRECTIONS = ("forward", "backward_input", "backward_weight")
 FEW_CHANNELS = 64
 SMALL_MAP = 7
 
+# What a number meets in Winograd's three transforms, at most: two passes of 8 (docs/kernels/winograd.md).
+WINOGRAD_ROUNDINGS = 3 * 2 * 8
+
 # A result is checked on the first samples of the batch, as many as torch in float64 computes in about a second.
 CHECKED_FLOPS = 2e9
 
@@ -194,7 +197,7 @@ def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], benc
     some = next(iter(first.values()))
     with _without_cudnn():  # which searches long in float64
         reference = torchs(direction, case, some.double())()
-    tolerance = _tolerance(case, direction, some, bench.unit_roundoff)
+    tolerance = _tolerance(case, direction, some, bench)
     tolerance += bench.result_roundoff * float(reference.abs().max())
     return {
         layout: check_close(
@@ -204,12 +207,15 @@ def _check(case: Conv2dCase, direction: str, in_layout: dict[str, Tensors], benc
     }
 
 
-def _tolerance(case: Conv2dCase, direction: str, t: Tensors, unit_roundoff: float) -> float:
-    """Rounding error grows at most with the number of terms and with the largest product among them."""
+def _tolerance(case: Conv2dCase, direction: str, t: Tensors, bench: Bench) -> float:
+    """Error grows at most with the number of roundings and with the largest product among the terms. Winograd's may
+    exceed that by far; on random data it does not, and its documented bound would let whole terms go missing.
+    """
     operands: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor, int]]] = {
         "forward": lambda: (t.input, t.weight, case.terms_per_output),
         "backward_input": lambda: (t.grad_output, t.weight, case.terms_per_input),
         "backward_weight": lambda: (t.grad_output, t.input, case.terms_per_weight),
     }
     left, right, terms = operands[direction]()
-    return unit_roundoff * (terms + 1) * float(left.abs().max()) * float(right.abs().max())
+    roundings = terms + 1 + (WINOGRAD_ROUNDINGS if bench.winograd else 0)
+    return bench.unit_roundoff * roundings * float(left.abs().max()) * float(right.abs().max())
