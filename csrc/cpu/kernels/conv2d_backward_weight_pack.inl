@@ -13,6 +13,16 @@ namespace {
 // channels_last is read as one stream, which the processor's own prefetching follows to the end of a page only.
 constexpr int64_t kPrefetchBytes = 4096;
 
+// The channels of one pixel, of which there are `written` <= lanes; `left` elements of the run, this pixel's among them, are yet to be
+// written. AVX2 stores parts of vectors in pieces: a whole one takes less time, and what is too much the pixels behind it overwrite.
+template <class T>
+inline void store_pixel(T* to, Vec<T> v, int written, int64_t left) {
+  if constexpr (kVectorBytes == 32) {
+    if (left >= kLanes<T>) return store(to, v);
+  }
+  store_first(to, v, written);
+}
+
 // `pixels` neighbours of at least 2 channels that fit into a piece, side by side. Each is stored as a whole piece, and the next one
 // overwrites what that is too much.
 template <class T>
@@ -36,6 +46,7 @@ template <class T>
 inline void pack_planes_apart(const T* source, int64_t plane, int64_t pixel_step, int channels, int64_t pixels, T* destination,
                               int64_t step, int written) {
   constexpr int lanes = kLanes<T>;
+  const int64_t run = written == step ? pixels * step : 0;
   for (int64_t first = 0; first < pixels; first += lanes) {
     const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
     Vec<T> rows[lanes];
@@ -45,7 +56,7 @@ inline void pack_planes_apart(const T* source, int64_t plane, int64_t pixel_step
     transpose<T>(rows);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      if (i < count) store_first(destination + (first + i) * step, rows[i], written);
+      if (i < count) store_pixel(destination + (first + i) * step, rows[i], written, run - (first + i) * step);
     }
   }
 }
@@ -61,6 +72,7 @@ inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pi
   }
   if (written == channels && step == channels && channels <= kPieceLanes<T>)
     return pack_few_planes(source, plane, channels, pixels, destination);
+  const int64_t run = written == step ? pixels * step : 0;
   for (int64_t first = 0; first < pixels; first += lanes) {
     const int count = pixels - first < lanes ? static_cast<int>(pixels - first) : lanes;
     Vec<T> rows[lanes];
@@ -79,7 +91,7 @@ inline void pack_planes(const T* source, int64_t plane, int channels, int64_t pi
     } else {
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
-        if (i < count) store_first(to + i * step, rows[i], written);
+        if (i < count) store_pixel(to + i * step, rows[i], written, run - (first + i) * step);
       }
     }
   }
@@ -95,9 +107,10 @@ inline void pack_pixels(const T* source, int64_t pixel, int channels, int64_t pi
       store(destination + i * step, load(source + i * pixel));
     }
   } else {
+    const int64_t run = written == step ? pixels * step : 0;
     for (int64_t i = 0; i < pixels; ++i) {
       __builtin_prefetch(source + i * pixel + ahead);
-      store_first(destination + i * step, load_first(source + i * pixel, channels), written);
+      store_pixel(destination + i * step, load_first(source + i * pixel, channels), written, run - i * step);
     }
   }
 }
