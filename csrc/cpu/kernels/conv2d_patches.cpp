@@ -31,6 +31,10 @@ Gather make_patch_gather(const Conv2dShape& s) {
   return g;
 }
 
+// Whether runs of two elements are transposed as pairs. (AVX-512 stores them one by one.)
+template <class T>
+constexpr bool kTransposesPairs = sizeof(T) == sizeof(float) && kVectorBytes == 32;
+
 // Takes [image][row][column][element of the patch] and writes the elements where they belong: in runs that are neighbours in grad_input as
 // in the weight, kernel_w of them, or kernel_w * in_channels in nhwc. Runs of neighbouring patches follow each other.
 template <class T>
@@ -39,6 +43,9 @@ struct PatchSink {
   static constexpr bool relu = false;
 
   void write(const UnitSums<T>& unit, T*) const {
+    if constexpr (kTransposesPairs<T>) {
+      if (shape.layout == Layout::nchw && shape.kernel_w == 2) return write_pairs(unit);
+    }
     const bool nchw = shape.layout == Layout::nchw;
     const int64_t run = shape.kernel_w * (nchw ? 1 : shape.in_channels), row = shape.in_w * (nchw ? 1 : shape.in_channels);
     const int64_t end = unit.channel + unit.outputs;
@@ -59,6 +66,43 @@ struct PatchSink {
   Conv2dShape shape;
 
  private:
+  // Runs of two elements are moved as one of twice the size: as many rows of grad_input as a vector has pairs are written at once, from
+  // squares of pairs that are transposed in registers.
+  void write_pairs(const UnitSums<T>& unit) const {
+    constexpr int kPairs = kLanes<double>;
+    const int64_t plane = shape.in_h * shape.in_w;
+    for (int64_t image = 0; image < unit.images; ++image) {
+      for (int64_t first = 0; first < unit.outputs; first += 2 * kPairs) {
+        const int pairs = static_cast<int>(smaller(unit.outputs - first, 2 * kPairs) / 2);
+        T* rows[kPairs];  // of grad_input, at the first of the unit's patches
+        for (int i = 0; i < pairs; ++i) {
+          const int64_t pair = (unit.channel + first) / 2 + i, channel = pair / shape.kernel_h, r = pair % shape.kernel_h;
+          rows[i] = grad_input + ((unit.n + image) * shape.in_channels + channel) * plane + (unit.y * shape.kernel_h + r) * shape.in_w +
+                    2 * unit.x;
+        }
+        const T* sums = unit.sums + image * unit.rows * unit.cols * unit.pitch + first;
+        for (int64_t y = 0; y < unit.rows; ++y, sums += unit.cols * unit.pitch) {
+          write_rows_of_pairs(sums, unit, pairs, y * shape.kernel_h * shape.in_w, rows);
+        }
+      }
+    }
+  }
+
+  static void write_rows_of_pairs(const T* sums, const UnitSums<T>& unit, int pairs, int64_t offset, T* const* rows) {
+    constexpr int kPairs = kLanes<double>;
+    for (int64_t x = 0; x < unit.cols; x += kPairs) {
+      const int points = static_cast<int>(smaller(unit.cols - x, kPairs));
+      Vec<double> square[kPairs];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; ++i) square[i] = i < points ? (Vec<double>)load(sums + (x + i) * unit.pitch) : Vec<double>{};
+      transpose<double>(square);
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; ++i) {
+        if (i < pairs) store_first(rows[i] + offset + 2 * x, (Vec<T>)square[i], 2 * points);
+      }
+    }
+  }
+
   static void write_row(const T* sums, const UnitSums<T>& unit, T* dst, int64_t run, int64_t count) {
     for (int64_t x = 0; x < unit.cols; ++x, sums += unit.pitch, dst += run) {
       for (int64_t i = 0; i < count; i += kLanes<T>) store_first(dst + i, load(sums + i), static_cast<int>(smaller(count - i, kLanes<T>)));
