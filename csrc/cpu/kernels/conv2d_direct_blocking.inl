@@ -22,7 +22,9 @@ constexpr int64_t kWholeVectorTerms = 288;  // where a block is widened to whole
 constexpr int64_t kFewPoints = 256;         // of an image: packing is then a large part of the time
 constexpr int64_t kStagedBytes = kSecondCacheBytes / 8;  // a block's source, which stays there beside weights, sums and what is fetched
 constexpr int64_t kSharedBytes = kSecondCacheBytes / 4;  // one that is staged once for several problems
-constexpr int64_t kTaskPoints = 512;                     // grid points that read the same packed weights while these are near
+// With 16 registers, what such a source may come to once its rows are whole tiles' and its channels stand apart.
+constexpr int64_t kMostSharedBytes = kVectorRegisters == 32 ? kSharedBytes : kSecondCacheBytes / 2;
+constexpr int64_t kTaskPoints = 512;  // grid points that read the same packed weights while these are near
 constexpr int64_t kFewestPoints = 28;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, the last one to finish is waited for too long; with more, more is staged twice
 constexpr int64_t kWholeGridShare = 2;  // of these, where each stages the source of the whole grid
@@ -247,7 +249,7 @@ void for_bundles(const Ends& ends, const Body& body) {
     for (int64_t i = 0; i < count; ++i) add(i);
     if (bundle.count == 0) return;
     cover_parts(bundle);
-    if (staged_bytes<T>(bundle.cover, make_blocking<T, Tile>(bundle, 1)) <= kSharedBytes) return body(bundle);
+    if (staged_bytes<T>(bundle.cover, make_blocking<T, Tile>(bundle, 1)) <= kMostSharedBytes) return body(bundle);
   }
   for (int64_t i = 0; i < count; ++i) {
     bundle.count = 0;
