@@ -19,6 +19,8 @@ namespace {
 
 using cnn_ext::cpu::CNN_EXT_ISA::Fetch;
 
+constexpr int64_t kLineBytes = 64;
+
 template <class T>
 Fetch fetch_nothing(const T* at_hand) {
   return {reinterpret_cast<const char*>(at_hand), 0, 0};

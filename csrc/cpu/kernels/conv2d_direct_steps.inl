@@ -5,10 +5,15 @@
 
 namespace {
 
-constexpr int64_t kLineBytes = 64;
-
-// With 16 registers a step has fewer multiply-adds, and what stands beside them counts: four steps share it, and what is fetched.
-constexpr int kStepsTogether = kVectorRegisters == 32 ? 1 : 4;
+// The lines of a destination, where a tile has too few steps to fetch them one by one.
+template <int kDestLines>
+inline void fetch_at_once(const Fetch& fetch) {
+  const char* at = fetch.at;
+  for (int64_t i = 0; i < fetch.count; ++i, at += fetch.step) {
+    __builtin_prefetch(at, 0, 2);
+    if constexpr (kDestLines == 2) __builtin_prefetch(at - kLineBytes, 0, 2);
+  }
+}
 
 // Calls step(offset, weights) for the steps of a tile. Its first run is gone through in two parts: while there is a destination to fetch,
 // and after that, as in the other runs, what there is of the weights. Where kDestLines is 2, the line before each of the destination's is
@@ -20,7 +25,13 @@ inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, co
   const char *source = task.source_ahead.at, *other = task.dest_ahead.at;
   int64_t source_step = task.source_ahead.step, other_step = task.dest_ahead.step;
   const int32_t* end = offset + task.run_steps;
-  const int64_t dest_steps = task.dest_ahead.count * (kDestLines == 2 ? 1 : kStepsTogether);
+  int64_t dest_steps = task.dest_ahead.count * (kDestLines == 2 ? 1 : kStepsTogether);
+  if constexpr (kStepsTogether > 1) {
+    if (has_few_steps(task, task.dest_ahead.count)) {
+      fetch_at_once<kDestLines>(task.dest_ahead);
+      dest_steps = 0;
+    }
+  }
   const int32_t* stop = offset + (dest_steps < task.run_steps ? dest_steps : task.run_steps);
   int64_t runs = task.runs;
   if constexpr (kDestLines == 2) {

@@ -6,6 +6,9 @@
 
 namespace {
 
+// How many tiles further on the place lies that a tile of few steps fetches: in planes, and where channels are innermost.
+constexpr int64_t kPlaneTilesAhead = 1, kPointTilesAhead = 4;
+
 // How a unit's sums get to their destination.
 enum class Writing {
   in_scratch,   // not yet, or by a sink that takes units
@@ -26,12 +29,16 @@ struct SumsWriter {
   }
 
   // Of a tile's place in planes, the last line in each of them: the others are the tile's before, or follow soon. Where channels are
-  // innermost, the place behind the tile's, which is most often the next one's.
+  // innermost, the place behind the tile's, which is most often the next one's. Tiles of few steps fetch what lies further on.
   Fetch ahead(const TileTask<T>& tile, Writing writing, const T* dst, int64_t rows, int64_t cols, int64_t outputs) const {
     const Strides& grid = sink.grid;
     if (writing == Writing::in_scratch) return fetch_nothing(tile.weights);
-    if (grid.c == 1) return {reinterpret_cast<const char*>(dst + cols * grid.w), grid.w * kSize, cols};
-    return {reinterpret_cast<const char*>(dst + (rows - 1) * grid.h + (cols - 1) * grid.w), grid.c * kSize, outputs};
+    if (grid.c == 1) {
+      if (has_few_steps(tile, cols)) return points_ahead(dst, cols);
+      return {reinterpret_cast<const char*>(dst + cols * grid.w), grid.w * kSize, cols};
+    }
+    const int64_t last_col = (has_few_steps(tile, outputs) ? kPlaneTilesAhead * cols : 0) + cols - 1;
+    return {reinterpret_cast<const char*>(dst + (rows - 1) * grid.h + last_col * grid.w), grid.c * kSize, outputs};
   }
 
   void write_tile(const TileTask<T>& tile, int64_t rows, int64_t cols, int64_t outputs, T* dst) const {
@@ -77,6 +84,13 @@ struct SumsWriter {
   Sink sink;
 
  private:
+  // A line of each point, or, where less than two lie between points, all of them.
+  Fetch points_ahead(const T* dst, int64_t cols) const {
+    const int64_t point = sink.grid.w * kSize;
+    const char* at = reinterpret_cast<const char*>(dst + kPointTilesAhead * cols * sink.grid.w);
+    return point < 2 * kLineBytes ? Fetch{at, kLineBytes, ceil_div(cols * point, kLineBytes)} : Fetch{at, point, cols};
+  }
+
   // Sums of a row of grid points as they lie in scratch.
   void write_row(const T* sums, int64_t pitch, int64_t cols, int64_t outputs, T* dst) const {
     const Strides& grid = sink.grid;

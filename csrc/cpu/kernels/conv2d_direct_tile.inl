@@ -57,6 +57,15 @@ inline const T* at_offset(const T* staged, int64_t offset) {
   }
 }
 
+// With 16 registers a step has fewer multiply-adds, and what stands beside them counts: four steps share it, and what is fetched.
+constexpr int kStepsTogether = kVectorRegisters == 32 ? 1 : 4;
+
+// Whether the steps of a tile are too few to fetch so many lines on the way, and are done before memory answers.
+template <class T>
+inline bool has_few_steps(const TileTask<T>& task, int64_t lines) {
+  return kStepsTogether > 1 && 2 * kStepsTogether * lines > task.run_steps;
+}
+
 constexpr int kAccumulators = kVectorRegisters == 32 ? 28 : 12;
 // Output channels of a pixel tile: in float64 as many as first layers have, for every width is compiled for itself.
 template <class T>
