@@ -13,11 +13,11 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kPlanes = kVectorBytes == 64 ? 8 : 4;  // AVX2: more streams side by side than that are slower than what waits
-constexpr int64_t kChannels = 32;
+constexpr int64_t kPlanes = kVectorBytes == 64 ? 8 : 2;  // AVX2: of more planes, not all pointers fit 16 registers
+constexpr int64_t kChannels = kVectorBytes == 64 ? 32 : 16;
 // Steps of a gather in nchw that take as long as scattering five outputs: they are shorter where lanes are masked by instructions.
 constexpr int64_t kStepsOfFiveOutputs = kVectorBytes == 64 ? 8 : 3;
-constexpr int64_t kScratchBytes = 32768;  // of the 48 KB next to a core
+constexpr int64_t kScratchBytes = kVectorBytes == 64 ? 32768 : 16384;  // of the 48 or 32 KB next to a core
 
 // What is summed side by side is a group of members: planes (nchw) or channels of an image (nhwc). Rows and columns count in the padded
 // input.
@@ -125,6 +125,31 @@ void scatter_row(const Pool2dShape& s, const Grouping& g, const int32_t* distanc
   }
 }
 
+// The same for whole groups of planes, with a pointer to each. (Without AVX-512, for the same reason as below.)
+template <class T, class Offset>
+void scatter_row_of_planes(const Pool2dShape& s, const Grouping& g, const int32_t* distances, const Members<T, Offset>& members, int64_t oh,
+                           T* window) {
+  constexpr int kWhole = static_cast<int>(kPlanes);
+  const uint32_t last_tap = static_cast<uint32_t>(taps_of(s) - 1);
+  const T* grads[kWhole];
+  const Offset* offsets[kWhole];
+  T* windows[kWhole];
+#pragma GCC unroll 4
+  for (int m = 0; m < kWhole; ++m) {
+    grads[m] = members.grad_output + m * members.output_stride + oh * s.out_w;
+    offsets[m] = members.offsets + m * members.output_stride + oh * s.out_w;
+    windows[m] = window + m * g.member_stride;
+  }
+  const int64_t stride = s.stride_w;
+  for (int64_t ow = 0; ow < s.out_w; ++ow) {
+#pragma GCC unroll 4
+    for (int m = 0; m < kWhole; ++m) {
+      windows[m][distances[table_index(offsets[m][ow], last_tap)]] += grads[m][ow];
+      windows[m] += stride;
+    }
+  }
+}
+
 // The same for whole groups of channels, whose places the compiler knows. (Without AVX-512, where the counting and the addresses of each
 // channel take as long as its addition.)
 template <class T, class Offset>
@@ -170,6 +195,9 @@ class Sums {
     if constexpr (kVectorBytes < 64) {
       if (s_.layout == Layout::nhwc && members_.count == kChannels) {
         return scatter_row_of_channels(s_, g_, distances_, members_, oh, window);
+      }
+      if (s_.layout == Layout::nchw && members_.count == kPlanes) {
+        return scatter_row_of_planes(s_, g_, distances_, members_, oh, window);
       }
     }
     constexpr int kWhole = static_cast<int>(kPlanes);
