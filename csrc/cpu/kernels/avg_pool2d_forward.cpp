@@ -7,6 +7,10 @@
 // nhwc: a vector holds neighbouring channels of one output, four of them at a time to hide the latency of the additions; each row of a
 // window is summed by itself first.
 //
+// Without AVX-512 windows are read in the order of memory where they can be, since those processors do not fetch ahead down columns, or
+// some of each pixel's channels: a plane that is one window is summed as a run (nchw), and up to 12 vectors of a pixel are taken at a time
+// (nhwc).
+//
 // Every output is added up in the same order wherever its window lies: borders add zeros or nothing.
 #include "cpu/kernels/avg_pool2d.inl"
 
@@ -124,6 +128,32 @@ void forward_row_nchw(const Pool2dShape& s, const T* column_divisors, T* sums, c
   average_row<T, 0>(s, column_divisors, sums, broadcast(divisor), output);
 }
 
+// Whether windows are read in the order of memory (above), and from how many columns on in nhwc: of narrower ones the totals, which leave
+// the registers for each row, take longer than what is gained.
+constexpr bool kReadsInOrder = kVectorBytes < 64;
+constexpr int64_t kWideWindow = 7;
+
+// Whether there is one window, which is all of an nchw plane.
+bool is_global(const Pool2dShape& s) {
+  const bool is_one = s.out_h == 1 && s.out_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.layout == Layout::nchw && is_one && s.pad_top == 0 && s.pad_left == 0 && s.kernel_h >= s.in_h && s.kernel_w >= s.in_w;
+}
+
+template <class T>
+T sum_run(const T* p, int64_t count) {
+  constexpr int kVectors = 8;  // independent additions
+  Vec<T> sum[kVectors] = {};
+  int64_t i = 0;
+  for (; i + kVectors * kLanes<T> <= count; i += kVectors * kLanes<T>) {
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(p + i + v * kLanes<T>);
+  }
+  for (; i < count; i += kLanes<T>) sum[0] += load_lanes(p + i, first_lanes<T>(count - i), Vec<T>{});
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int v = 0; v < half; ++v) sum[v] += sum[v + half];
+  }
+  return sum_lanes<T>(sum[0]);
+}
+
 // kVectors neighbouring vectors of channels of one output; `lanes` are those of the last of them. window: the channels' values at the first
 // tap.
 template <class T, int kVectors>
@@ -146,6 +176,27 @@ void average_channels(const Pool2dShape& s, const T* window, int64_t rows, int64
   for (int i = 0; i < kVectors; ++i) store_lanes(output + i * kLanes<T>, total[i] / broadcast(divisor), i + 1 < kVectors ? all : lanes);
 }
 
+// The same for whole vectors, whose sums stay in registers along a row: the totals leave them.
+template <class T, int kVectors>
+void average_many_channels(const Pool2dShape& s, const T* window, int64_t rows, int64_t columns, T divisor, T* output) {
+  constexpr int64_t kPixelsAhead = 8;
+  constexpr int kVectorsOfLine = 64 / kVectorBytes;
+  Vec<T> total[kVectors] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* pixel = window + r * s.dilation_h * s.in_w * s.channels;
+    Vec<T> sum[kVectors] = {};
+    for (int64_t k = 0; k < columns; ++k, pixel += s.dilation_w * s.channels) {
+#pragma GCC unroll 12
+      for (int i = 0; i < kVectors; ++i) {
+        if (i % kVectorsOfLine == 0) fetch_to_read(pixel + i * kLanes<T> + kPixelsAhead * s.channels);
+        sum[i] += load(pixel + i * kLanes<T>);
+      }
+    }
+    for (int i = 0; i < kVectors; ++i) total[i] += sum[i];
+  }
+  for (int i = 0; i < kVectors; ++i) store(output + i * kLanes<T>, total[i] / broadcast(divisor));
+}
+
 // The channels [channel, last_channel) of one row of outputs of one image.
 template <class T>
 void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* image, int64_t oh, T* output, int64_t channel,
@@ -161,6 +212,17 @@ void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* i
     const T* window = image + ((top + rows.first * s.dilation_h) * s.in_w + left + columns.first * s.dilation_w) * s.channels;
     const T divisor = row_taps * column_divisors[ow];
     int64_t c = channel;
+    if constexpr (kReadsInOrder) {
+      const auto take = [&](auto average, int64_t vectors) {
+        for (; c + vectors * kLanes<T> <= last_channel; c += vectors * kLanes<T>) {
+          average(s, window + c, row_count, column_count, divisor, output + c);
+        }
+      };
+      if (s.kernel_w >= kWideWindow) {
+        take(average_many_channels<T, 12>, 12);
+        take(average_many_channels<T, 8>, 8);
+      }
+    }
     for (; c + kVectors * kLanes<T> <= last_channel; c += kVectors * kLanes<T>) {
       average_channels<T, kVectors>(s, window + c, row_count, column_count, divisor, output + c, first_lanes<T>(kLanes<T>));
     }
@@ -171,6 +233,14 @@ void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* i
       average_channels<T, 1>(s, window + c, row_count, column_count, divisor, output + c, first_lanes<T>(last_channel - c));
     }
   }
+}
+
+// The planes [plane, last) of nchw, each of them one window.
+template <class T>
+void average_planes(const Pool2dShape& s, const T* input, int64_t plane, int64_t last, T* output) {
+  const T divisor = static_cast<T>(row_divisor(s, 0)) * static_cast<T>(column_divisor(s, 0));
+  const int64_t size = s.in_h * s.in_w;
+  for (; plane < last; ++plane) output[plane] = sum_run(input + plane * size, size) / divisor;
 }
 
 template <class T>
@@ -192,7 +262,17 @@ void write_zeros(const Pool2dShape& s, T* output, int64_t channel, int64_t last_
 }
 
 template <class T>
+void forward_global(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
+  for_each_task(s, split_of<T>(s, threads), threads, [&](int, int64_t plane, int64_t last, int64_t, int64_t) {
+    average_planes(s, static_cast<const T*>(b.input), plane, last, static_cast<T*>(b.output));
+  });
+}
+
+template <class T>
 void forward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  if constexpr (kReadsInOrder) {
+    if (is_global(s)) return forward_global<T>(s, b, threads);
+  }
   Carver carver(workspace);
   const Scratch<T> scratch = carve_scratch<T>(s, carver, threads);
   fill_column_divisors(s, 1, scratch.column_divisors);
