@@ -17,6 +17,7 @@ constexpr int64_t kPlanes = kVectorBytes == 64 ? 8 : 2;  // AVX2: of more planes
 constexpr int64_t kChannels = kVectorBytes == 64 ? 32 : 16;
 // Steps of a gather in nchw that take as long as scattering five outputs: they are shorter where lanes are masked by instructions.
 constexpr int64_t kStepsOfFiveOutputs = kVectorBytes == 64 ? 8 : 3;
+constexpr int64_t kStepsOfFourOutputs = kVectorBytes == 64 ? 3 : 5;    // of a vector of channels, in nhwc
 constexpr int64_t kScratchBytes = kVectorBytes == 64 ? 32768 : 16384;  // of the 48 or 32 KB next to a core
 
 // What is summed side by side is a group of members: planes (nchw) or channels of an image (nhwc). Rows and columns count in the padded
@@ -275,7 +276,7 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
 bool accepts(const Pool2dShape& s) {
   if (!accepts_float_and_double(s)) return false;
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
-  if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > 3 * lanes * s.in_h * s.in_w;
+  if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > kStepsOfFourOutputs * lanes * s.in_h * s.in_w;
   if constexpr (kHasPairs) {
     if (gathers_pairs(s)) return false;
   }
