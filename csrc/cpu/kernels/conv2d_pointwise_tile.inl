@@ -188,6 +188,25 @@ struct OutputLanes {
 // Whether loading some lanes takes no more than loading all of them.
 constexpr bool kMasksAreFree = kVectorBytes == 64;
 
+// What a channel adds to the sums of points in the lanes.
+template <class T, bool kMasked, int kVectors, int... kOutput>
+CNN_EXT_INLINE void add_channel(Vec<T> (&sum)[sizeof...(kOutput)][kVectors], const T* source, const T* weights, int last,
+                                Lanes<kOutput...>) {
+  constexpr int kV = kLanes<T>;
+  Vec<T> x[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
+  const auto add_output = [&](Vec<T>(&sums)[kVectors], Vec<T> weight) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) accumulate(sums[v], x[v], weight);
+  };
+  (add_output(sum[kOutput], broadcast_from(weights + kOutput)), ...);
+}
+
+// With 16 registers a channel has 12 FMAs, and what stands beside them counts: there a turn takes a whole run of channels, with 2
+// instructions for each FMA, and the destination is fetched in the first run alone.
+constexpr bool kTurnsAreRuns = kVectorRegisters < 32;
+
 template <class T, int kWidth, int kVectors, bool kMasked>
 __attribute__((noinline)) void point_lanes(const PointwiseTile<T>& tile) {
   constexpr int kV = kLanes<T>;
@@ -197,27 +216,49 @@ __attribute__((noinline)) void point_lanes(const PointwiseTile<T>& tile) {
   const T* ahead = tile.ahead;
   const int last = tile.last;
   const T* out_ahead = tile.out_ahead;
-  int64_t out_step = tile.out_step, out_runs = (tile.out_steps + kAheadRun - 1) / kAheadRun;
-  for (int64_t left = tile.channels; left > 0; left -= kAheadRun) {
-    if (out_runs-- <= 0) out_step = 0;
-    for_each_channel(left < kAheadRun ? left : kAheadRun, [&]() __attribute__((always_inline)) {
-      Vec<T> x[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
-#pragma GCC unroll 14
-      for (int k = 0; k < kWidth; ++k) {
-        const Vec<T> weight = broadcast_from(weights + k);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(x[v], weight, sum[k][v]);
-      }
+  if constexpr (kTurnsAreRuns) {
+    int64_t left = tile.channels;
+    const auto next = [&]() __attribute__((always_inline)) {
+      add_channel<T, kMasked>(sum, source, weights, last, typename CountedLanes<kWidth>::type{});
+      source += tile.source_channel, weights += kWidth;
       __builtin_prefetch(ahead, 0, 2);
       ahead += tile.ahead_step;
+    };
+    for (const int64_t rest = left > kAheadRun ? left - kAheadRun : 0; left > rest; --left) {
+      next();
       __builtin_prefetch(out_ahead, 0, 2);
-      out_ahead += out_step;
-      weights += kWidth;
-      source += tile.source_channel;
-    });
+      out_ahead += tile.out_step;
+    }
     ahead += tile.ahead_jump;
+    for (; left >= kAheadRun; left -= kAheadRun) {
+      static_assert(kAheadRun == 8);
+      next(), next(), next(), next(), next(), next(), next(), next();
+      ahead += tile.ahead_jump;
+    }
+    for (; left > 0; --left) next();
+  } else {
+    int64_t out_step = tile.out_step, out_runs = (tile.out_steps + kAheadRun - 1) / kAheadRun;
+    for (int64_t left = tile.channels; left > 0; left -= kAheadRun) {
+      if (out_runs-- <= 0) out_step = 0;
+      for_each_channel(left < kAheadRun ? left : kAheadRun, [&]() __attribute__((always_inline)) {
+        Vec<T> x[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) x[v] = kMasked && v + 1 == kVectors ? load_first(source + v * kV, last) : load(source + v * kV);
+#pragma GCC unroll 14
+        for (int k = 0; k < kWidth; ++k) {
+          const Vec<T> weight = broadcast_from(weights + k);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(x[v], weight, sum[k][v]);
+        }
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += tile.ahead_step;
+        __builtin_prefetch(out_ahead, 0, 2);
+        out_ahead += out_step;
+        weights += kWidth;
+        source += tile.source_channel;
+      });
+      ahead += tile.ahead_jump;
+    }
   }
 #pragma GCC unroll 14
   for (int k = 0; k < kWidth; ++k) {
