@@ -4,17 +4,13 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-import cnn_ext
 from benchmarks import memory, mnist, plots, report, runner, views
 from benchmarks.__main__ import main
 from benchmarks.harness import BenchmarkError, Comparison, Effort, check_close, compare, lower_quartile
@@ -366,26 +362,6 @@ def test_tables_align_numbers_to_the_right():
     assert markdown(columns, rows).splitlines()[1] == "|---|---:|"
 
 
-def test_what_is_kept_for_backward_is_counted_once_and_without_parameters():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
-    input = torch.randn(2, 3, 8, 8)
-    output, pooled = 2 * 8 * 64, 2 * 8 * 16
-    assert memory.saved_bytes(model, input) == 4 * input.numel() + 4 * output + 8 * pooled
-    assert memory.saved_bytes(cnn_ext.convert(model), input) == 4 * input.numel() + 4 * output + pooled
-    assert memory.saved_bytes(cnn_ext.convert(model, fuse=True), input) == 4 * input.numel() + pooled
-
-
-def test_the_peak_is_of_the_call_alone():
-    """In a process of its own, as the benchmark has it: what earlier tests freed here would be used again."""
-    elements = 1 << 24
-    script = f"held = torch.ones(1 << 22); print(memory.peak_bytes(lambda: torch.ones({elements})))"
-    command = [sys.executable, "-c", f"import torch; from benchmarks import memory; {script}"]
-    grown = int(
-        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True).stdout
-    )
-    assert 0.9 * 4 * elements < grown < 2 * 4 * elements
-
-
 def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
     def measured(network: str, backend: str, batch: int, extent: int) -> dict:
         sizes = {"saved_mb": 3.0, "peak_mb": 4.0}
@@ -398,8 +374,3 @@ def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
     report.write(tmp_path, tmp_path / "README.md")
     lines = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| small, batch 2")]
     assert [line.split(" | ")[1] for line in lines] == list(memory.CONTENDERS)
-
-
-def test_a_row_of_the_memory_benchmark():
-    row = memory.row_of("resnet50", "cnn_ext", 2, 32)
-    assert row["saved_mb"] > 0 and row["peak_mb"] > 0
