@@ -25,6 +25,18 @@ inline int64_t column_divisor(const Pool2dShape& s, int64_t ow) {
   return axis_divisor(s, ow * s.stride_w - s.pad_left, s.kernel_w, s.dilation_w, s.in_w, s.pad_right, s.divisor_override);
 }
 
+// Whether there is one window, which covers the whole plane (nchw).
+inline bool is_global(const Pool2dShape& s) {
+  const bool is_one = s.out_h == 1 && s.out_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.layout == Layout::nchw && is_one && s.kernel_h - s.pad_top >= s.in_h && s.kernel_w - s.pad_left >= s.in_w;
+}
+
+// The divisor of that window.
+template <class T>
+T global_divisor(const Pool2dShape& s) {
+  return static_cast<T>(row_divisor(s, 0)) * static_cast<T>(column_divisor(s, 0));
+}
+
 // One per output column, `copies` times each, and ones up to whole vectors.
 template <class T>
 T* carve_column_divisors(const Pool2dShape& s, int64_t copies, Carver& carver) {

@@ -235,16 +235,10 @@ void backward_row_nhwc(const Pool2dShape& s, const Scratch<T>& scratch, const Ri
   }
 }
 
-// Whether there is one window, which covers the whole plane.
-bool is_global(const Pool2dShape& s) {
-  const bool is_one = s.out_h == 1 && s.out_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-  return s.layout == Layout::nchw && is_one && s.kernel_h - s.pad_top >= s.in_h && s.kernel_w - s.pad_left >= s.in_w;
-}
-
 // The planes [plane, last). Whole vectors are stored while what lies behind a plane is still to be filled.
 template <class T>
 void fill_planes(const Pool2dShape& s, const T* grad_output, int64_t plane, int64_t last, T* grad_input) {
-  const T divisor = static_cast<T>(row_divisor(s, 0)) * static_cast<T>(column_divisor(s, 0));
+  const T divisor = global_divisor<T>(s);
   const int64_t size = s.in_h * s.in_w;
   const T* end = grad_input + last * size;
   for (; plane < last; ++plane) {

@@ -133,12 +133,6 @@ void forward_row_nchw(const Pool2dShape& s, const T* column_divisors, T* sums, c
 constexpr bool kReadsInOrder = kVectorBytes < 64;
 constexpr int64_t kWideWindow = 7;
 
-// Whether there is one window, which is all of an nchw plane.
-bool is_global(const Pool2dShape& s) {
-  const bool is_one = s.out_h == 1 && s.out_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-  return s.layout == Layout::nchw && is_one && s.pad_top == 0 && s.pad_left == 0 && s.kernel_h >= s.in_h && s.kernel_w >= s.in_w;
-}
-
 template <class T>
 T sum_run(const T* p, int64_t count) {
   constexpr int kVectors = 8;  // independent additions
@@ -238,7 +232,7 @@ void forward_row_nhwc(const Pool2dShape& s, const T* column_divisors, const T* i
 // The planes [plane, last) of nchw, each of them one window.
 template <class T>
 void average_planes(const Pool2dShape& s, const T* input, int64_t plane, int64_t last, T* output) {
-  const T divisor = static_cast<T>(row_divisor(s, 0)) * static_cast<T>(column_divisor(s, 0));
+  const T divisor = global_divisor<T>(s);
   const int64_t size = s.in_h * s.in_w;
   for (; plane < last; ++plane) output[plane] = sum_run(input + plane * size, size) / divisor;
 }
