@@ -221,6 +221,12 @@ class PointwiseRun {
     return is_end ? p_.dest_until_next(block.line + i, block.point) : block.points * p_.dest_point;
   }
 
+  // The points by which the places that a tile fetches lie behind its own, so that they are there in time where tiles have few steps.
+  int64_t fetch_distance(int64_t channels) const {
+    if constexpr (Tile::kFetchSteps == 0) return 0;
+    return Tile::kFetchSteps / larger(1, channels) * Tile::kMaxPoints;
+  }
+
   // Of the places where a tile's sums go, before they are first touched: in planes the last line of each output, else the points.
   void fetch_out(PointwiseTile<T>& tile, const T* place, int64_t points, int64_t outputs, int64_t channel_block) const {
     tile.out_ahead = tile.weights, tile.out_step = 0, tile.out_steps = 0;
@@ -250,6 +256,7 @@ class PointwiseRun {
     tile.bias = channel_block == 0 ? bias_of(task.group, unit) : nullptr;
     tile.pitch = !in_place ? Tile::kMaxWidth : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
     tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
+    const int64_t distance = in_place ? fetch_distance(tile.channels) : 0;
     T* sums = own_sums(worker) + (b_.channel_blocks > 1 ? (unit - task.unit) * scratch_.unit_sums : 0);
     for (int64_t i = 0; i < block.lines; ++i, sums += block.points * Tile::kMaxWidth) {
       const T* const line = line_of(source, block, i);
@@ -262,7 +269,7 @@ class PointwiseRun {
         fetch_ahead(ahead, tile);
         tile.out = in_place ? dest + begin * p_.dest_point : sums + begin * Tile::kMaxWidth;
         if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
-        fetch_out(tile, dest + begin * p_.dest_point, points, outputs, channel_block);
+        fetch_out(tile, dest + (begin + distance) * p_.dest_point, points, outputs, channel_block);
         Tile::run(tile, width, points);
       }
       if (writes_sums && !p_.dest_has_gaps) write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);

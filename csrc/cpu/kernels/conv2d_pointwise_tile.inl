@@ -157,6 +157,10 @@ __attribute__((noinline)) void output_lanes(const PointwiseTile<T>& tile, Lanes<
 // that would be a single one, whose two sums wait for the latency of their own additions.
 constexpr bool kEvenTiles = kVectorRegisters < 32;
 
+// With 16 registers a step is short: the places of a tile of fewer steps than about these are fetched by an earlier one.
+constexpr int64_t kFetchPixelSteps = kVectorRegisters < 32 ? 160 : 0;
+constexpr int64_t kFetchPlaneSteps = kVectorRegisters < 32 ? 64 : 0;
+
 // The units of both tiles: `outputs` channels are cut into units, each as wide as one tile.
 template <class T>
 struct OutputLanes {
@@ -164,6 +168,7 @@ struct OutputLanes {
   static constexpr bool kPointsInLanes = false;
   static constexpr int kMaxWidth = 2 * kV;
   static constexpr int kMaxPoints = kTileSums / 2;
+  static constexpr int64_t kFetchSteps = kFetchPixelSteps;
 
   static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
   static int64_t first(int64_t, int64_t unit) { return unit * kMaxWidth; }
@@ -276,6 +281,7 @@ struct PointLanes {
   static constexpr bool kPointsInLanes = true;
   static constexpr int kMaxWidth = kTileSums / 2;
   static constexpr int kMaxPoints = 2 * kV;
+  static constexpr int64_t kFetchSteps = kFetchPlaneSteps;
 
   // The outputs of a group are shared out evenly among the units.
   static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
