@@ -13,7 +13,8 @@ using cnn_ext::cpu::Outcome;
 using cnn_ext::cpu::Packed;
 using cnn_ext::cpu::PackedForm;
 
-constexpr int64_t kSerialPack = 1 << 14;  // weights
+constexpr int64_t kSerialPack = 1 << 14;                     // weights
+constexpr bool kFetchesForNextTask = kVectorRegisters < 32;  // rather than for the task's own next block alone
 
 template <class T, class Tile>
 class PointwiseRun {
@@ -105,12 +106,31 @@ class PointwiseRun {
     return {line, smaller(b_.lines, p_.lines() - line), point, smaller(b_.points, p_.points - point)};
   }
 
+  struct GroupBlock {
+    int64_t group;
+    Block block;
+  };
+
+  // What is read after block i of a task: its next block, or that of the task behind it, which the same thread runs if it is not its last.
+  // Without lines where that is the same block.
+  GroupBlock next_block(const Task& task, int64_t index, int64_t i) const {
+    if (i + 1 < task.block_end) return {task.group, block_at(i + 1)};
+    if constexpr (kFetchesForNextTask) {
+      if (index + 1 < b_.tasks) {
+        const Task next = task_at(index + 1);
+        if (next.group != task.group || next.block != i) return {next.group, block_at(next.block)};
+      }
+    }
+    return {};
+  }
+
   void run_task(int worker, int64_t index) const {
     const Task task = task_at(index);
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
+      const GroupBlock next = next_block(task, index, i);
       for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
-        Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, block_at(i + 1), channel_block) : Ahead{};
+        Ahead ahead = next.block.lines > 0 ? ahead_of(task, block, next, channel_block) : Ahead{};
         const Source source = source_of(worker, task.group, block, channel_block);
         for (int64_t unit = task.unit; unit < task.unit_end; ++unit) run_unit(worker, task, block, source, unit, channel_block, ahead);
       }
@@ -166,8 +186,9 @@ class PointwiseRun {
   };
 
   // For the tiles of a block of channels, which fetch these channels.
-  Ahead ahead_of(const Task& task, const Block& block, const Block& next, int64_t channel_block) const {
-    const T* source = source_ + task.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
+  Ahead ahead_of(const Task& task, const Block& block, const GroupBlock& after, int64_t channel_block) const {
+    const Block& next = after.block;
+    const T* source = source_ + after.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
     const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
       const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
