@@ -106,31 +106,13 @@ class PointwiseRun {
     return {line, smaller(b_.lines, p_.lines() - line), point, smaller(b_.points, p_.points - point)};
   }
 
-  struct GroupBlock {
-    int64_t group;
-    Block block;
-  };
-
-  // What is read after block i of a task: its next block, or that of the task behind it, which the same thread runs if it is not its last.
-  // Without lines where that is the same block.
-  GroupBlock next_block(const Task& task, int64_t index, int64_t i) const {
-    if (i + 1 < task.block_end) return {task.group, block_at(i + 1)};
-    if constexpr (kFetchesForNextTask) {
-      if (index + 1 < b_.tasks) {
-        const Task next = task_at(index + 1);
-        if (next.group != task.group || next.block != i) return {next.group, block_at(next.block)};
-      }
-    }
-    return {};
-  }
-
   void run_task(int worker, int64_t index) const {
     const Task task = task_at(index);
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
-      const GroupBlock next = next_block(task, index, i);
       for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
-        Ahead ahead = next.block.lines > 0 ? ahead_of(task, block, next, channel_block) : Ahead{};
+        Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, task.group, block_at(i + 1), channel_block)
+                                             : ahead_of_next_task(task, index, block, channel_block);
         const Source source = source_of(worker, task.group, block, channel_block);
         for (int64_t unit = task.unit; unit < task.unit_end; ++unit) run_unit(worker, task, block, source, unit, channel_block, ahead);
       }
@@ -186,9 +168,8 @@ class PointwiseRun {
   };
 
   // For the tiles of a block of channels, which fetch these channels.
-  Ahead ahead_of(const Task& task, const Block& block, const GroupBlock& after, int64_t channel_block) const {
-    const Block& next = after.block;
-    const T* source = source_ + after.group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
+  Ahead ahead_of(const Task& task, const Block& block, int64_t next_group, const Block& next, int64_t channel_block) const {
+    const T* source = source_ + next_group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
     const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
       const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
@@ -210,6 +191,17 @@ class PointwiseRun {
     while (parts < kAheadRun && 2 * parts * of_a_part <= tiles) parts *= 2;
     const int64_t step = kLineElements / parts;
     return {source, planes * p_.source_channel, parts, kAheadRun * step, step, p_.source_channel - kAheadRun * step, parts * of_a_part, 0};
+  }
+
+  // Behind the last block of a task, for the task that the same thread mostly runs next.
+  Ahead ahead_of_next_task(const Task& task, int64_t index, const Block& block, int64_t channel_block) const {
+    if constexpr (kFetchesForNextTask) {
+      if (index + 1 == b_.tasks) return {};
+      const Task next = task_at(index + 1);
+      const bool is_same_block = next.group == task.group && next.block + 1 == task.block_end;
+      if (!is_same_block) return ahead_of(task, block, next.group, block_at(next.block), channel_block);
+    }
+    return {};
   }
 
   static void fetch_ahead(Ahead& ahead, PointwiseTile<T>& tile) {
