@@ -16,7 +16,6 @@ using cnn_ext::cpu::Plan;
 constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
 constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
-constexpr int64_t kWholePlane = 256;         // points of a planar map that is not cut, so that it lies in one piece
 // Points share weights that are not near, so many that ...
 constexpr int64_t kSliceBytes = 400 << 10;             // ... a block of their channels and ...
 constexpr int64_t kSharingBytes = 1 << 20;             // ... all their channels stay in the second cache, bytes
@@ -64,6 +63,9 @@ template <class T, class Tile>
 Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
+  if constexpr (kClosesGaps) {
+    if (closes_gaps(p)) return Reading::panels;
+  }
   if constexpr (Tile::kPointsInLanes && kCopiesPoints) return units < kFewestPointUnits ? Reading::in_place : Reading::panels;
   if (!Tile::kPointsInLanes && p.source_channel != 1) {
     return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
@@ -153,6 +155,12 @@ int64_t packed_bytes(const Product& p) {
   return aligned(p.groups * packed_outputs<Tile>(p) * p.channels * static_cast<int64_t>(sizeof(T)));
 }
 
+// Of the planes of a block of channels, without their gaps: what a worker's memory ends with.
+template <class T>
+int64_t plane_bytes(const Product& p, const PointwiseBlocking& b) {
+  return closes_gaps(p) ? aligned(b.channels * p.points * static_cast<int64_t>(sizeof(T))) : 0;
+}
+
 template <class T, class Tile>
 PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlocking& b) {
   constexpr int64_t kSize = sizeof(T);
@@ -172,6 +180,9 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   const int64_t copied =
       b.reading == Reading::panels ? b.points * b.channels : (Tile::kPointsInLanes ? b.channels : b.points) * b.copy_pitch;
   s.worker_bytes = s.copy + aligned((b.lines * copied + (b.reading == Reading::panels ? Tile::kV : 0)) * kSize);
+  if constexpr (kClosesGaps) {
+    s.worker_bytes += plane_bytes<T>(p, b);
+  }
   return s;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/shapes.h"
+#include "cpu/simd/vec.h"
 
 namespace {
 
@@ -43,8 +44,25 @@ inline bool is_pointwise(const Conv2dShape& s) {
          fits(s.in_w, s.out_w, s.stride_w);
 }
 
+constexpr int64_t kWholePlane = 256;  // points of a planar map that is not cut, so that it lies in one piece
+
+// Whether a stride leaves gaps between the points that are read of small planes. With 16 registers these are copied whole and without the
+// gaps, and all their rows, dest_row points each, are one line: rows are so short that most tiles of one would have few points.
+constexpr bool kClosesGaps = kVectorRegisters < 32;
+inline bool closes_gaps(const Product& p) {
+  const bool reads_gaps = p.source_channel != 1 && p.source_point != 1, writes_rows = p.dest_point == 1 && p.dest_row > 1;
+  return kClosesGaps && reads_gaps && writes_rows && p.rows * p.points <= kWholePlane;
+}
+
 // The shortest description: rows without gaps become one line, and so do images. Gaps in planes are filled row by row.
 inline void join_lines(Product& p) {
+  if constexpr (kClosesGaps) {
+    if (closes_gaps(p)) {
+      p.points *= p.rows;
+      p.rows = 1;
+      return;
+    }
+  }
   if (p.dest_has_gaps && p.writes_planes()) return;
   if (p.source_row == p.points * p.source_point && p.dest_row == p.points * p.dest_point) {
     p.points *= p.rows;

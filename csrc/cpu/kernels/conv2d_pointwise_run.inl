@@ -57,6 +57,7 @@ class PointwiseRun {
   T* own_sums(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.sums); }
   T* own_rows(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.rows); }
   T* own_copy(int worker) const { return memory(scratch_.workers + worker * scratch_.worker_bytes + scratch_.copy); }
+  T* own_planes(int worker) const { return memory(scratch_.workers + (worker + 1) * scratch_.worker_bytes - plane_bytes<T>(p_, b_)); }
   const T* bias_of(int64_t group, int64_t unit) const {
     return memory(scratch_.bias) + group * scratch_.group_outputs + Tile::first(p_.outputs, unit);
   }
@@ -134,6 +135,12 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
       if (b_.reading == Reading::panels) {
+        if constexpr (kClosesGaps) {
+          if (closes_gaps(p_)) {
+            copy_planes(line, channels, own_planes(worker), copy + i * copied_line);
+            continue;
+          }
+        }
         if constexpr (kEvenTiles) {
           const auto copy_line = p_.source_point == 1 ? copy_even_panels<T, Tile, false> : copy_even_panels<T, Tile, true>;
           copy_line(line, p_.source_point, p_.source_channel, channels, block.points, copy + i * copied_line);
@@ -150,6 +157,14 @@ class PointwiseRun {
     if (b_.reading == Reading::panels) return {copy, copied_line, 1, 0};
     if constexpr (Tile::kPointsInLanes) return {copy, copied_line, 1, b_.copy_pitch};
     return {copy, copied_line, b_.copy_pitch, 1};
+  }
+
+  // Panels of planes with gaps, by way of planes without.
+  void copy_planes(const T* source, int64_t channels, T* planes, T* panels) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      copy_without_gaps(source + c * p_.source_channel, p_.source_row, p_.source_point, p_.dest_row, p_.points, planes + c * p_.points);
+    }
+    copy_even_panels<T, Tile, false>(planes, 1, p_.points, channels, p_.points, panels);
   }
 
   const T* line_of(const Source& source, const Block& block, int64_t i) const {
@@ -172,7 +187,10 @@ class PointwiseRun {
     const T* source = source_ + next_group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
     const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
-      const int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
+      int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
+      if constexpr (kClosesGaps) {
+        if (closes_gaps(p_)) elements = next.lines * p_.channels * p_.source_channel;
+      }
       const int64_t step = divide_up(elements, tiles * larger(1, p_.channels)), part = step * b_.channels;
       return {source + channel_block * tiles * part, part, 1, 0, step, 0, tiles, 0};
     }
@@ -337,6 +355,9 @@ bool copies_gaps(const Product& p) {
 // Where the direct rows are faster: narrow groups would leave most lanes empty, and a copy of planes with gaps must pay.
 template <class T>
 bool is_served_best(const Product& p) {
+  if constexpr (kClosesGaps) {
+    if (closes_gaps(p)) return OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
+  }
   const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
   if (reads_gaps) return copies_gaps<T>(p);
   return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
