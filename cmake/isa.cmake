@@ -14,6 +14,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
       fma_peak max_pool2d_backward max_pool2d_forward max_pool2d_gather max_unpool2d pool2d_converted)
 endif()
 
+# Sources of rows for 16 registers of 32 bytes, which nothing but avx2 has.
+set(CNN_EXT_AVX2_KERNELS conv2d_backward_weight_planes)
+
 # GCC's passes that took a quarter of the time and gave the kernels nothing: their loops are unrolled and their registers chosen by hand, so that
 # there are no jumps to thread, no ranges to narrow, no common expressions to find and no order of instructions to improve.
 # (The rows for the matrix unit keep them: they take little time, and whether they gain by them is not clear.)
@@ -57,6 +60,10 @@ function(cnn_ext_add_isa_objects target sources)
   foreach(isa IN LISTS isas)
     set(sources_of_isa ${sources})
     set(level -O3)
+    if(NOT isa STREQUAL "avx2")
+      list(JOIN CNN_EXT_AVX2_KERNELS "|" kernels)
+      list(FILTER sources_of_isa EXCLUDE REGEX "/(${kernels})\\.cpp$")
+    endif()
     if(isa STREQUAL "baseline" AND CNN_EXT_BASELINE_KERNELS)
       list(JOIN CNN_EXT_BASELINE_KERNELS "|" kernels)
       list(FILTER sources_of_isa INCLUDE REGEX "/(${kernels})\\.cpp$")

@@ -6,8 +6,9 @@ namespace cnn_ext::cpu {
 
 // The rows that instruction sets have, the most special first. (Declared and listed by macros, for the same lines hold for each of them.)
 // On x86-64, where hardly a processor is left that has no more than baseline, that has the rows alone that serve every shape, and not
-// those marked SPECIAL, which are faster for some of them: cmake/isa.cmake compiles none of these.
-#define CNN_EXT_CONV2D_ROWS(ROW, SPECIAL)            \
+// those marked SPECIAL, which are faster for some of them: cmake/isa.cmake compiles none of these. Those marked AVX2 are faster with its 16
+// registers alone, and compiled for nothing else.
+#define CNN_EXT_CONV2D_ROWS(ROW, SPECIAL, AVX2)      \
   SPECIAL(conv2d_forward_depthwise_channels)         \
   SPECIAL(conv2d_backward_input_depthwise_channels)  \
   SPECIAL(conv2d_backward_weight_depthwise_channels) \
@@ -37,6 +38,7 @@ namespace cnn_ext::cpu {
   ROW(conv2d_backward_input_direct)                  \
   SPECIAL(conv2d_backward_weight_winograd)           \
   SPECIAL(conv2d_backward_weight_taps)               \
+  AVX2(conv2d_backward_weight_planes)                \
   ROW(conv2d_backward_weight_direct)                 \
   ROW(conv2d_backward_weight_padded)                 \
   ROW(conv2d_forward_converted)                      \
@@ -115,8 +117,8 @@ constexpr Isa kLeastWithSpecialRows = Isa::baseline;
 #define CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL(row) extern const PackingConv2dReluPool row;
 #define CNN_EXT_DECLARE(isa)                                                                                                \
   namespace isa {                                                                                                           \
-  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows;                                                       \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                                                       \
+  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows, kHasAvx2Rows = Isa::isa == Isa::avx2;                 \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                               \
   CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL)                         \
   CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                                                       \
   CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                                                   \
@@ -155,10 +157,12 @@ extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_
 #define CNN_EXT_ADD(row) rows.push_back(&row);
 #define CNN_EXT_ADD_SPECIAL(row) \
   if constexpr (kHasSpecialRows) rows.push_back(&row);
-#define CNN_EXT_ADD_CONV2D(isa)                           \
-  {                                                       \
-    using namespace isa;                                  \
-    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
+#define CNN_EXT_ADD_AVX2(row) \
+  if constexpr (kHasAvx2Rows) rows.push_back(&row);
+#define CNN_EXT_ADD_CONV2D(isa)                                             \
+  {                                                                         \
+    using namespace isa;                                                    \
+    CNN_EXT_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL, CNN_EXT_ADD_AVX2) \
   }
 #define CNN_EXT_ADD_CONV2D_RELU_POOL(isa)                           \
   {                                                                 \
