@@ -9,7 +9,8 @@
 //
 // Order: the pixels of a block in a register's lanes, then the lanes, then the blocks of a range of pixels, then the ranges.
 //
-// Not for many channels on both sides: there conv2d_backward_weight_direct transposes little beside what it multiplies, and reads less.
+// Not for many channels on both sides without a stride: there conv2d_backward_weight_direct transposes little beside what it multiplies,
+// and reads less.
 #include "cpu/kernel.h"
 #include "cpu/kernels/conv2d_backward_weight_split.inl"
 #include "cpu/kernels/conv2d_direct_ahead.inl"
@@ -27,7 +28,7 @@ constexpr int kWideSide = 4, kNarrowSide = 3;  // channels of a tile
 constexpr int kTurn = 2;                       // vectors of pixels that a turn of the tile's loop takes: a line
 constexpr int64_t kTurnPixels = kTurn * kLanesOfVector;
 constexpr int64_t kBlockPixels = 512;
-constexpr int64_t kPlanesBytes = kSecondCacheBytes * 3 / 4;  // of a block
+constexpr int64_t kPlanesBytes = kSecondCacheBytes * 13 / 16;  // of a block
 constexpr int64_t kNearSums = kSecondCacheBytes / 4;
 constexpr int64_t kAliasBytes = 4096;   // planes that lie a multiple of this apart compete for the same places in the caches
 constexpr int64_t kNearTiles = 3;       // whose input planes stay in the nearest cache while those of grad_output pass by
@@ -403,7 +404,8 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
   return PlanesWeight(s).run(b, workspace, threads);
 }
 
-// Transposing, which this row does without, takes a share of the time that goes with 1 / outputs + 1 / inputs of a group.
+// Transposing, which this row does without, takes a share of the time that goes with 1 / outputs + 1 / inputs of a group. Pixels that a
+// stride keeps apart take longer still: they are gathered row by row.
 bool has_few_channels(const Conv2dShape& s) {
   const int64_t outputs = s.out_channels / s.groups, inputs = s.in_channels / s.groups;
   return 2 * outputs * inputs <= kManyChannels * (outputs + inputs);
@@ -412,7 +414,8 @@ bool has_few_channels(const Conv2dShape& s) {
 bool accepts(const Conv2dShape& s) {
   const bool padded = s.pad_top != 0 || s.pad_left != 0 || (s.out_h - 1) * s.stride_h >= s.in_h || (s.out_w - 1) * s.stride_w >= s.in_w;
   return s.dtype == DType::float32 && s.layout == Layout::nchw && s.kernel_h == 1 && s.kernel_w == 1 && !padded &&
-         s.out_h * s.out_w >= kFewestPixels && s.in_channels > 0 && s.batch > 0 && has_few_channels(s);
+         s.out_h * s.out_w >= kFewestPixels && s.in_channels > 0 && s.batch > 0 &&
+         (s.stride_h > 1 || s.stride_w > 1 || has_few_channels(s));
 }
 
 }  // namespace
