@@ -21,7 +21,6 @@ namespace {
 constexpr bool kIsFast = kVectorBytes == 32;
 
 using Tile = void (*)(const TileArguments&);
-constexpr int kMostVectors = 2;
 
 // How the lanes of a row of targets lie to those of the source.
 struct RowColumns {
@@ -53,12 +52,12 @@ struct Job {
   bool forward;
   RowColumns columns;
   int64_t source_h, target_h, pad_top;
-  int64_t source_rows_step, target_rows_step;  // so many source rows for so many targets
   int64_t rows_per_block, blocks_per_map, blocks_per_task;
   EdgeMasks inside, left, right;
-  Tile tiles[kMostVectors];  // of one vector, of two
-  int64_t tile_vectors;
-  float* scratch;  // per worker: a block's source
+  Tile tiles[kMostVectors];                          // of one vector, of two
+  int64_t vectors, tile_vectors, last_tile_vectors;  // of a row, a tile, the tile at its end
+  int64_t first_source;                              // of lane 0, for a tile
+  float* scratch;                                    // per worker: a block's source
   int64_t scratch_size;
 
   int64_t source_map() const { return source_h * columns.source; }
@@ -117,7 +116,6 @@ void share_out(Job& job, int threads) {
 
 template <int kTaps>
 void choose_tiles(Job& job) {
-  job.tile_vectors = has_pairs(job.s, job.forward) ? 1 : kMostVectors;
   if (has_pairs(job.s, job.forward)) {
     job.tiles[0] = compute_pairs_tile<kTaps>;
   } else if (!job.forward) {
@@ -143,6 +141,10 @@ Job make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, i
   fill_masks(job);
   share_out(job, threads);
   if constexpr (kIsFast) s.kernel_w == 3 ? choose_tiles<3>(job) : choose_tiles<5>(job);
+  job.vectors = job.columns.vectors();
+  job.tile_vectors = has_pairs(s, forward) ? 1 : kMostVectors;
+  job.last_tile_vectors = (job.vectors - 1) % job.tile_vectors + 1;
+  job.first_source = has_pairs(s, forward) ? 0 : job.columns.first;
   int64_t most_rows = 0;
   for (int64_t row = 0; row < job.target_h; row += job.rows_per_block) {
     most_rows = larger(most_rows, source_rows(job, {row, smaller(job.target_h, row + job.rows_per_block)}).count());
@@ -153,48 +155,95 @@ Job make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, i
   return job;
 }
 
-// The source of a block, from row rows.first on: in the tensor, or a copy where tiles would read beyond its ends.
-const float* readable_source(const Job& job, const float* tensor, int64_t map, RowRange rows, float* scratch) {
-  const int64_t begin = map * job.source_map() + rows.first * job.columns.source;
-  const int64_t read_begin = begin + job.columns.first, read_end = begin + (rows.count() - 1) * job.columns.source + job.columns.read_end();
-  if (read_begin >= 0 && read_end <= job.maps() * job.source_map()) return tensor + begin;
-  for (int64_t i = 0; i < job.scratch_size; i += kLanes<float>) store(scratch + i, Vec<float>{});
-  __builtin_memcpy(scratch - job.columns.first, tensor + begin, rows.count() * job.columns.source * sizeof(float));
-  return scratch - job.columns.first;
-}
+// Some blocks, one behind the other.
+class Task {
+ public:
+  Task(const Job& job, const Conv2dBuffers& b, int64_t first, int64_t last, float* scratch)
+      : job_(job),
+        tensor_(static_cast<const float*>(job.forward ? b.input : b.grad_output)),
+        tensor_end_(tensor_ + job.maps() * job.source_map()),
+        bias_(job.forward ? static_cast<const float*>(b.bias) : nullptr),
+        scratch_(scratch),
+        block_(first % job.blocks_per_map),
+        channel_(first / job.blocks_per_map % job.s.in_channels) {
+    const int64_t map = first / job.blocks_per_map;
+    float* result = static_cast<float*>(job.forward ? b.output : b.grad_input);
+    source_map_ = tensor_ + map * job.source_map();
+    target_map_ = result + map * job.target_map();
+    weights_ = static_cast<const float*>(b.weight);
+    a_.source_row = job.columns.source;
+    a_.source_rows = job.source_h;
+    a_.pad_top = job.pad_top;
+    a_.target_row = job.columns.target;
+    a_.target_end = result + last / job.blocks_per_map * job.target_map() + first_row(last % job.blocks_per_map) * job.columns.target;
+    choose_rows();
+    for (int64_t block = first; block < last; ++block) {
+      compute_block();
+      advance();
+    }
+  }
 
-// Some target rows of a map. `target_end`: of the task's targets.
-void compute_block(const Job& job, const Conv2dBuffers& b, int64_t block, const float* target_end, float* scratch) {
-  const RowColumns& columns = job.columns;
-  const int64_t map = block / job.blocks_per_map, channel = map % job.s.in_channels, row = block % job.blocks_per_map * job.rows_per_block;
-  const float* tensor = static_cast<const float*>(job.forward ? b.input : b.grad_output);
-  TileArguments a{};
-  a.first_target = row;
-  a.last_target = smaller(job.target_h, row + job.rows_per_block);
-  const RowRange rows = source_rows(job, {a.first_target, a.last_target});
-  const float* source = readable_source(job, tensor, map, rows, scratch) - rows.first * columns.source;
-  a.source_row = columns.source;
-  a.source_rows = job.source_h;
-  a.pad_top = job.pad_top;
-  a.weights = static_cast<const float*>(b.weight) + channel * taps_of(job.s);
-  a.initial = job.forward && b.bias != nullptr ? static_cast<const float*>(b.bias)[channel] : 0.0f;
-  float* target = static_cast<float*>(job.forward ? b.output : b.grad_input) + map * job.target_map();
-  a.target_row = columns.target;
-  a.target_end = target_end;
-  const int64_t lead = has_pairs(job.s, job.forward) ? 0 : columns.first, vectors = columns.vectors();
-  if (vectors > job.tile_vectors) {  // what tiles that go down wide maps meet next, the processor does not foresee
-    a.next_target = (a.last_target - a.first_target) * columns.target;
-    a.next_source = (a.last_target - a.first_target) * job.source_map() / job.target_map() * columns.target;
+ private:
+  int64_t first_row(int64_t block) const { return smaller(job_.target_h, block * job_.rows_per_block); }
+
+  void choose_rows() {
+    a_.first_target = first_row(block_);
+    a_.last_target = first_row(block_ + 1);
+    rows_ = source_rows(job_, {a_.first_target, a_.last_target});
   }
-  for (int64_t last = vectors, first; last > 0; last = first) {
-    first = (last - 1) / job.tile_vectors * job.tile_vectors;
-    a.source = source + lead + first * kLanes<float> * columns.source_step;
-    a.target = target + first * kLanes<float> * columns.target_step;
-    a.left = first == 0 ? &job.left : &job.inside;
-    a.right = last == vectors ? &job.right : &job.inside;
-    job.tiles[last - first - 1](a);
+
+  void advance() {
+    if (++block_ == job_.blocks_per_map) {
+      block_ = 0;
+      source_map_ += job_.source_map();
+      target_map_ += job_.target_map();
+      if (++channel_ == job_.s.in_channels) channel_ = 0;
+    }
+    if (job_.blocks_per_map > 1) choose_rows();
   }
-}
+
+  // Row 0 of the map: in the tensor, or, where tiles would read beyond the tensor's ends, of a copy of the block's rows.
+  const float* readable_source() const {
+    const int64_t width = job_.columns.source, begin = rows_.first * width;
+    const int64_t read_begin = begin + job_.columns.first, read_end = (rows_.last - 1) * width + job_.columns.read_end();
+    if (source_map_ - tensor_ >= -read_begin && tensor_end_ - source_map_ >= read_end) return source_map_;
+    for (int64_t i = 0; i < job_.scratch_size; i += kLanes<float>) store(scratch_ + i, Vec<float>{});
+    __builtin_memcpy(scratch_ - job_.columns.first, source_map_ + begin, rows_.count() * width * sizeof(float));
+    return scratch_ - read_begin;
+  }
+
+  void compute_block() {
+    const RowColumns& columns = job_.columns;
+    const float* source = readable_source() + job_.first_source;
+    a_.weights = weights_ + channel_ * taps_of(job_.s);
+    a_.initial = bias_ != nullptr ? bias_[channel_] : 0.0f;
+    a_.right = &job_.right;
+    // The next block lies behind this one. Its lines are shared out evenly: each tile fetches as much as it computes.
+    const int64_t rows = a_.last_target - a_.first_target, tile = job_.tile_vectors * kLanes<float> * rows;
+    a_.next_target = target_map_ + a_.last_target * columns.target;
+    a_.next_source = source_map_ + rows_.last * columns.source;
+    int64_t vectors = job_.last_tile_vectors;
+    for (int64_t first = job_.vectors - vectors; first >= 0; first -= vectors) {
+      a_.left = first == 0 ? &job_.left : &job_.inside;
+      a_.source = source + first * kLanes<float> * columns.source_step;
+      a_.target = target_map_ + first * kLanes<float> * columns.target_step;
+      job_.tiles[vectors - 1](a_);
+      a_.right = &job_.inside;
+      a_.next_target += tile * columns.target_step * columns.target_step;
+      a_.next_source += tile * columns.source_step * columns.source_step;
+      vectors = job_.tile_vectors;
+    }
+  }
+
+  const Job& job_;
+  const float *const tensor_, *const tensor_end_, *const bias_;
+  float* const scratch_;
+  const float *weights_, *source_map_;
+  float* target_map_;
+  int64_t block_, channel_;  // the block's number in its map
+  RowRange rows_;            // of the source, that the block meets
+  TileArguments a_;
+};
 
 bool are_finite(const float* p, int64_t count) {
   Vec<float> sum{};
@@ -209,12 +258,9 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
   int64_t bytes;
   const Job job = make_job(s, kForward, threads, workspace, &bytes);
   if (!are_finite(static_cast<const float*>(b.weight), s.in_channels * taps_of(s))) return Outcome::not_finite;
-  float* result = static_cast<float*>(kForward ? b.output : b.grad_input);
   parallel_for(threads, job.tasks(), [&](int worker, int64_t task) {
-    const int64_t first = task * job.blocks_per_task, last = smaller(job.blocks(), first + job.blocks_per_task);
-    const int64_t end_row = smaller(job.target_h, last % job.blocks_per_map * job.rows_per_block);
-    const float* target_end = result + last / job.blocks_per_map * job.target_map() + end_row * job.columns.target;
-    for (int64_t block = first; block < last; ++block) compute_block(job, b, block, target_end, job.scratch + worker * job.scratch_size);
+    const int64_t first = task * job.blocks_per_task;
+    Task(job, b, first, smaller(job.blocks(), first + job.blocks_per_task), job.scratch + worker * job.scratch_size);
   });
   return Outcome::done;
 }

@@ -18,6 +18,9 @@ struct LaneMask {
 // [distance from the outermost tap column]
 using EdgeMasks = LaneMask[kMostReach];
 
+// Of a tile: 3 rows of sums, all weights and a vector of sources are 16 registers.
+constexpr int kMostVectors = 2;
+
 // Rows of some vectors of targets.
 struct TileArguments {
   const float* source;  // row 0, at what lane 0 meets with tap column 0 (backward_input with a stride: at lane 0)
@@ -29,9 +32,9 @@ struct TileArguments {
   const EdgeMasks *left, *right;  // for the first vector's first tap columns, the last vector's last ones
   float* target;                  // row 0, lane 0
   int64_t target_row;
-  int64_t first_target, last_target;  // rows to write
-  const float* target_end;            // of what may be written
-  int64_t next_source, next_target;   // elements to what is computed in the same place of the next block, or 0
+  int64_t first_target, last_target;       // rows to write
+  const float* target_end;                 // of what may be written
+  const float *next_source, *next_target;  // of the next block: what to fetch meanwhile
 };
 
 inline Vec<float> keep_lanes(Vec<float> v, const LaneMask& mask) {
@@ -39,18 +42,20 @@ inline Vec<float> keep_lanes(Vec<float> v, const LaneMask& mask) {
 }
 
 // Lanes behind a row are written, too: they lie in the next row or map, which is computed later, unless the task ends there.
-inline void store_before(float* p, Vec<float> v, const float* end) {
-  const int64_t left = end - p;
-  if (left >= kLanes<float>) return store(p, v);
-  if (left > 0) store_first(p, v, static_cast<int>(left));
+inline __attribute__((always_inline)) void store_before(float* p, Vec<float> v, const float* end) {
+  if (__builtin_expect(p <= end - kLanes<float>, 1)) return store(p, v);
+  if (p < end) store_first(p, v, static_cast<int>(end - p));
 }
 
-// Fetches what kFloats neighbouring elements lie in, towards the second cache.
+inline bool is_below(int64_t index, int64_t count) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(count); }
+
+// Fetches the next kFloats elements towards the second cache.
 template <int kFloats>
-inline void fetch(const float* p) {
+inline void fetch(const float*& next) {
   constexpr int kLine = 64 / static_cast<int>(sizeof(float));
-#pragma GCC unroll 2
-  for (int i = 0; i < kFloats; i += kLine) __builtin_prefetch(p + i, 0, 2);
+#pragma GCC unroll 4
+  for (int i = 0; i < kFloats; i += kLine) __builtin_prefetch(next + i, 0, 2);
+  next += kFloats;
 }
 
 // The weight of a tap; backward_input takes the taps in reverse.
@@ -108,13 +113,11 @@ inline __attribute__((always_inline)) void load_columns(const TileArguments& a, 
   }
 }
 
-// Adds a source row, which meets tap rows kTapRow, kTapRow + kStride, ...: sum `begun` is that of the target row that begins there, those
-// before it began earlier.
+// Adds a source row, which meets tap rows kTapRow, kTapRow + kStride, ...: sum j is that of the target row that began j steps ago.
 template <int kTaps, int kStride, int kVectors, int kTapRow, int kSums, class W>
-inline __attribute__((always_inline)) void add_source_row(const TileArguments& a, const float* source, const W& weights, int begun,
+inline __attribute__((always_inline)) void add_source_row(const TileArguments& a, const float* source, const W& weights,
                                                           Vec<float> (&sum)[kSums][kVectors]) {
   constexpr int kMeeting = (kTaps - kTapRow + kStride - 1) / kStride;
-  if (a.next_source != 0) fetch<kStride * kVectors * kLanes<float>>(source + a.next_source);
 #pragma GCC unroll 5
   for (int column = 0; column < kTaps; column += kStride) {
     Vec<float> x[kVectors][kStride];
@@ -126,9 +129,7 @@ inline __attribute__((always_inline)) void add_source_row(const TileArguments& a
 #pragma GCC unroll 2
         for (int k = 0; k < columns; ++k) {
 #pragma GCC unroll 5
-          for (int j = 0; j < kMeeting; ++j) {
-            accumulate(sum[(begun - j + kSums) % kSums][v], x[v][k], weights(kTapRow + j * kStride, column + k));
-          }
+          for (int j = 0; j < kMeeting; ++j) accumulate(sum[j][v], x[v][k], weights(kTapRow + j * kStride, column + k));
         }
       }
     } else {
@@ -140,43 +141,75 @@ inline __attribute__((always_inline)) void add_source_row(const TileArguments& a
         for (int j = 0; j < kMeeting; ++j) {
           const Vec<float> w = weights(kTapRow + j * kStride, column + k);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) accumulate(sum[(begun - j + kSums) % kSums][v], x[v][k], w);
+          for (int v = 0; v < kVectors; ++v) accumulate(sum[j][v], x[v][k], w);
         }
       }
     }
   }
 }
 
-// A forward convolution. A step begins a target row, adds the source rows of its first kStride tap rows to all sums that meet them, and
-// completes the row that began kSums - 1 steps ago: each source row is loaded once for each tap column. The sums stay where they are while
-// their roles roll on.
+// Where a tile of a forward convolution stands. A step begins a target row, adds the source rows of its first kStride tap rows to all sums
+// that meet them, and completes the row that began kSums - 1 steps ago: each source row is loaded once for each tap column.
+template <int kTaps, int kStride, bool kReverse, int kVectors>
+struct GatherTile {
+  static constexpr int kSums = (kTaps + kStride - 1) / kStride;
+
+  const TileArguments a;  // a copy, which no store changes
+  const Weights<kTaps, kReverse> weights;
+  int64_t index;        // of the step's first source row
+  const float* source;  // there
+  float* target;        // the row that the step completes
+  const float *next_source, *next_target;
+  Vec<float> sum[kSums][kVectors];
+
+  explicit __attribute__((always_inline)) GatherTile(const TileArguments& arguments)
+      : a(arguments),
+        weights(a.weights),
+        index(a.first_target * kStride - a.pad_top),
+        source(a.source + index * a.source_row),
+        target(a.target + (a.first_target - (kSums - 1)) * a.target_row),
+        next_source(a.next_source),
+        next_target(a.next_target),
+        sum{} {}
+
+  // kAnyRow: whether source rows may be missing. kCompletes: whether the completed row is one to write.
+  template <bool kAnyRow, bool kCompletes>
+  inline __attribute__((always_inline)) void step() {
+#pragma GCC unroll 5
+    for (int j = kSums - 1; j > 0; --j) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[j][v] = sum[j - 1][v];
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[0][v] = broadcast(a.initial);
+    if (!kAnyRow || is_below(index, a.source_rows)) add_source_row<kTaps, kStride, kVectors, 0>(a, source, weights, sum);
+    if constexpr (kStride == 2) {
+      if (!kAnyRow || is_below(index + 1, a.source_rows)) {
+        add_source_row<kTaps, kStride, kVectors, 1>(a, source + a.source_row, weights, sum);
+      }
+    }
+    if constexpr (kCompletes) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store_before(target + v * kLanes<float>, sum[kSums - 1][v], a.target_end);
+    }
+    if constexpr (kVectors == kMostVectors) {  // as many elements as a step reads and writes; rows of a vector need no help
+      fetch<kStride * kStride * kVectors * kLanes<float>>(next_source);
+      fetch<kVectors * kLanes<float>>(next_target);
+    }
+    index += kStride;
+    source += kStride * a.source_row;
+    target += a.target_row;
+  }
+};
+
 template <int kTaps, int kStride, bool kReverse, int kVectors>
 void compute_gather_tile(const TileArguments& a) {
-  constexpr int kSums = (kTaps + kStride - 1) / kStride;
-  const Weights<kTaps, kReverse> weights(a.weights);
-  Vec<float> sum[kSums][kVectors] = {};
-  const int64_t end = a.last_target + kSums - 1;
-  for (int64_t first = a.first_target; first < end; first += kSums) {
-#pragma GCC unroll 5
-    for (int begun = 0; begun < kSums; ++begun) {
-      const int64_t row = first + begun, index = row * kStride - a.pad_top, complete = row - (kSums - 1);
-      if (row >= end) return;
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[begun][v] = broadcast(a.initial);
-      const float* source = a.source + index * a.source_row;
-      if (index >= 0 && index < a.source_rows) add_source_row<kTaps, kStride, kVectors, 0>(a, source, weights, begun, sum);
-      if constexpr (kStride == 2) {
-        if (index + 1 >= 0 && index + 1 < a.source_rows) {
-          add_source_row<kTaps, kStride, kVectors, 1>(a, source + a.source_row, weights, begun, sum);
-        }
-      }
-      if (complete < a.first_target) continue;
-      float* target = a.target + complete * a.target_row;
-      if (a.next_target != 0) fetch<kVectors * kLanes<float>>(target + a.next_target);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) store_before(target + v * kLanes<float>, sum[(begun + 1) % kSums][v], a.target_end);
-    }
-  }
+  GatherTile<kTaps, kStride, kReverse, kVectors> tile(a);
+  for (int i = 0; i < tile.kSums - 1; ++i) tile.template step<true, false>();
+  int64_t rows = a.last_target - a.first_target;
+  for (; rows > 0 && tile.index < 0; --rows) tile.template step<true, true>();
+  for (; rows > 0 && tile.index + kStride <= tile.a.source_rows; --rows) tile.template step<false, true>();
+  for (; rows > 0; --rows) tile.template step<true, true>();
 }
 
 // backward_input with a stride of 2: a lane has two neighbouring targets, which are interleaved at the store. Half h (0: even columns) of
@@ -187,7 +220,6 @@ template <int kTaps, class W>
 inline __attribute__((always_inline)) void add_pairs(const TileArguments& a, const float* source, const W& weights,
                                                      Vec<float> (&sum)[kTaps][kPairStride]) {
   constexpr int kPad = reach_of(kTaps), kFirst = -((kTaps - 1 - kPad) / 2), kLast = (kPad + 1) / 2;
-  if (a.next_source != 0) fetch<kLanes<float>>(source + a.next_source);
 #pragma GCC unroll 3
   for (int d = kFirst; d <= kLast; ++d) {
     Vec<float> x = load(source + d);
@@ -204,19 +236,22 @@ inline __attribute__((always_inline)) void add_pairs(const TileArguments& a, con
 }
 
 template <int kTaps>
-void compute_pairs_tile(const TileArguments& a) {
+void compute_pairs_tile(const TileArguments& arguments) {
+  const TileArguments a = arguments;  // which no store changes
   const Weights<kTaps, false> weights(a.weights);
+  int64_t index = floor_div(a.first_target + a.pad_top - (kTaps - kPairStride), kPairStride);
+  int64_t row = index * kPairStride - a.pad_top;  // the first that the source row meets
+  const float* source = a.source + index * a.source_row;
+  float* target = a.target + row * a.target_row;
+  const float *next_source = a.next_source, *next_target = a.next_target;
   Vec<float> sum[kTaps][kPairStride] = {};
-  const int64_t first = floor_div(a.first_target + a.pad_top - (kTaps - kPairStride), kPairStride),
-                last = floor_div(a.last_target - 1 + a.pad_top, kPairStride);
-  for (int64_t index = first; index <= last; ++index) {
-    if (index >= 0 && index < a.source_rows) add_pairs<kTaps>(a, a.source + index * a.source_row, weights, sum);
+  for (; row < a.last_target; ++index, source += a.source_row) {
+    if (is_below(index, a.source_rows)) add_pairs<kTaps>(a, source, weights, sum);
+    fetch<kLanes<float>>(next_source);
+    fetch<kPairStride * kPairStride * kLanes<float>>(next_target);
 #pragma GCC unroll 2
-    for (int r = 0; r < kPairStride; ++r) {
-      const int64_t row = index * kPairStride - a.pad_top + r;
+    for (int r = 0; r < kPairStride; ++r, ++row, target += a.target_row) {
       if (row < a.first_target || row >= a.last_target) continue;
-      float* target = a.target + row * a.target_row;
-      if (a.next_target != 0) fetch<kPairStride * kLanes<float>>(target + a.next_target);
       store_before(target, interleave_lower<float>(sum[r][0], sum[r][1]), a.target_end);
       store_before(target + kLanes<float>, interleave_upper<float>(sum[r][0], sum[r][1]), a.target_end);
     }
