@@ -2,9 +2,9 @@
 // of matrices whose large operands are read and written where they lie (conv2d_pointwise_product.inl says how they lie).
 //
 // The weights alone are packed (_pack), once per call or, where every weight is read by one task, by that task. A register tile (_tile)
-// has outputs in its lanes, or points in planar layouts with large maps. _blocking cuts the work, _run goes through it. Nothing is
-// staged, so there are no zeros that an infinite weight could meet. docs/kernels/pointwise.md says what bounds it.
-#include "cpu/kernels/conv2d_pointwise_run.inl"
+// has outputs in its lanes, or points in planar layouts with large maps. _blocking cuts the work, _run goes through it, _row chooses.
+// Nothing is staged, so there are no zeros that an infinite weight could meet. docs/kernels/pointwise.md says what bounds it.
+#include "cpu/kernels/conv2d_pointwise_row.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {

@@ -1,4 +1,4 @@
-// The loops around a register tile of a 1x1 convolution, up to a table row's functions.
+// The loops around a register tile of a 1x1 convolution.
 #pragma once
 
 #include "cpu/kernels/conv2d_pointwise_blocking.inl"
@@ -8,10 +8,7 @@
 
 namespace {
 
-using cnn_ext::Conv2dBuffers;
-using cnn_ext::cpu::Outcome;
 using cnn_ext::cpu::Packed;
-using cnn_ext::cpu::PackedForm;
 
 constexpr int64_t kSerialPack = 1 << 14;                     // weights
 constexpr bool kFetchesForNextTask = kVectorRegisters < 32;  // rather than for the task's own next block alone
@@ -319,111 +316,6 @@ class PointwiseRun {
   T* const packed_;
   const bool packs_in_tasks_, is_packed_;
   const int threads_;
-};
-
-template <class T>
-void fill_zeros(T* p, int64_t count, int threads) {
-  constexpr int64_t kChunk = 1 << 16;
-  parallel_for(threads, divide_up(count, kChunk), [&](int, int64_t i) {
-    const int64_t end = smaller(count, (i + 1) * kChunk);
-    for (int64_t j = i * kChunk; j < end; ++j) p[j] = T(0);
-  });
-}
-
-// Whether points belong in the lanes: compares what both tiles pay for a line, in FMA slots.
-template <class T>
-bool prefers_point_lanes(const Product& p) {
-  if (p.source_point != 1 || p.dest_point != 1 || p.dest_channel == 1) return false;
-  constexpr int64_t kV = kLanes<T>;
-  // What is paid beside each sum, as steps: writing it as it lies, or through a transposed square.
-  constexpr int64_t kWrite = 2, kTransposed = 12;
-  const int64_t load_slots = 4 * PointLanes<T>::units(p.outputs) + p.outputs, fma_slots = 2 * p.outputs;
-  const int64_t outputs_cost = 2 * divide_up(p.outputs, kV) * p.points * (p.channels + kTransposed);
-  const int64_t points_cost = larger(load_slots, fma_slots) * divide_up(p.points, kV) * (p.channels + kWrite);
-  return points_cost <= outputs_cost;
-}
-
-// Whether a copy of planes that are read with gaps pays: they share pages, so that fetching a line of each is cheap, and leave the weights
-// their place in the second cache.
-template <class T>
-bool copies_gaps(const Product& p) {
-  constexpr int64_t kSize = sizeof(T);
-  return OutputLanes<T>::units(p.outputs) >= kFewestRowPanelUnits && p.source_channel * kSize <= kMostGapPlane &&
-         p.outputs * p.channels * kSize <= kMostGapWeights;
-}
-
-// Where the direct rows are faster: narrow groups would leave most lanes empty, and a copy of planes with gaps must pay.
-template <class T>
-bool is_served_best(const Product& p) {
-  if constexpr (kClosesGaps) {
-    if (closes_gaps(p)) return OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
-  }
-  const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
-  if (reads_gaps) return copies_gaps<T>(p);
-  return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
-}
-
-template <class T, Conv2dDirection kDirection>
-Plan plan_product(const Conv2dShape& s, int threads) {
-  const Product p = make_product(kDirection, s);
-  const auto plan = [&](auto tile) -> Plan {
-    using Tile = decltype(tile);
-    if (p.is_empty()) return {Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
-    const PointwiseBlocking b = make_pointwise_blocking<T, Tile>(p, threads);
-    return {Tile::kMaxWidth, Tile::kMaxPoints, b.tasks, static_cast<size_t>(make_pointwise_scratch<T, Tile>(p, b).total(threads))};
-  };
-  return prefers_point_lanes<T>(p) ? plan(PointLanes<T>{}) : plan(OutputLanes<T>{});
-}
-
-template <class T, Conv2dDirection kDirection>
-Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
-  constexpr bool forward = kDirection == Conv2dDirection::forward;
-  const Product p = make_product(kDirection, s);
-  const T* source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
-  const T* weight = static_cast<const T*>(buffers.weight);
-  const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
-  T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-  const bool writes_gaps = p.writes_planes() && !prefers_point_lanes<T>(p) && !p.is_empty();
-  if (p.dest_has_gaps && !writes_gaps) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
-  if (p.is_empty()) return Outcome::done;
-  if (prefers_point_lanes<T>(p)) {
-    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
-  } else {
-    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
-  }
-  return Outcome::done;
-}
-
-// Each tile packs in a form of its own.
-template <class T>
-PackedForm product_form(const Product& p) {
-  const bool point_lanes = prefers_point_lanes<T>(p);
-  const int64_t bytes = point_lanes ? packed_bytes<T, PointLanes<T>>(p) : packed_bytes<T, OutputLanes<T>>(p);
-  return {static_cast<size_t>(bytes), point_lanes ? 1 : 0};
-}
-
-// The functions of a table row.
-template <Conv2dDirection kDirection>
-struct PointwiseRow {
-  static bool accepts(const Conv2dShape& s) {
-    if (!is_pointwise(s)) return false;
-    if (s.dtype == cnn_ext::DType::float32) return is_served_best<float>(make_product(kDirection, s));
-    return s.dtype == cnn_ext::DType::float64 && is_served_best<double>(make_product(kDirection, s));
-  }
-  static Plan plan(const Conv2dShape& s, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? plan_product<float, kDirection>(s, threads) : plan_product<double, kDirection>(s, threads);
-  }
-  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_product<float, kDirection>(s, buffers, packed, workspace, threads)
-                                              : run_product<double, kDirection>(s, buffers, packed, workspace, threads);
-  }
-  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-    return run_packed(s, buffers, {}, workspace, threads);
-  }
-  static PackedForm form(const Conv2dShape& s) {
-    const Product p = make_product(kDirection, s);
-    return s.dtype == cnn_ext::DType::float32 ? product_form<float>(p) : product_form<double>(p);
-  }
 };
 
 }  // namespace
