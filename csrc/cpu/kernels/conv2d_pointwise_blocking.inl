@@ -8,6 +8,7 @@
 #include "cpu/kernel.h"
 #include "cpu/kernels/conv2d_pointwise_product.inl"
 #include "cpu/kernels/conv2d_pointwise_tile.inl"
+#include "cpu/simd/caches.h"
 
 namespace {
 
@@ -17,14 +18,14 @@ constexpr int64_t kReductionChannels = 256;
 constexpr int64_t kSourceBytes = 384 << 10;  // of a block of points: with the weights and the next block in the second cache
 constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block takes: the lines that a tile fetches of it for the next block
 // Points share weights that are not near, so many that ...
-constexpr int64_t kSliceBytes = 400 << 10;             // ... a block of their channels and ...
-constexpr int64_t kSharingBytes = 1 << 20;             // ... all their channels stay in the second cache, bytes
-constexpr int64_t kPanelSums = 1 << 20;                // bytes of the sums of a task that has several blocks of channels
-constexpr int64_t kMostGapPlane = 4096;                // bytes: a page
-constexpr int64_t kMostGapWeights = 384 << 10;         // bytes that stay near beside a block of planes with its gaps
-constexpr int64_t kNearWeights = 1 << 20;              // bytes that stay near from one block of points to the next
-constexpr int64_t kFewestCopiedUnits = 3;              // units of outputs that pay for copying rows or panels of whole planes, ...
-constexpr int64_t kFewestRowPanelUnits = 4;            // ... and panels of a few rows of planes
+constexpr int64_t kSliceBytes = kSecondCacheBytes * 25 / 128;  // ... a block of their channels (of the second cache) and ...
+constexpr int64_t kSharingBytes = 1 << 20;                     // ... all their channels stay near, bytes
+constexpr int64_t kPanelSums = 1 << 20;                        // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kMostGapPlane = 4096;                        // bytes: a page
+constexpr int64_t kMostGapWeights = 384 << 10;                 // bytes that stay near beside a block of planes with its gaps
+constexpr int64_t kNearWeights = 1 << 20;                      // bytes that stay near from one block of points to the next
+constexpr int64_t kFewestCopiedUnits = 3;                      // units of outputs that pay for copying rows or panels of whole planes, ...
+constexpr int64_t kFewestRowPanelUnits = 4;                    // ... and panels of a few rows of planes
 constexpr bool kCopiesPoints = kVectorRegisters < 32;  // whether planes that have points in the lanes are read from panels, too, ...
 constexpr int64_t kFewestPointUnits = 32;              // ... from so many units on
 constexpr int64_t kFewestPanelTiles = 4;               // that pay for reading weights from the second cache
