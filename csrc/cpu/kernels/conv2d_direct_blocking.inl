@@ -213,7 +213,7 @@ Scratch make_scratch(const Bundle& bundle, const Blocking& b) {
   s.group_bias = packed_outputs<Tile>(g);
   s.packs_in_tasks = is_whole_grid(b);
   int64_t offsets = 0, block_weights = 0;
-  bool complete_at_once = true;
+  bool complete_at_once = !Tile::kWritesUnits;
   for (int i = 0; i < bundle.count; ++i) {
     const Gather& part = bundle.parts[i];
     const int64_t weights = reduction_of(part).channels * part.taps() * Tile::kMaxWidth;

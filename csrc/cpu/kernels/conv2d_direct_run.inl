@@ -272,7 +272,7 @@ class GatherRun {
       const Strides& grid = sink.grid;
       const bool lanes_are_inner = (Tile::kChannelsInner ? grid.c : grid.w) == 1;
       if (lanes_are_inner) return Writing::in_place;
-      return Tile::kChannelsInner && part.reduction.blocks > 1 ? Writing::by_units : Writing::by_tiles;
+      return Tile::kWritesUnits || (Tile::kChannelsInner && part.reduction.blocks > 1) ? Writing::by_units : Writing::by_tiles;
     }
   }
 
@@ -290,7 +290,7 @@ class GatherRun {
     Writing writing = writing_of(part, channel_block, sink);
     if (interleaved && writing != Writing::in_scratch) writing = Writing::interleaved;
     // The sums of more than a tile are kept while blocks of channels are added to them, and for who takes them together.
-    const bool keeps_sums = part.reduction.blocks > 1 || interleaved || Sink::kTakesUnits;
+    const bool keeps_sums = Tile::kWritesUnits || part.reduction.blocks > 1 || interleaved || Sink::kTakesUnits;
     TileTask<T> tile{};
     tile.row_step = g.h.source_step * layout_.row_pitch;
     tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g.outputs, unit) : nullptr;

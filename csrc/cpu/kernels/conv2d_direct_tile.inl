@@ -102,6 +102,8 @@ struct ChannelTile {
   static constexpr int kMaxPoints = kAccumulators / 2;
   static constexpr int kSums = kAccumulators * kV;
   static constexpr bool kChannelsInner = true;
+  // With 16 registers a tile of a plane would be written in runs of 6 points at most: the sums of all tiles of a unit are written at once.
+  static constexpr bool kWritesUnits = kVectorRegisters < 32;
 
   // The output channels of a group are cut into units of at most kMaxWidth, padded to whole vectors.
   static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
@@ -140,6 +142,7 @@ struct PixelTile {
   static constexpr int kMaxPoints = 2 * kV;  // of a row
   static constexpr int kSums = 2 * kAccumulators * kV;
   static constexpr bool kChannelsInner = false;
+  static constexpr bool kWritesUnits = false;
 
   // The output channels of a group are shared out evenly among the units.
   static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
