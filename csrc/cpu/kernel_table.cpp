@@ -15,8 +15,8 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_forward_grouped_channels)           \
   SPECIAL(conv2d_backward_input_grouped_channels)    \
   SPECIAL(conv2d_backward_weight_grouped_channels)   \
-  SPECIAL(conv2d_forward_depthwise_rows)             \
-  SPECIAL(conv2d_backward_input_depthwise_rows)      \
+  AVX2(conv2d_forward_depthwise_rows)                \
+  AVX2(conv2d_backward_input_depthwise_rows)         \
   SPECIAL(conv2d_forward_depthwise_planes)           \
   SPECIAL(conv2d_backward_input_depthwise_planes)    \
   SPECIAL(conv2d_backward_input_depthwise_strided)   \

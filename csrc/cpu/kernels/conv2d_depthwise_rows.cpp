@@ -6,8 +6,8 @@
 // processor fetches them by itself. Reads beyond the tensor's ends are the exception: there the rows are copied first.
 //
 // Tiles (conv2d_depthwise_rows_tile.inl) take one or two vectors of a row and roll down the map. Wider maps take several, from right to
-// left: what a tile writes behind its rows is then computed later, too. Rows that fill less than 3/4 of their vectors are left to the
-// kernels with a channel in each lane.
+// left: what a tile writes behind its rows is then computed later, too. Rows of less than 3/4 of a vector are left to the kernels with
+// a channel in each lane.
 //
 // The zeros outside meet weights, which must be finite. A target is one chain: bias, then its sources from top to bottom and from left to
 // right.
@@ -16,9 +16,6 @@
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
-
-// Measured with avx2; whether longer vectors gain by it is open.
-constexpr bool kIsFast = kVectorBytes == 32;
 
 using Tile = void (*)(const TileArguments&);
 
@@ -140,7 +137,7 @@ Job make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, i
   job.pad_top = forward || has_pairs(s, forward) ? s.pad_top : s.kernel_h - 1 - s.pad_top;
   fill_masks(job);
   share_out(job, threads);
-  if constexpr (kIsFast) s.kernel_w == 3 ? choose_tiles<3>(job) : choose_tiles<5>(job);
+  s.kernel_w == 3 ? choose_tiles<3>(job) : choose_tiles<5>(job);
   job.vectors = job.columns.vectors();
   job.tile_vectors = has_pairs(s, forward) ? 1 : kMostVectors;
   job.last_tile_vectors = (job.vectors - 1) % job.tile_vectors + 1;
@@ -281,13 +278,13 @@ bool reaches_masked_columns(const RowColumns& columns, int64_t reach) {
 
 template <bool kForward>
 bool accepts(const Conv2dShape& s) {
-  if (!kIsFast || s.dtype != DType::float32 || s.layout != Layout::nchw || s.groups < 2 || s.groups != s.in_channels) return false;
+  if (s.dtype != DType::float32 || s.layout != Layout::nchw || s.groups < 2 || s.groups != s.in_channels) return false;
   if (multiplier_of(s) != 1 || s.kernel_h != s.kernel_w || (s.kernel_w != 3 && s.kernel_w != 5)) return false;
   if (s.dilation_h != 1 || s.dilation_w != 1 || s.stride_h != s.stride_w || s.stride_w > 2) return false;
   const int64_t reach = reach_of(static_cast<int>(s.kernel_w));
   const RowColumns columns = columns_of(s, kForward);
   if (has_pairs(s, kForward) && (s.pad_left != reach || columns.source != columns.lanes)) return false;
-  return reaches_masked_columns(columns, reach) && 4 * columns.lanes >= 3 * columns.vectors() * kLanes<float>;
+  return reaches_masked_columns(columns, reach) && 4 * columns.lanes >= 3 * kLanes<float>;
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // The register tiles of conv2d_depthwise_rows.cpp: rows of sums, which roll down the source rows where they lie in memory.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/kernels/conv2d_depthwise_planes_strip.inl"
 
 namespace {
@@ -65,11 +63,22 @@ inline Vec<float> weight_of(const float* weights, int row, int column) {
   return broadcast_from(weights + (kReverse ? kTaps * kTaps - 1 - tap : tap));
 }
 
-// All weights of a map, in registers.
+// The weights of a map, which are loaded wherever they are used: each once for all vectors of a tile.
 template <int kTaps, bool kReverse>
-struct KeptWeights {
+struct Weights {
+  static constexpr bool kStayInRegisters = false;
+  const float* weights;
+  explicit Weights(const float* p) : weights(p) {}
+  Vec<float> operator()(int row, int column) const { return weight_of<kTaps, kReverse>(weights, row, column); }
+};
+
+// 9 weights stay in registers, beside the sums of two vectors.
+template <bool kReverse>
+struct Weights<3, kReverse> {
+  static constexpr bool kStayInRegisters = true;
+  static constexpr int kTaps = 3;
   Vec<float> weight[kTaps][kTaps];
-  explicit KeptWeights(const float* weights) {
+  explicit Weights(const float* weights) {
 #pragma GCC unroll 3
     for (int r = 0; r < kTaps; ++r) {
 #pragma GCC unroll 3
@@ -78,20 +87,6 @@ struct KeptWeights {
   }
   Vec<float> operator()(int row, int column) const { return weight[row][column]; }
 };
-
-// Weights that are loaded wherever they are used.
-template <int kTaps, bool kReverse>
-struct LoadedWeights {
-  const float* weights;
-  explicit LoadedWeights(const float* p) : weights(p) {}
-  Vec<float> operator()(int row, int column) const { return weight_of<kTaps, kReverse>(weights, row, column); }
-};
-
-// 9 weights stay in registers beside the sums of two vectors; of more, each is loaded once for both.
-template <int kTaps>
-constexpr bool kKeepsWeights = kTaps == 3;
-template <int kTaps, bool kReverse>
-using Weights = std::conditional_t<kKeepsWeights<kTaps>, KeptWeights<kTaps, kReverse>, LoadedWeights<kTaps, kReverse>>;
 
 // What vector v of the targets meets with the tap columns `column` to column + kStride - 1.
 template <int kTaps, int kStride, int kVectors>
@@ -122,7 +117,7 @@ inline __attribute__((always_inline)) void add_source_row(const TileArguments& a
   for (int column = 0; column < kTaps; column += kStride) {
     Vec<float> x[kVectors][kStride];
     const int columns = kTaps - column < kStride ? kTaps - column : kStride;
-    if constexpr (kKeepsWeights<kTaps>) {
+    if constexpr (W::kStayInRegisters) {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         load_columns<kTaps, kStride, kVectors>(a, source, column, v, x[v]);
