@@ -14,6 +14,7 @@
 #include "cpu/kernel.h"
 #include "cpu/kernels/conv2d_backward_weight_planes_tile.inl"
 #include "cpu/kernels/conv2d_backward_weight_split.inl"
+#include "cpu/kernels/conv2d_pointwise_product.inl"
 #include "cpu/parallel.h"
 #include "cpu/simd/caches.h"
 #include "cpu/simd/lanes.h"
@@ -322,10 +323,8 @@ bool has_few_channels(const Conv2dShape& s) {
 }
 
 bool accepts(const Conv2dShape& s) {
-  const bool padded = s.pad_top != 0 || s.pad_left != 0 || (s.out_h - 1) * s.stride_h >= s.in_h || (s.out_w - 1) * s.stride_w >= s.in_w;
-  return s.dtype == DType::float32 && s.layout == Layout::nchw && s.kernel_h == 1 && s.kernel_w == 1 && !padded &&
-         s.out_h * s.out_w >= kFewestPixels && s.in_channels > 0 && s.batch > 0 &&
-         (s.stride_h > 1 || s.stride_w > 1 || has_few_channels(s));
+  return s.dtype == DType::float32 && s.layout == Layout::nchw && is_pointwise(s) && s.out_h * s.out_w >= kFewestPixels &&
+         s.in_channels > 0 && s.batch > 0 && (s.stride_h > 1 || s.stride_w > 1 || has_few_channels(s));
 }
 
 }  // namespace

@@ -242,19 +242,11 @@ class Task {
   TileArguments a_;
 };
 
-bool are_finite(const float* p, int64_t count) {
-  Vec<float> sum{};
-  for (int64_t i = 0; i < count; i += kLanes<float>) {
-    sum = fma(load_lanes(p + i, first_lanes<float>(count - i), Vec<float>{}), Vec<float>{}, sum);
-  }
-  return is_finite<float>(sum);
-}
-
 template <bool kForward>
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
   int64_t bytes;
   const Job job = make_job(s, kForward, threads, workspace, &bytes);
-  if (!are_finite(static_cast<const float*>(b.weight), s.in_channels * taps_of(s))) return Outcome::not_finite;
+  if (!all_finite(static_cast<const float*>(b.weight), s.in_channels * taps_of(s))) return Outcome::not_finite;
   parallel_for(threads, job.tasks(), [&](int worker, int64_t task) {
     const int64_t first = task * job.blocks_per_task;
     Task(job, b, first, smaller(job.blocks(), first + job.blocks_per_task), job.scratch + worker * job.scratch_size);

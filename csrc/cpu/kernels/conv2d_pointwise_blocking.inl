@@ -64,9 +64,7 @@ template <class T, class Tile>
 Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
-  if constexpr (kClosesGaps) {
-    if (closes_gaps(p)) return Reading::panels;
-  }
+  if (closes_gaps(p)) return Reading::panels;
   if constexpr (Tile::kPointsInLanes && kCopiesPoints) return units < kFewestPointUnits ? Reading::in_place : Reading::panels;
   if (!Tile::kPointsInLanes && p.source_channel != 1) {
     return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
@@ -181,9 +179,7 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   const int64_t copied =
       b.reading == Reading::panels ? b.points * b.channels : (Tile::kPointsInLanes ? b.channels : b.points) * b.copy_pitch;
   s.worker_bytes = s.copy + aligned((b.lines * copied + (b.reading == Reading::panels ? Tile::kV : 0)) * kSize);
-  if constexpr (kClosesGaps) {
-    s.worker_bytes += plane_bytes<T>(p, b);
-  }
+  s.worker_bytes += plane_bytes<T>(p, b);
   return s;
 }
 

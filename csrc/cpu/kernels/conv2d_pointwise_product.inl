@@ -56,12 +56,10 @@ inline bool closes_gaps(const Product& p) {
 
 // The shortest description: rows without gaps become one line, and so do images. Gaps in planes are filled row by row.
 inline void join_lines(Product& p) {
-  if constexpr (kClosesGaps) {
-    if (closes_gaps(p)) {
-      p.points *= p.rows;
-      p.rows = 1;
-      return;
-    }
+  if (closes_gaps(p)) {
+    p.points *= p.rows;
+    p.rows = 1;
+    return;
   }
   if (p.dest_has_gaps && p.writes_planes()) return;
   if (p.source_row == p.points * p.source_point && p.dest_row == p.points * p.dest_point) {

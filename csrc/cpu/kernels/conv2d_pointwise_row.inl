@@ -43,9 +43,7 @@ bool copies_gaps(const Product& p) {
 // Where the direct rows are faster: narrow groups would leave most lanes empty, and a copy of planes with gaps must pay.
 template <class T>
 bool is_served_best(const Product& p) {
-  if constexpr (kClosesGaps) {
-    if (closes_gaps(p)) return OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
-  }
+  if (closes_gaps(p)) return OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
   const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
   if (reads_gaps) return copies_gaps<T>(p);
   return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);

@@ -132,13 +132,11 @@ class PointwiseRun {
     for (int64_t i = 0; i < block.lines; ++i) {
       const T* line = source + p_.source_line(block.line + i);
       if (b_.reading == Reading::panels) {
-        if constexpr (kClosesGaps) {
+        if constexpr (kEvenTiles) {
           if (closes_gaps(p_)) {
             copy_planes(line, channels, own_planes(worker), copy + i * copied_line);
             continue;
           }
-        }
-        if constexpr (kEvenTiles) {
           const auto copy_line = p_.source_point == 1 ? copy_even_panels<T, Tile, false> : copy_even_panels<T, Tile, true>;
           copy_line(line, p_.source_point, p_.source_channel, channels, block.points, copy + i * copied_line);
         } else {
@@ -185,9 +183,7 @@ class PointwiseRun {
     const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
       int64_t elements = next.lines * next.points * larger(p_.source_point, p_.channels);
-      if constexpr (kClosesGaps) {
-        if (closes_gaps(p_)) elements = next.lines * p_.channels * p_.source_channel;
-      }
+      if (closes_gaps(p_)) elements = next.lines * p_.channels * p_.source_channel;
       const int64_t step = divide_up(elements, tiles * larger(1, p_.channels)), part = step * b_.channels;
       return {source + channel_block * tiles * part, part, 1, 0, step, 0, tiles, 0};
     }
