@@ -21,6 +21,8 @@ constexpr int64_t kBlockLine = 512;          // bytes of a plane that a block ta
 constexpr int64_t kSliceBytes = kSecondCacheBytes * 25 / 128;  // ... a block of their channels (of the second cache) and ...
 constexpr int64_t kSharingBytes = 1 << 20;                     // ... all their channels stay near, bytes
 constexpr int64_t kPanelSums = 1 << 20;                        // bytes of the sums of a task that has several blocks of channels
+constexpr int64_t kGapPoints = 512;                            // of planes with gaps that are copied at a time for points in the lanes, ...
+constexpr int64_t kGapBytes = kSecondCacheBytes / 4;           // ... at most so many bytes
 constexpr int64_t kMostGapPlane = 4096;                        // bytes: a page
 constexpr int64_t kMostGapWeights = 384 << 10;                 // bytes that stay near beside a block of planes with its gaps
 constexpr int64_t kNearWeights = 1 << 20;                      // bytes that stay near from one block of points to the next
@@ -64,7 +66,7 @@ template <class T, class Tile>
 Reading choose_reading(const Product& p) {
   constexpr int64_t kSize = sizeof(T);
   const int64_t units = Tile::units(p.outputs);
-  if (closes_gaps(p)) return Reading::panels;
+  if (closes_gaps(p)) return Tile::kPointsInLanes ? Reading::rows : Reading::panels;
   if constexpr (Tile::kPointsInLanes && kCopiesPoints) return units < kFewestPointUnits ? Reading::in_place : Reading::panels;
   if (!Tile::kPointsInLanes && p.source_channel != 1) {
     return units < (p.rows == 1 ? kFewestCopiedUnits : kFewestRowPanelUnits) ? Reading::in_place : Reading::panels;
@@ -83,7 +85,9 @@ bool weights_are_near(const Product& p) {
 template <class T, class Tile>
 int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
   constexpr int64_t kSize = sizeof(T);
-  if (b.reading == Reading::rows && Tile::kPointsInLanes) return Tile::kMaxPoints;
+  if (b.reading == Reading::rows && Tile::kPointsInLanes) {
+    return closes_gaps(p) ? larger(4 * Tile::kMaxPoints, smaller(kGapPoints, kGapBytes / (b.channels * kSize))) : Tile::kMaxPoints;
+  }
   const int64_t point_bytes = larger(1, p.channels * kSize);
   const int64_t few = b.reading == Reading::panels && p.rows == 1
                           ? kWholePlane
@@ -91,6 +95,13 @@ int64_t fitting_points(const Product& p, const PointwiseBlocking& b) {
   return weights_are_near<T>(p) || Tile::kPointsInLanes
              ? few
              : larger(few, smaller(kSliceBytes / (b.channels * kSize), kSharingBytes / point_bytes));
+}
+
+// A pitch of rows of so many elements that share the places of the nearest cache evenly: an odd number of its lines.
+template <class T>
+int64_t odd_lines(int64_t elements) {
+  constexpr int64_t kLine = kAlignment / sizeof(T);
+  return (divide_up(elements, kLine) | 1) * kLine;
 }
 
 template <class T, class Tile>
@@ -127,8 +138,10 @@ PointwiseBlocking make_pointwise_blocking(const Product& p, int threads) {
   b.units = divide_up(units, divide_up(units, b.units));
   b.unit_blocks = divide_up(units, b.units);
   b.tasks = point_tasks * b.unit_blocks;
-  if (b.reading == Reading::rows)
+  if (b.reading == Reading::rows) {
     b.copy_pitch = Tile::kPointsInLanes ? divide_up(b.points, Tile::kV) * Tile::kV : divide_up(b.channels, Tile::kV) * Tile::kV + Tile::kV;
+    if (closes_gaps(p)) b.copy_pitch = odd_lines<T>(b.points);
+  }
   return b;
 }
 
@@ -154,10 +167,10 @@ int64_t packed_bytes(const Product& p) {
   return aligned(p.groups * packed_outputs<Tile>(p) * p.channels * static_cast<int64_t>(sizeof(T)));
 }
 
-// Of the planes of a block of channels, without their gaps: what a worker's memory ends with.
+// Of the planes of a block of channels, without their gaps, that panels are made of: what a worker's memory ends with.
 template <class T>
 int64_t plane_bytes(const Product& p, const PointwiseBlocking& b) {
-  return closes_gaps(p) ? aligned(b.channels * p.points * static_cast<int64_t>(sizeof(T))) : 0;
+  return closes_gaps(p) && b.reading == Reading::panels ? aligned(b.channels * p.points * static_cast<int64_t>(sizeof(T))) : 0;
 }
 
 template <class T, class Tile>

@@ -94,17 +94,20 @@ void copy_even_panels(const T* src, int64_t step, int64_t src_channel, int64_t c
   }
 }
 
-// The points of a plane, rows of `row_points` elements that lie `step` apart, side by side. Vectors are stored whole, in ascending order:
-// what they write too much is overwritten by the next row.
+// `points` points of a plane from `first` on, of rows of `row_points` elements that lie `step` apart, side by side. Vectors are stored
+// whole, in ascending order: what they write too much is overwritten by the next row.
 template <class T>
-void copy_without_gaps(const T* plane, int64_t src_row, int64_t step, int64_t row_points, int64_t points, T* dst) {
+void copy_without_gaps(const T* plane, int64_t src_row, int64_t step, int64_t row_points, int64_t first, int64_t points, T* dst) {
   constexpr int64_t kV = kLanes<T>;
-  for (int64_t row = 0; row < points; row += row_points, plane += src_row) {
-    for (int64_t x = 0; x < row_points; x += kV) {
-      const int64_t left = row_points - x, room = points - row - x;
-      const int count = static_cast<int>(left < kV ? left : kV);
-      store_first(dst + row + x, load_apart(plane + x * step, step, count), room < kV ? count : static_cast<int>(kV));
-    }
+  plane += first / row_points * src_row;
+  for (int64_t done = 0, x = first % row_points; done < points; x = 0, plane += src_row) {
+    const int64_t end = done + (row_points - x < points - done ? row_points - x : points - done);
+    const T* src = plane + x * step;
+    for (; done + kV <= end; done += kV, src += kV * step) store(dst + done, load_apart(src, step, static_cast<int>(kV)));
+    if (done == end) continue;
+    const int count = static_cast<int>(end - done);
+    store_first(dst + done, load_apart(src, step, count), points - done < kV ? count : static_cast<int>(kV));
+    done = end;
   }
 }
 

@@ -46,12 +46,12 @@ inline bool is_pointwise(const Conv2dShape& s) {
 
 constexpr int64_t kWholePlane = 256;  // points of a planar map that is not cut, so that it lies in one piece
 
-// Whether a stride leaves gaps between the points that are read of small planes. With 16 registers these are copied whole and without the
-// gaps, and all their rows, dest_row points each, are one line: rows are so short that most tiles of one would have few points.
+// Whether a stride leaves gaps between the points that are read of planes. With 16 registers these are copied without the gaps, and all
+// their rows, dest_row points each, are one line: rows are so short that many tiles of one would have few points.
 constexpr bool kClosesGaps = kVectorRegisters < 32;
 inline bool closes_gaps(const Product& p) {
   const bool reads_gaps = p.source_channel != 1 && p.source_point != 1, writes_rows = p.dest_point == 1 && p.dest_row > 1;
-  return kClosesGaps && reads_gaps && writes_rows && p.rows * p.points <= kWholePlane;
+  return kClosesGaps && reads_gaps && writes_rows;
 }
 
 // The shortest description: rows without gaps become one line, and so do images. Gaps in planes are filled row by row.

@@ -21,6 +21,9 @@ void fill_zeros(T* p, int64_t count, int threads) {
 // Whether points belong in the lanes: compares what both tiles pay for a line, in FMA slots.
 template <class T>
 bool prefers_point_lanes(const Product& p) {
+  if constexpr (kClosesGaps) {
+    if (closes_gaps(p)) return p.points > kWholePlane;
+  }
   if (p.source_point != 1 || p.dest_point != 1 || p.dest_channel == 1) return false;
   constexpr int64_t kV = kLanes<T>;
   // What is paid beside each sum, as steps: writing it as it lies, or through a transposed square.
@@ -43,7 +46,9 @@ bool copies_gaps(const Product& p) {
 // Where the direct rows are faster: narrow groups would leave most lanes empty, and a copy of planes with gaps must pay.
 template <class T>
 bool is_served_best(const Product& p) {
-  if (closes_gaps(p)) return OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
+  if constexpr (kClosesGaps) {
+    if (closes_gaps(p)) return prefers_point_lanes<T>(p) || OutputLanes<T>::units(p.outputs) >= kFewestCopiedUnits;
+  }
   const bool reads_gaps = p.source_point != 1 && p.source_channel != 1;
   if (reads_gaps) return copies_gaps<T>(p);
   return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);

@@ -124,7 +124,8 @@ class PointwiseRun {
   };
 
   Source source_of(int worker, int64_t group, const Block& block, int64_t channel_block) const {
-    const T* source = source_ + (group * p_.channels + channel_block * b_.channels) * p_.source_channel + block.point * p_.source_point;
+    const int64_t point = closes_gaps(p_) ? 0 : block.point;  // a copy without gaps finds its points itself
+    const T* source = source_ + (group * p_.channels + channel_block * b_.channels) * p_.source_channel + point * p_.source_point;
     if (b_.reading == Reading::in_place) return {source, 0, p_.source_point, p_.source_channel};
     const int64_t channels = channels_of(channel_block), rows = Tile::kPointsInLanes ? channels : block.points;
     const int64_t copied_line = b_.reading == Reading::panels ? block.points * channels : rows * b_.copy_pitch;
@@ -134,7 +135,9 @@ class PointwiseRun {
       if (b_.reading == Reading::panels) {
         if constexpr (kEvenTiles) {
           if (closes_gaps(p_)) {
-            copy_planes(line, channels, own_planes(worker), copy + i * copied_line);
+            T* const planes = own_planes(worker);
+            copy_planes(line, channels, block, planes, p_.points);
+            copy_even_panels<T, Tile, false>(planes, 1, p_.points, channels, p_.points, copy + i * copied_line);
             continue;
           }
           const auto copy_line = p_.source_point == 1 ? copy_even_panels<T, Tile, false> : copy_even_panels<T, Tile, true>;
@@ -144,6 +147,12 @@ class PointwiseRun {
                       copy + i * copied_line);
         }
       } else if constexpr (Tile::kPointsInLanes) {
+        if constexpr (kClosesGaps) {
+          if (closes_gaps(p_)) {
+            copy_planes(line, channels, block, copy + i * copied_line, b_.copy_pitch);
+            continue;
+          }
+        }
         copy_rows(line, p_.source_channel, rows, block.points, copy + i * copied_line, b_.copy_pitch);
       } else {
         copy_rows(line, p_.source_point, rows, channels, copy + i * copied_line, b_.copy_pitch);
@@ -154,12 +163,12 @@ class PointwiseRun {
     return {copy, copied_line, b_.copy_pitch, 1};
   }
 
-  // Panels of planes with gaps, by way of planes without.
-  void copy_planes(const T* source, int64_t channels, T* planes, T* panels) const {
+  // The points of a block, of planes with gaps, to planes without.
+  void copy_planes(const T* source, int64_t channels, const Block& block, T* planes, int64_t pitch) const {
     for (int64_t c = 0; c < channels; ++c) {
-      copy_without_gaps(source + c * p_.source_channel, p_.source_row, p_.source_point, p_.dest_row, p_.points, planes + c * p_.points);
+      copy_without_gaps(source + c * p_.source_channel, p_.source_row, p_.source_point, p_.dest_row, block.point, block.points,
+                        planes + c * pitch);
     }
-    copy_even_panels<T, Tile, false>(planes, 1, p_.points, channels, p_.points, panels);
   }
 
   const T* line_of(const Source& source, const Block& block, int64_t i) const {
@@ -179,6 +188,9 @@ class PointwiseRun {
 
   // For the tiles of a block of channels, which fetch these channels.
   Ahead ahead_of(const Task& task, const Block& block, int64_t next_group, const Block& next, int64_t channel_block) const {
+    if constexpr (kClosesGaps) {
+      if (closes_gaps(p_) && b_.point_blocks > 1) return ahead_of_gaps(next_group, next, channel_block);
+    }
     const T* source = source_ + next_group * p_.channels * p_.source_channel + p_.source_line(next.line) + next.point * p_.source_point;
     const int64_t tiles = (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points);
     if (p_.source_channel == 1 || (p_.rows == 1 && b_.point_blocks == 1)) {
@@ -202,6 +214,20 @@ class PointwiseRun {
     while (parts < kAheadRun && 2 * parts * of_a_part <= tiles) parts *= 2;
     const int64_t step = kLineElements / parts;
     return {source, planes * p_.source_channel, parts, kAheadRun * step, step, p_.source_channel - kAheadRun * step, parts * of_a_part, 0};
+  }
+
+  // As above, for a part of planes with gaps: rows that are read, one after the other, or, where they are long, what lies between the first
+  // point and the last.
+  Ahead ahead_of_gaps(int64_t next_group, const Block& next, int64_t channel_block) const {
+    const int64_t channels = channels_of(channel_block), planes = larger(1, divide_up(channels, kAheadRun));
+    const int64_t first_row = next.point / p_.dest_row, rows = (next.point + next.points - 1) / p_.dest_row - first_row + 1;
+    const int64_t plane = (next_group * p_.channels + channel_block * b_.channels) * p_.source_channel;
+    const int64_t of_a_row = divide_up(p_.dest_row * p_.source_point, kAheadRun - 1), step = smaller(kLineElements, of_a_row);
+    const bool whole_rows = of_a_row <= kLineElements;
+    const int64_t piece = whole_rows ? p_.source_row : kAheadRun * kLineElements;
+    const int64_t pieces = whole_rows ? rows : divide_up(rows * p_.source_row, piece);
+    return {source_ + p_.source_line(next.line) + plane + first_row * p_.source_row, planes * p_.source_channel, pieces, piece, step,
+            p_.source_channel - kAheadRun * step, pieces * divide_up(channels, planes), 0};
   }
 
   // Behind the last block of a task, for the task that the same thread mostly runs next.
