@@ -12,6 +12,8 @@ using cnn_ext::cpu::Packed;
 
 constexpr int64_t kSerialPack = 1 << 14;                     // weights
 constexpr bool kFetchesForNextTask = kVectorRegisters < 32;  // rather than for the task's own next block alone
+// Of whole planes the next block of channels rather than a part of the next planes, all of whose channels may be more than stay near.
+constexpr bool kFetchesChannelBlocks = kVectorRegisters < 32;
 
 template <class T, class Tile>
 class PointwiseRun {
@@ -109,8 +111,9 @@ class PointwiseRun {
     for (int64_t i = task.block; i < task.block_end; ++i) {
       const Block block = block_at(i);
       for (int64_t channel_block = 0; channel_block < b_.channel_blocks; ++channel_block) {
-        Ahead ahead = i + 1 < task.block_end ? ahead_of(task, block, task.group, block_at(i + 1), channel_block)
-                                             : ahead_of_next_task(task, index, block, channel_block);
+        Ahead ahead = has_channels_behind(channel_block) ? ahead_of_planes(task, block, task.group, block, channel_block + 1)
+                      : i + 1 < task.block_end           ? ahead_of(task, block, task.group, block_at(i + 1), channel_block)
+                                                         : ahead_of_next_task(task, index, block, channel_block);
         const Source source = source_of(worker, task.group, block, channel_block);
         for (int64_t unit = task.unit; unit < task.unit_end; ++unit) run_unit(worker, task, block, source, unit, channel_block, ahead);
       }
@@ -186,8 +189,26 @@ class PointwiseRun {
     int64_t tiles, tile;  // that fetch; those that did
   };
 
+  // Whether the next block of channels of the same whole planes is fetched.
+  bool has_channels_behind(int64_t channel_block) const {
+    return kFetchesChannelBlocks && has_whole_planes() && channel_block + 1 < b_.channel_blocks;
+  }
+  bool has_whole_planes() const { return p_.source_channel != 1 && p_.rows == 1 && b_.point_blocks == 1; }
+
+  // A block of channels of whole planes, which lie in one piece in each image, for all tiles of a block of channels.
+  Ahead ahead_of_planes(const Task& task, const Block& block, int64_t next_group, const Block& next, int64_t next_channel_block) const {
+    const int64_t first = next_group * p_.channels + next_channel_block * b_.channels;
+    const int64_t tiles = larger(1, (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points) / next.lines);
+    const int64_t step = divide_up(channels_of(next_channel_block) * p_.source_channel, tiles * b_.channels);
+    return {source_ + p_.source_line(next.line) + first * p_.source_channel, step * b_.channels, next.lines, p_.source_image, step, 0,
+            tiles * next.lines, 0};
+  }
+
   // For the tiles of a block of channels, which fetch these channels.
   Ahead ahead_of(const Task& task, const Block& block, int64_t next_group, const Block& next, int64_t channel_block) const {
+    if constexpr (kFetchesChannelBlocks) {
+      if (has_whole_planes()) return ahead_of_planes(task, block, next_group, next, 0);
+    }
     if constexpr (kClosesGaps) {
       if (closes_gaps(p_) && b_.point_blocks > 1) return ahead_of_gaps(next_group, next, channel_block);
     }
