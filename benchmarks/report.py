@@ -39,7 +39,9 @@ MEMORY_COLUMNS = [
     Column("layers of", lambda row: row["backend"]),
     Column("MB kept for backward", lambda row: row["saved_mb"], ".0f"),
     Column("of torch's", lambda row: row["saved_vs_torch"], ".3f"),
-    Column("MB at the peak", lambda row: row["peak_mb"], ".0f"),
+    Column("MB needed at the peak", lambda row: row.get("needed_mb"), ".0f"),
+    Column("of torch's", lambda row: row.get("needed_vs_torch"), ".3f"),
+    Column("MB resident at the peak", lambda row: row["peak_mb"], ".0f"),
     Column("of torch's", lambda row: row["peak_vs_torch"], ".3f"),
 ]
 

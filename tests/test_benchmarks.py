@@ -363,7 +363,7 @@ def test_tables_align_numbers_to_the_right():
 
 
 def test_the_memory_of_networks_stands_in_the_readme(monkeypatch, tmp_path):
-    def measured(network: str, backend: str, batch: int, extent: int) -> dict:
+    def measured(network: str, backend: str, batch: int, extent: int, allocator: str) -> dict:
         sizes = {"saved_mb": 3.0, "peak_mb": 4.0}
         return {"network": network, "backend": backend, "batch_size": batch, "extent": extent, **sizes}
 

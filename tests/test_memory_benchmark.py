@@ -9,8 +9,16 @@ from torch import nn
 
 import cnn_ext
 from benchmarks import memory
+from benchmarks.machine import allocator_environment
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def printed(script: str, allocator: str = "default") -> str:
+    """In a process of its own, as the benchmark has it: what earlier tests freed here would be used again."""
+    command = [sys.executable, "-c", f"import torch; from benchmarks import memory\n{script}"]
+    environment = allocator_environment(allocator)
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def test_what_is_kept_for_backward_is_counted_once_and_without_parameters():
@@ -23,12 +31,23 @@ def test_what_is_kept_for_backward_is_counted_once_and_without_parameters():
 
 
 def test_the_peak_is_of_the_call_alone():
-    """In a process of its own, as the benchmark has it: what earlier tests freed here would be used again."""
     elements = 1 << 24
     script = f"held = torch.ones(1 << 22); print(memory.peak_bytes(lambda: torch.ones({elements})))"
-    command = [sys.executable, "-c", f"import torch; from benchmarks import memory; {script}"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert 0.9 * 4 * elements < int(done.stdout) < 2 * 4 * elements
+    assert 0.9 * 4 * elements < int(printed(script)) < 2 * 4 * elements
+
+
+def test_memory_is_given_back_where_a_peak_is_to_be_what_is_needed():
+    """The default allocator keeps the hole that ``lower`` leaves, for it has seen a block as large freed before."""
+    elements = 1 << 20
+    script = f"""
+torch.ones(4 * {elements})
+lower, upper = torch.ones({elements}), torch.ones({elements})
+before = memory._status("VmRSS")
+del lower
+print(before - memory._status("VmRSS"))
+"""
+    assert int(printed(script, "default")) < 0.1 * 4 * elements
+    assert int(printed(script, "returning")) > 0.9 * 4 * elements
 
 
 def test_a_row_of_the_memory_benchmark():
