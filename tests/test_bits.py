@@ -3,6 +3,7 @@ tile; and infinities and NaNs go where the data takes them, never through the pa
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -215,6 +216,7 @@ READS = {
 }
 
 
+@functools.cache
 def spoiled_operands(
     direction: str, case: Conv2dCase, dtype: torch.dtype, name: str, key: str
 ) -> dict[str, torch.Tensor]:
@@ -233,14 +235,13 @@ def test_conv2d_multiplies_data_and_never_padding(row, spoiled):
     problems = []
     for dtype in ALL_DTYPES:
         for case in for_dtype(SPOILED_CASES, dtype):
-            for name in SPOILS:
+            accepted = [layouts for layouts in CONV2D_LAYOUTS if accepts(row, shape_of(case, dtype, layouts))]
+            for name, layouts in itertools.product(SPOILS, accepted):
                 key = READS[row.direction][spoiled]
                 tensors = spoiled_operands(row.direction, case, dtype, name, key)
                 truth = spoiled_truth(row.direction, case, dtype, name, key)
-                for layouts in CONV2D_LAYOUTS:
-                    if accepts(row, shape_of(case, dtype, layouts)):
-                        found = violation(*run(row, case, layouts, **tensors), truth)
-                        problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
+                found = violation(*run(row, case, layouts, **tensors), truth)
+                problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
     report(problems, row)
 
 
@@ -269,7 +270,7 @@ def test_infinities_stay_in_their_groups(row):
 
 @functools.cache
 def spoiled_fused_truth(direction: str, case: FusedCase, dtype: torch.dtype, name: str, key: str) -> reference.Truth:
-    operands = spoiled_fused_operands(direction, case, dtype, name, key)
+    operands = dict(spoiled_fused_operands(direction, case, dtype, name, key))
     if direction != "forward":
         operands["grad_output"] = reference.fused_gradient(case, operands["grad_output"], operands.pop("mask"))
         return nonfinite.conv2d(case.conv, direction, **operands)
@@ -280,6 +281,7 @@ def spoiled_fused_truth(direction: str, case: FusedCase, dtype: torch.dtype, nam
     return reference.Truth(value, magnitude, conv.roundings)
 
 
+@functools.cache
 def spoiled_fused_operands(
     direction: str, case: FusedCase, dtype: torch.dtype, name: str, key: str
 ) -> dict[str, torch.Tensor]:
@@ -295,13 +297,12 @@ def test_the_fused_rows_multiply_data_and_stopped_gradients_and_never_padding(ro
     key = READS[row.direction][spoiled]
     for dtype in ALL_DTYPES:
         for case in for_dtype([case for case in fused_cases() if case.conv in SPOILED_CASES[::3]], dtype):
-            for name in SPOILS:
+            accepted = [layouts for layouts in CONV2D_LAYOUTS[:2] if accepts(row, shape_of(case, dtype, layouts))]
+            for name, layouts in itertools.product(SPOILS, accepted):
                 tensors = spoiled_fused_operands(row.direction, case, dtype, name, key)
                 truth = spoiled_fused_truth(row.direction, case, dtype, name, key)
-                for layouts in CONV2D_LAYOUTS[:2]:
-                    if accepts(row, shape_of(case, dtype, layouts)):
-                        found = violation(run(row, case, layouts, **tensors)[0], truth)
-                        problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
+                found = violation(run(row, case, layouts, **tensors)[0], truth)
+                problems += [(case.name, dtype, layouts, f"{name} of {key}", found)] if found else []
     report(problems, row)
 
 

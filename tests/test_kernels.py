@@ -81,7 +81,7 @@ def conv2d_truth(direction: str, case: Conv2dCase, dtype: torch.dtype, with_bias
 @functools.cache
 def naive_conv2d(row: Row, case: Conv2dCase, dtype: torch.dtype, with_bias: bool) -> torch.Tensor:
     data = shared_tensors(case, dtype)
-    return run_conv2d(row, case, **{**vars(data), "bias": data.bias if with_bias else None})
+    return run_conv2d(row, case, **{**vars(data), "bias": data.bias if with_bias else None}).double()
 
 
 def less_precise(truth: Truth, error: float) -> Truth:
@@ -118,7 +118,7 @@ def conv2d_problems(row: Row, case: Conv2dCase, dtype: torch.dtype, layouts: tup
             truth = winograd.bounded(row, case, dtype, layouts, truth, vars(data))
         if "mma_" in row.name and dtype == torch.float32:
             truth = rounded_to_tf32(row, truth)
-        oracle = Truth(naive_conv2d(naive(row), case, dtype, with_bias).double(), 2 * truth.magnitude, truth.roundings)
+        oracle = Truth(naive_conv2d(naive(row), case, dtype, with_bias), 2 * truth.magnitude, truth.roundings)
         what = f"{case.name}{'' if with_bias or row.direction != 'forward' else ' without bias'}"
         problems += [f"{what}: {found}" for found in [violation(result, truth)] if found]
         problems += [f"{what}, against the naive row: {found}" for found in [violation(result, oracle)] if found]

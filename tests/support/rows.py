@@ -7,6 +7,7 @@ elements: one element misaligns it for vectors.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -53,18 +54,23 @@ class Row:
         return _native.cpu if self.device == "cpu" else _native.cuda()
 
 
-def rows(*, op: str | None = None, direction: str | None = None) -> list[Row]:
+@functools.cache
+def _all_rows() -> tuple[Row, ...]:
     """Every row that this machine can run: of the CPU's table and, where there is a GPU, of CUDA's."""
     modules = {"cpu": _native.cpu}
     if torch.cuda.is_available():
         modules["cuda"] = _native.cuda()
-    found = [
+    return tuple(
         Row(row["name"], row["op"], row["direction"], row.get("isa", ""), device)
         for device, module in modules.items()
         for row in module.kernels()
         if row["supported"]
-    ]
-    return [row for row in found if op in (None, row.op) and direction in (None, row.direction)]
+    )
+
+
+def rows(*, op: str | None = None, direction: str | None = None) -> list[Row]:
+    """Those of an op and a direction, if named."""
+    return [row for row in _all_rows() if op in (None, row.op) and direction in (None, row.direction)]
 
 
 @contextlib.contextmanager
@@ -376,6 +382,7 @@ def run(row: Row, case, layouts, **operands) -> tuple[torch.Tensor, ...]:
     return (run_fused if row.op == "conv2d_relu_max_pool2d" else run_pool2d)(row, case, layouts, **operands)
 
 
+@functools.cache
 def naive(row: Row) -> Row:
     """The oracle of a row: the last one of its op and direction."""
     return rows(op=row.op, direction=row.direction)[-1] if row.device == "cpu" else naive(cpu_twin(row))
