@@ -46,6 +46,11 @@ struct Blocking {
   int64_t tasks;
 };
 
+// Whether the steps of a channel and a tap row are spans: their tap columns read neighbouring elements of what is staged.
+inline bool has_spans(const Gather& g) {
+  return g.w.taps % kSpanTaps == 0 && g.w.source_step == 1 && g.w.tap_step * g.w.tap_step == 1 && !leaves_out_columns(g);
+}
+
 template <class T>
 int64_t staged_bytes(const Gather& g, const Blocking& b) {
   return b.images * staged_layout<T>(g, b.channels, b.rows, b.cols).image_pitch * static_cast<int64_t>(sizeof(T));

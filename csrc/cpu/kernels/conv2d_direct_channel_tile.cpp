@@ -4,24 +4,65 @@
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-template <class T, int kVectors, int kRows, int kCols>
+// Adds the taps of a span to the sums of kRows x kCols grid points. Each element is broadcast once for all the points that read it, and the
+// elements are gone through so that a sum gets its taps in order, in all rows at once: an addition to a sum then has others between itself
+// and the next. What the sums leave of the registers holds weights; the others stay in memory.
+template <int kSpanStep, int kVectors, int kRows, int kCols, class T>
+inline __attribute__((always_inline)) void add_span(Vec<T> (&sum)[kRows * kCols][kVectors], const T* in, int64_t row_step,
+                                                    const T* weights) {
+  constexpr int kV = kLanes<T>, kHeld = kVectorRegisters - 1 - kRows * kCols * kVectors;
+  Vec<T> held[kVectors][kSpanTaps];
+#pragma GCC unroll 6
+  for (int i = 0; i < kVectors * kSpanTaps && i < kHeld; ++i) {
+    const int v = i / kSpanTaps, t = i % kSpanTaps;
+    held[v][t] = load(weights + (t * kVectors + v) * kV);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCols + kSpanTaps - 1; ++i) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> x = broadcast_from(in + r * row_step + (kSpanStep > 0 ? i : kCols - 1 - i));
+#pragma GCC unroll 3
+      for (int t = 0; t < kSpanTaps; ++t) {
+        if (i - t < 0 || i - t >= kCols) continue;
+        Vec<T>* const point = sum[r * kCols + (kSpanStep > 0 ? i - t : kCols - 1 - (i - t))];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          if (v * kSpanTaps + t < kHeld) {
+            accumulate(point[v], x, held[v][t]);
+          } else {
+            accumulate(point[v], x, weights + (t * kVectors + v) * kV);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kVectors, int kRows, int kCols, int kSpanStep>
 __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kCols;
   Vec<T> sum[kPoints][kVectors] = {};
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  for_steps<kVectors * kV>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
-    const T* in = at_offset(staged, offset);
-    Vec<T> weight[kVectors];
+  if constexpr (kSpanStep != 0) {
+    for_steps<kVectors * kV, 1, kSpanTaps, 2 * kSpanTaps>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
+      add_span<kSpanStep, kVectors, kRows, kCols>(sum, at_offset(staged, offset), row_step, weights);
+    });
+  } else {
+    for_steps<kVectors * kV>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
+      const T* in = at_offset(staged, offset);
+      Vec<T> weight[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
+      for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kV);
 #pragma GCC unroll 28
-    for (int i = 0; i < kPoints; ++i) {
-      const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
+      for (int i = 0; i < kPoints; ++i) {
+        const Vec<T> x = broadcast_from(in + (i / kCols) * row_step + i % kCols);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) accumulate(sum[i][v], x, weight[v]);
-    }
-  });
+        for (int v = 0; v < kVectors; ++v) accumulate(sum[i][v], x, weight[v]);
+      }
+    });
+  }
   const auto write = [&](const auto& store_last) __attribute__((always_inline)) {
 #pragma GCC unroll 28
     for (int i = 0; i < kPoints; ++i) {
@@ -39,21 +80,30 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   }
 }
 
-template <int kVectors, int kRows, int kCols, class T>
+template <int kSpanStep, int kVectors, int kRows, int kCols, class T>
 void run_cols(const TileTask<T>& task, int cols) {
-  if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols>(task);
-  if constexpr (kCols > 1) run_cols<kVectors, kRows, kCols - 1>(task, cols);
+  if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols, kSpanStep>(task);
+  if constexpr (kCols > 1) run_cols<kSpanStep, kVectors, kRows, kCols - 1>(task, cols);
 }
 
-template <int kVectors, class T>
+template <int kSpanStep, int kVectors, class T>
 void run_rows(const TileTask<T>& task, int rows, int cols) {
   constexpr int kPoints = kAccumulators / 2;
-  rows == 1 ? run_cols<kVectors, 1, kPoints>(task, cols) : run_cols<kVectors, 2, kPoints / kVectors>(task, cols);
+  rows == 1 ? run_cols<kSpanStep, kVectors, 1, kPoints>(task, cols) : run_cols<kSpanStep, kVectors, 2, kPoints / kVectors>(task, cols);
+}
+
+template <int kSpanStep, class T>
+void run_vectors(const TileTask<T>& task, int vectors, int rows, int cols) {
+  vectors == 1 ? run_rows<kSpanStep, 1>(task, rows, cols) : run_rows<kSpanStep, 2>(task, rows, cols);
 }
 
 template <class T>
 void run(const TileTask<T>& task, int vectors, int rows, int cols) {
-  vectors == 1 ? run_rows<1>(task, rows, cols) : run_rows<2>(task, rows, cols);
+  if constexpr (kHasSpans) {
+    if (task.span_step > 0) return run_vectors<1>(task, vectors, rows, cols);
+    if (task.span_step < 0) return run_vectors<-1>(task, vectors, rows, cols);
+  }
+  run_vectors<0>(task, vectors, rows, cols);
 }
 
 }  // namespace

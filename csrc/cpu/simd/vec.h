@@ -134,6 +134,13 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a *
 #if defined(__AVX2__) && !defined(__AVX512F__)
 inline void accumulate(Vec<float>& sum, Vec<float> a, Vec<float> b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 inline void accumulate(Vec<double>& sum, Vec<double> a, Vec<double> b) { asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+// The same with a vector b that stays in memory: sums and factors leave no register for it.
+inline void accumulate(Vec<float>& sum, Vec<float> a, const float* b) {
+  asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "m"(*reinterpret_cast<const Vec<float>*>(b)), "x"(a));
+}
+inline void accumulate(Vec<double>& sum, Vec<double> a, const double* b) {
+  asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "m"(*reinterpret_cast<const Vec<double>*>(b)), "x"(a));
+}
 #else
 template <class V>
 inline void accumulate(V& sum, V a, V b) {
