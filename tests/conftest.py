@@ -6,8 +6,12 @@ import numpy
 import pytest
 import torch
 
+# The modules that take a minute or more, first, so that at the end no process works on one of them while others idle.
+LONGEST = ("test_bits", "test_kernels", "test_cuda_emulation", "test_benchmarks", "test_kernel_check", "test_mnist_cli")
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the modules that have most tests
     if hasattr(config, "workerinput"):  # one of several processes, each with a core of its own
         torch.set_num_threads(1)
     config.addinivalue_line("markers", "slow: more than five seconds; deselect with -m 'not slow'")
@@ -23,6 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("everything")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
