@@ -20,8 +20,10 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernel_table.h"
@@ -142,16 +144,22 @@ bool same_bits(const Result<T>& whole, const Result<T>& part) {
          std::equal(part.offsets.begin(), part.offsets.end(), whole.offsets.begin());
 }
 
+// The results of the naive rows for a shape in a dtype, each computed once for all rows that are to have the same.
+using Truths = std::map<std::pair<const void*, Values>, Result<double>>;
+
 // What is wrong with the results of a row, or an empty string.
 template <class T, class Kernel, class Shape>
-std::string problem_of(const Kernel& row, const Shape& shape) {
+std::string problem_of(const Kernel& row, const Shape& shape, Truths& truths) {
   const std::vector<uint8_t> offsets = offsets_for<T>(row, shape);
   const auto run = [&](const Shape& s, const Run& how) { return run_row<T, T>(row, s, how, offsets); };
-  const auto truth = [&](Values values) {
-    return run_row<T, double>(truth_of(row), shape, {Order::forward, Flush::start, values}, offsets);
+  const auto truth = [&](Values values) -> const Result<double>& {
+    const auto& naive_row = truth_of(row);
+    const auto [place, is_new] = truths.try_emplace({&naive_row, values});
+    if (is_new) place->second = run_row<T, double>(naive_row, shape, {Order::forward, Flush::start, values}, offsets);
+    return place->second;
   };
   const Result<T> result = run(shape, {Order::forward, Flush::start, Values::plain});
-  const Result<double> magnitude = truth(Values::absolute);
+  const Result<double>& magnitude = truth(Values::absolute);
   const Arithmetic arithmetic = arithmetic_of<T>(row, shape);
   std::string problem = difference(result, truth(Values::plain), magnitude, arithmetic);
   if (!problem.empty()) return problem;
@@ -190,6 +198,7 @@ const Shape& policy_for(const Kernel&, const Shape& shape) {
 
 template <class T, class Kernel, class Shape>
 void check_rows(const std::vector<const Kernel*>& table, const std::string& what, const Shape& allowed, const Options& options) {
+  Truths truths;
   for (const Kernel* row : table) {
     const Shape shape = policy_for(*row, allowed);
     if ((!options.row.empty() && options.row != row->name) || !row->accepts(shape)) continue;
@@ -200,7 +209,7 @@ void check_rows(const std::vector<const Kernel*>& table, const std::string& what
     std::snprintf(running, sizeof(running), "FAILED %s, %s", row->name, what.c_str());
     std::string problem;
     try {
-      problem = problem_of<T>(*row, shape);
+      problem = problem_of<T>(*row, shape, truths);
     } catch (const std::runtime_error& error) {
       problem = error.what();
     }
