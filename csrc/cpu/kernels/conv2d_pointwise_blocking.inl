@@ -173,6 +173,13 @@ int64_t plane_bytes(const Product& p, const PointwiseBlocking& b) {
   return closes_gaps(p) && b.reading == Reading::panels ? aligned(b.channels * p.points * static_cast<int64_t>(sizeof(T))) : 0;
 }
 
+// Whether tiles write their sums to the destination, rather than to scratch from where they go to it as rows of planes.
+template <class Tile>
+CNN_EXT_INLINE bool writes_in_place(const Product& p) {
+  if constexpr (Tile::kPointsInLanes) return !(kClosesGaps && fills_gaps(p));
+  return p.dest_channel == 1;
+}
+
 template <class T, class Tile>
 PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlocking& b) {
   constexpr int64_t kSize = sizeof(T);
@@ -182,11 +189,12 @@ PointwiseScratch make_pointwise_scratch(const Product& p, const PointwiseBlockin
   s.bias = s.packs_in_tasks ? 0 : packed_bytes<T, Tile>(p);
   s.workers = s.bias + aligned(p.groups * s.group_outputs * kSize);
   s.sums = s.packs_in_tasks ? aligned(b.channels * Tile::kMaxWidth * kSize) : 0;
-  const bool writes_in_place = Tile::kPointsInLanes || p.dest_channel == 1;
+  const bool in_place = writes_in_place<Tile>(p);
   const int64_t summed_units = b.channel_blocks > 1 ? b.units : 1;
-  s.unit_sums = writes_in_place ? 0 : b.lines * b.points * Tile::kMaxWidth;
+  s.unit_sums = in_place ? 0 : b.lines * b.points * Tile::kMaxWidth;
+  if constexpr (Tile::kPointsInLanes) s.unit_sums = divide_up(s.unit_sums, Tile::kMaxWidth * Tile::kV) * Tile::kMaxWidth * Tile::kV;
   s.rows = s.sums + aligned(summed_units * s.unit_sums * kSize);
-  s.rows_pitch = writes_in_place || !p.dest_has_gaps ? 0 : divide_up(b.lines * b.points, Tile::kV) * Tile::kV;
+  s.rows_pitch = in_place || !p.dest_has_gaps ? 0 : divide_up(b.lines * b.points, Tile::kV) * Tile::kV;
   s.copy = s.rows + aligned(Tile::kV * s.rows_pitch * kSize);
   // Behind the last panel there is room for the rest of a vector.
   const int64_t copied =

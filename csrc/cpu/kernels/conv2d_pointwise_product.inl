@@ -54,14 +54,18 @@ inline bool closes_gaps(const Product& p) {
   return kClosesGaps && reads_gaps && writes_rows;
 }
 
+// Whether the gaps between points that are written of planes are filled with zeros on the way. With 16 registers all rows of such a plane,
+// source_row points each, are one line, too (its source has no gaps).
+inline bool fills_gaps(const Product& p) { return p.dest_has_gaps && p.writes_planes(); }
+
 // The shortest description: rows without gaps become one line, and so do images. Gaps in planes are filled row by row.
 inline void join_lines(Product& p) {
-  if (closes_gaps(p)) {
+  if (closes_gaps(p) || (kClosesGaps && fills_gaps(p))) {
     p.points *= p.rows;
     p.rows = 1;
     return;
   }
-  if (p.dest_has_gaps && p.writes_planes()) return;
+  if (fills_gaps(p)) return;
   if (p.source_row == p.points * p.source_point && p.dest_row == p.points * p.dest_point) {
     p.points *= p.rows;
     p.rows = 1;

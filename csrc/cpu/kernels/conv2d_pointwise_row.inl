@@ -22,7 +22,7 @@ void fill_zeros(T* p, int64_t count, int threads) {
 template <class T>
 bool prefers_point_lanes(const Product& p) {
   if constexpr (kClosesGaps) {
-    if (closes_gaps(p)) return p.points > kWholePlane;
+    if (closes_gaps(p) || fills_gaps(p)) return p.points > kWholePlane;
   }
   if (p.source_point != 1 || p.dest_point != 1 || p.dest_channel == 1) return false;
   constexpr int64_t kV = kLanes<T>;
@@ -74,7 +74,7 @@ Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed p
   const T* weight = static_cast<const T*>(buffers.weight);
   const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
   T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
-  const bool writes_gaps = p.writes_planes() && !prefers_point_lanes<T>(p) && !p.is_empty();
+  const bool writes_gaps = p.writes_planes() && (kClosesGaps || !prefers_point_lanes<T>(p)) && !p.is_empty();
   if (p.dest_has_gaps && !writes_gaps) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
   if (p.is_empty()) return Outcome::done;
   if (prefers_point_lanes<T>(p)) {

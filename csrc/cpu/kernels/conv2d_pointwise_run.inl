@@ -276,6 +276,10 @@ class PointwiseRun {
     for (int64_t k = 0; k < outputs; k += Tile::kV) {
       const int64_t count = smaller(outputs - k, Tile::kV);
       transpose_sums(sums + k, Tile::kMaxWidth, block.lines * block.points, static_cast<int>(count), rows, scratch_.rows_pitch);
+      if constexpr (kClosesGaps) {
+        write_planes_with_gaps(block, rows, first + k, count);
+        continue;
+      }
       for (int64_t j = 0; j < count; ++j) {
         for (int64_t i = 0; i < block.lines; ++i) {
           T* const dest = dest_ + p_.dest_line(block.line + i) + (first + k + j) * p_.dest_channel + block.point * p_.dest_point;
@@ -283,6 +287,27 @@ class PointwiseRun {
                        p_.dest_channel);
         }
       }
+    }
+  }
+
+  // The sums of a block, [output][points of all its lines], to planes with gaps, row by row.
+  void write_planes_with_gaps(const Block& block, const T* sums, int64_t first, int64_t outputs) const {
+    for (int64_t k = 0; k < outputs; ++k) {
+      for (int64_t i = 0; i < block.lines; ++i) {
+        T* const plane = dest_ + p_.dest_line(block.line + i) + (first + k) * p_.dest_channel;
+        write_rows(sums + k * scratch_.rows_pitch + i * block.points, block.point, block.point + block.points, plane);
+      }
+    }
+  }
+
+  // Of a plane, the points from `point` to `end`: who writes the end of a row writes the gap behind it.
+  void write_rows(const T* sums, int64_t point, int64_t end, T* plane) const {
+    while (point < end) {
+      const int64_t row = point / p_.source_row, x = point % p_.source_row, left = p_.source_row - x, count = smaller(left, end - point);
+      const int64_t at = row * p_.dest_row + x * p_.dest_point;
+      const int64_t next_row = point + left < p_.points ? (row + 1) * p_.dest_row : p_.dest_map;
+      write_spread(sums, count, p_.dest_point, plane + at, count < left ? count * p_.dest_point : next_row - at, p_.dest_channel);
+      point += count, sums += count;
     }
   }
 
@@ -301,7 +326,10 @@ class PointwiseRun {
   // Of the places where a tile's sums go, before they are first touched: in planes the last line of each output, else the points.
   void fetch_out(PointwiseTile<T>& tile, const T* place, int64_t points, int64_t outputs, int64_t channel_block) const {
     tile.out_ahead = tile.weights, tile.out_step = 0, tile.out_steps = 0;
-    const bool planes = p_.dest_channel != 1, in_place = Tile::kPointsInLanes || !planes;
+    if constexpr (kClosesGaps) {
+      if (fills_gaps(p_)) return;  // write_spread() fetches
+    }
+    const bool planes = p_.dest_channel != 1, in_place = writes_in_place<Tile>(p_);
     if (channel_block != (in_place ? 0 : b_.channel_blocks - 1)) return;
     tile.out_ahead = planes ? place + (points - 1) * p_.dest_point : place;
     tile.out_step = planes ? p_.dest_channel : p_.dest_point;
@@ -314,7 +342,7 @@ class PointwiseRun {
     const int64_t first = task.group * p_.outputs + Tile::first(p_.outputs, unit), outputs = outputs_of(unit);
     const int64_t width = Tile::width(p_.outputs, unit);
     int64_t tile_points = Tile::tile_points(block.points);
-    const bool in_place = Tile::kPointsInLanes || p_.dest_channel == 1, panels = b_.reading == Reading::panels;
+    const bool in_place = writes_in_place<Tile>(p_), panels = b_.reading == Reading::panels;
     const bool writes_sums = !in_place && channel_block == b_.channel_blocks - 1;
     PointwiseTile<T> tile{};
     tile.weights = packed_weights(task.group, unit, channel_block);
@@ -325,11 +353,13 @@ class PointwiseRun {
     tile.channels = channels_of(channel_block);
     tile.source_point = source.point, tile.source_channel = source.channel;
     tile.bias = channel_block == 0 ? bias_of(task.group, unit) : nullptr;
-    tile.pitch = !in_place ? Tile::kMaxWidth : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
+    const int64_t sums_pitch = Tile::kPointsInLanes ? scratch_.rows_pitch : Tile::kMaxWidth;  // of points, or of outputs
+    tile.pitch = !in_place ? sums_pitch : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
     tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
     const int64_t distance = in_place ? fetch_distance(tile.channels) : 0;
     T* sums = own_sums(worker) + (b_.channel_blocks > 1 ? (unit - task.unit) * scratch_.unit_sums : 0);
-    for (int64_t i = 0; i < block.lines; ++i, sums += block.points * Tile::kMaxWidth) {
+    constexpr int64_t kSumsPoint = Tile::kPointsInLanes ? 1 : Tile::kMaxWidth;
+    for (int64_t i = 0; i < block.lines; ++i, sums += block.points * kSumsPoint) {
       const T* const line = line_of(source, block, i);
       T* const dest = dest_ + p_.dest_line(block.line + i) + first * p_.dest_channel + block.point * p_.dest_point;
       for (int64_t begin = 0; begin < block.points; begin += tile_points) {
@@ -338,14 +368,18 @@ class PointwiseRun {
         tile.source = line + begin * (panels ? tile.channels : source.point);
         if (panels) tile.source_channel = points;
         fetch_ahead(ahead, tile);
-        tile.out = in_place ? dest + begin * p_.dest_point : sums + begin * Tile::kMaxWidth;
+        tile.out = in_place ? dest + begin * p_.dest_point : sums + begin * kSumsPoint;
         if constexpr (Tile::kPointsInLanes) tile.last = static_cast<int>((points - 1) % kLanes<T> + 1);
         fetch_out(tile, dest + (begin + distance) * p_.dest_point, points, outputs, channel_block);
         Tile::run(tile, width, points);
       }
-      if (writes_sums && !p_.dest_has_gaps) write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);
+      if (!Tile::kPointsInLanes && writes_sums && !p_.dest_has_gaps) write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);
     }
-    if (writes_sums && p_.dest_has_gaps) write_lines(worker, block, sums - block.lines * block.points * Tile::kMaxWidth, first, outputs);
+    if constexpr (Tile::kPointsInLanes && kClosesGaps) {
+      if (writes_sums) write_planes_with_gaps(block, sums - block.lines * block.points, first, outputs);
+    } else if constexpr (!Tile::kPointsInLanes) {
+      if (writes_sums && p_.dest_has_gaps) write_lines(worker, block, sums - block.lines * block.points * kSumsPoint, first, outputs);
+    }
   }
 
   const Product p_;
