@@ -79,7 +79,9 @@ def report(problems: list, row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_same_bits_for_any_number_of_threads_and_every_run(row):
     teams, problems = set(), []
-    for case, dtype, layouts in variants(row, [case for case in cases_of(row.op) if case.name.startswith("threads_")]):
+    most = 1_000_000 if "_naive_" in row.name else math.inf  # the naive rows are slow, and share out all cases alike
+    cases = [case for case in cases_of(row.op) if case.name.startswith("threads_")]
+    for case, dtype, layouts in variants(row, [case for case in cases if case.multiplications < most]):
         if layouts in MIXED_LAYOUTS:
             continue
         tensors = operands(row, case, dtype)
@@ -92,9 +94,7 @@ def test_same_bits_for_any_number_of_threads_and_every_run(row):
             if not same_bits(run(row, case, layouts, **tensors), alone):
                 problems.append((case.name, dtype, layouts, f"{threads} threads"))
     report(problems, row)
-    assert teams >= {1, 2, 3, 5} or not list(
-        variants(row, [case for case in cases_of(row.op) if "threads_" in case.name])
-    )
+    assert teams >= {1, 2, 3, 5} or not list(variants(row, cases))
 
 
 @pytest.mark.parametrize(
