@@ -74,23 +74,24 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_relu_max_pool2d_forward_pixels_packing)    \
   SPECIAL(conv2d_relu_max_pool2d_forward_direct_packing)
 
-#define CNN_EXT_POOL2D_ROWS(ROW, SPECIAL) \
-  SPECIAL(max_pool2d_forward_2x2)         \
-  SPECIAL(max_pool2d_forward_strips)      \
-  SPECIAL(max_pool2d_forward_separable)   \
-  ROW(max_pool2d_forward_direct)          \
-  ROW(max_pool2d_forward_converted)       \
-  SPECIAL(max_pool2d_backward_2x2)        \
-  SPECIAL(max_pool2d_backward_scatter)    \
-  ROW(max_pool2d_backward_direct)         \
-  ROW(max_pool2d_backward_converted)      \
-  ROW(max_pool2d_gather_direct)           \
-  ROW(max_pool2d_gather_converted)        \
-  SPECIAL(avg_pool2d_forward_2x2)         \
-  ROW(avg_pool2d_forward_direct)          \
-  ROW(avg_pool2d_forward_converted)       \
-  SPECIAL(avg_pool2d_backward_2x2)        \
-  ROW(avg_pool2d_backward_direct)         \
+#define CNN_EXT_POOL2D_ROWS(ROW, SPECIAL, AVX2) \
+  SPECIAL(max_pool2d_forward_2x2)               \
+  SPECIAL(max_pool2d_forward_strips)            \
+  SPECIAL(max_pool2d_forward_separable)         \
+  ROW(max_pool2d_forward_direct)                \
+  ROW(max_pool2d_forward_converted)             \
+  SPECIAL(max_pool2d_backward_2x2)              \
+  AVX2(max_pool2d_backward_in_place)            \
+  SPECIAL(max_pool2d_backward_scatter)          \
+  ROW(max_pool2d_backward_direct)               \
+  ROW(max_pool2d_backward_converted)            \
+  ROW(max_pool2d_gather_direct)                 \
+  ROW(max_pool2d_gather_converted)              \
+  SPECIAL(avg_pool2d_forward_2x2)               \
+  ROW(avg_pool2d_forward_direct)                \
+  ROW(avg_pool2d_forward_converted)             \
+  SPECIAL(avg_pool2d_backward_2x2)              \
+  ROW(avg_pool2d_backward_direct)               \
   ROW(avg_pool2d_backward_converted)
 
 #define CNN_EXT_SIZED_POOL2D_ROWS(ROW)     \
@@ -120,7 +121,7 @@ constexpr Isa kLeastWithSpecialRows = Isa::baseline;
   constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows, kHasAvx2Rows = Isa::isa == Isa::avx2;                 \
   CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                               \
   CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL)                         \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                                                       \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                               \
   CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                                                   \
   CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D, CNN_EXT_DECLARE_PACKING_CONV2D)                               \
   CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL, CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL) \
@@ -169,10 +170,10 @@ extern const SizedPool2dKernel adaptive_max_pool2d_forward, adaptive_avg_pool2d_
     using namespace isa;                                            \
     CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
   }
-#define CNN_EXT_ADD_POOL2D(isa)                           \
-  {                                                       \
-    using namespace isa;                                  \
-    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
+#define CNN_EXT_ADD_POOL2D(isa)                                             \
+  {                                                                         \
+    using namespace isa;                                                    \
+    CNN_EXT_POOL2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL, CNN_EXT_ADD_AVX2) \
   }
 
 #define CNN_EXT_ADD_SIZED_POOL2D(isa)      \

@@ -11,7 +11,7 @@
 // 3x3 windows with stride 2 in nchw, without AVX-512: max_pool2d_backward_pairs.inl.
 //
 // A step costs a load of offsets, one of grad_output, a comparison and an addition. Where many windows meet in an element, scattering
-// is cheaper: max_pool2d_backward_scatter.cpp.
+// is cheaper: max_pool2d_backward_scatter.cpp, max_pool2d_backward_in_place.cpp.
 #include "cpu/kernels/max_pool2d_backward_pairs.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -224,12 +224,6 @@ void gather_rows(const Pool2dShape& s, const Tables& t, Outputs<T, Offset> outpu
     }
   }
 }
-
-// A count known to the compiler. (std::integral_constant's members would be functions that instruction sets share.)
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
 
 // kVectors vectors of channels of one pixel, from channel 0 of `outputs` and grad_input on: neighbours, but for the last, which begins at
 // last_from, with the lanes `inside` (kFull: all). (AVX2: a step for one vector alone costs more in counting than in adding.)

@@ -8,13 +8,15 @@
 // pixel (nhwc).
 //
 // Every element adds up its gradients in ascending order of the outputs, wherever tasks and scratch begin.
+//
+// AVX2: serves what max_pool2d_backward_in_place.cpp does not.
 #include "cpu/kernels/max_pool2d_backward.inl"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
 
-constexpr int64_t kPlanes = kVectorBytes == 64 ? 8 : 2;  // AVX2: of more planes, not all pointers fit 16 registers
-constexpr int64_t kChannels = kVectorBytes == 64 ? 32 : 16;
+constexpr int64_t kPlanes = 8;
+constexpr int64_t kChannels = 32;
 // Steps of a gather in nchw that take as long as scattering five outputs: they are shorter where lanes are masked by instructions.
 constexpr int64_t kStepsOfFiveOutputs = kVectorBytes == 64 ? 8 : 3;
 constexpr int64_t kStepsOfFourOutputs = kVectorBytes == 64 ? 3 : 5;    // of a vector of channels, in nhwc
@@ -126,45 +128,6 @@ void scatter_row(const Pool2dShape& s, const Grouping& g, const int32_t* distanc
   }
 }
 
-// The same for whole groups of planes, with a pointer to each. (Without AVX-512, for the same reason as below.)
-template <class T, class Offset>
-void scatter_row_of_planes(const Pool2dShape& s, const Grouping& g, const int32_t* distances, const Members<T, Offset>& members, int64_t oh,
-                           T* window) {
-  constexpr int kWhole = static_cast<int>(kPlanes);
-  const uint32_t last_tap = static_cast<uint32_t>(taps_of(s) - 1);
-  const T* grads[kWhole];
-  const Offset* offsets[kWhole];
-  T* windows[kWhole];
-#pragma GCC unroll 4
-  for (int m = 0; m < kWhole; ++m) {
-    grads[m] = members.grad_output + m * members.output_stride + oh * s.out_w;
-    offsets[m] = members.offsets + m * members.output_stride + oh * s.out_w;
-    windows[m] = window + m * g.member_stride;
-  }
-  const int64_t stride = s.stride_w;
-  for (int64_t ow = 0; ow < s.out_w; ++ow) {
-#pragma GCC unroll 4
-    for (int m = 0; m < kWhole; ++m) {
-      windows[m][distances[table_index(offsets[m][ow], last_tap)]] += grads[m][ow];
-      windows[m] += stride;
-    }
-  }
-}
-
-// The same for whole groups of channels, whose places the compiler knows. (Without AVX-512, where the counting and the addresses of each
-// channel take as long as its addition.)
-template <class T, class Offset>
-void scatter_row_of_channels(const Pool2dShape& s, const Grouping& g, const int32_t* distances, const Members<T, Offset>& members,
-                             int64_t oh, T* window) {
-  const uint32_t last_tap = static_cast<uint32_t>(taps_of(s) - 1);
-  const T* grad = members.grad_output + oh * s.out_w * s.channels;
-  const Offset* offset = members.offsets + oh * s.out_w * s.channels;
-  for (int64_t ow = 0; ow < s.out_w; ++ow, grad += s.channels, offset += s.channels, window += s.stride_w * g.pixel) {
-#pragma GCC unroll 32
-    for (int64_t c = 0; c < kChannels; ++c) window[c + distances[table_index(offset[c], last_tap)]] += grad[c];
-  }
-}
-
 template <class T>
 void clear(T* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = T{0};
@@ -193,14 +156,6 @@ class Sums {
 
   void add_row(int64_t oh) {
     T* window = sums_ + (oh * s_.stride_h - top_) * g_.columns * g_.pixel;
-    if constexpr (kVectorBytes < 64) {
-      if (s_.layout == Layout::nhwc && members_.count == kChannels) {
-        return scatter_row_of_channels(s_, g_, distances_, members_, oh, window);
-      }
-      if (s_.layout == Layout::nchw && members_.count == kPlanes) {
-        return scatter_row_of_planes(s_, g_, distances_, members_, oh, window);
-      }
-    }
     constexpr int kWhole = static_cast<int>(kPlanes);
     const bool is_whole = s_.layout == Layout::nchw && members_.count == kWhole;
     (is_whole ? scatter_row<T, Offset, kWhole> : scatter_row<T, Offset, 0>)(s_, g_, distances_, members_, oh, window);
@@ -275,11 +230,11 @@ void backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int
 // at each; it does not serve nchw with strides beyond 2.
 bool accepts(const Pool2dShape& s) {
   if (!accepts_float_and_double(s)) return false;
+  if constexpr (kHasInPlace) {
+    if (every_window_meets_input(s)) return false;
+  }
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
   if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > kStepsOfFourOutputs * lanes * s.in_h * s.in_w;
-  if constexpr (kHasPairs) {
-    if (gathers_pairs(s)) return false;
-  }
   return s.stride_w > 2 || 5 * taps_of(s) * output_vectors_of(s, lanes) > kStepsOfFiveOutputs * s.out_h * s.out_w;
 }
 
