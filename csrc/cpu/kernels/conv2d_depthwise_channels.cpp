@@ -16,16 +16,16 @@
 //
 // Order of the tiles: kernels of up to 3 rows read along the rows, all channels of a pixel, as memory lies: they wait for memory, and the
 // rows come from L2. Taller kernels wait for arithmetic; they take 4 vectors of channels over all rows, so that the rows are still in L1.
-// With avx2, whose 2 vectors are one line of each pixel, they do so only where the rows would leave L2; and no processor sees that the
-// lines of neighbouring pixels are one stream, so that each tile fetches what the one below it will meet first.
+// With avx2, whose 2 vectors are one line of each pixel, all read along the rows, and tiles fetch what the row below will meet first.
 //
 // A target is one chain: bias, then its taps in row-major order, of each tap the channels of the group. Fewer channels than a vector are
 // left to conv2d_depthwise.cpp; a rest of channels is computed as the last full vector, which repeats some sums to the same bits.
 #include "cpu/kernels/conv2d_depthwise_channels_tile.inl"
-#include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
+
+constexpr bool kFetchesAhead = kVectorBytes == 32;
 
 // The taps of each phase of an axis, and how they meet the source.
 struct TapLists {
@@ -50,13 +50,6 @@ struct Job {
   int64_t tasks() const { return s.batch * row_tasks; }
 };
 
-// Whether the source rows of a target row stay in the second cache with all their channels. (AVX-512: its 4 vectors are 4 lines in a row,
-// which a processor follows by itself.)
-template <class T>
-bool rows_stay_near(const Job<T>& job) {
-  return kVectorBytes < 64 && job.s.kernel_h * job.w.source * job.channels * static_cast<int64_t>(sizeof(T)) <= kSecondCacheBytes / 2;
-}
-
 template <class T>
 Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, int64_t* bytes) {
   Job<T> job{};
@@ -67,7 +60,7 @@ Job<T> make_job(const Conv2dShape& s, bool forward, int threads, void* workspace
   job.group = s.in_channels / s.groups;
   job.vectors = job.channels / kLanes<T>;
   job.tiles = ceil_div(ceil_div(job.w.target, job.w.phases()), job.pixels());
-  job.by_channels = s.kernel_h > 3 && !rows_stay_near<T>(job);
+  job.by_channels = !kFetchesAhead && s.kernel_h > 3;
   job.rows_per_task = larger(1, smaller(job.h.target, job.h.target * s.batch / (8 * static_cast<int64_t>(threads))));
   job.row_tasks = ceil_div(job.h.target, job.rows_per_task);
   const int64_t sizes[] = {align_64(s.kernel_h * static_cast<int64_t>(sizeof(Tap))),
@@ -186,38 +179,35 @@ int64_t vectors_of_tile(const Job<T>& job, int64_t first_vector) {
   return left > 0 ? ceil_div(left, ceil_div(left, most)) : 1;
 }
 
-constexpr bool kFetchesAhead = kVectorBytes == 32;
-
-// The source rows, of all columns, that a target row meets and the one before it does not; the next image's behind the last.
-template <class T>
-struct NewRows {
-  const T* first;
-  int64_t count;
+// What the row below a target row meets first, the next image behind the last: its source rows that are new there, and its own place. Each
+// tile fetches a share, in the order of memory: by its own pixels, lines of one page here and there, took up to 1.4 times as long.
+constexpr int64_t kLine = 64;
+struct RowBelow {
+  const char *source, *target;
+  int64_t source_bytes, target_bytes;  // of a share
 };
 
 template <class T>
-NewRows<T> new_rows(const Job<T>& job, const T* source, int64_t row) {
-  const int64_t first = job.h.last_source(row);
-  return {source + first * job.w.source * job.channels, job.h.last_source(row + 1) - first};
+RowBelow row_below(const Job<T>& job, const T* source, const T* target, int64_t row, int64_t shares) {
+  const int64_t first = job.h.last_source(row + 1), new_rows = job.h.last_source(row + 2) - first;
+  const int64_t source_row = job.w.source * job.channels, target_row = job.w.target * job.channels;
+  const auto share = [&](int64_t elements) { return ceil_div(elements * static_cast<int64_t>(sizeof(T)), shares * kLine) * kLine; };
+  return {reinterpret_cast<const char*>(source + first * source_row), reinterpret_cast<const char*>(target + (row + 1) * target_row),
+          share(new_rows * source_row), share(target_row)};
 }
 
-// Fetches a tile's pixels of the next target row, and of the source rows that are new there. (Inlined: of a function that fetches and does
-// nothing else GCC takes the call for dead.)
-template <class T>
-inline __attribute__((always_inline)) void fetch_ahead(const Job<T>& job, const TileArguments<T>& a, const NewRows<T>& next,
-                                                       int64_t source_column, int64_t channel) {
-  const T* target = a.target + job.w.target * job.channels;
-  for (int64_t i = 0; i < job.pixels(); ++i) __builtin_prefetch(target + i * a.target_step, 1);
-  for (int64_t row = 0; row < next.count; ++row) {
-    const T* source = next.first + (row * job.w.source + source_column) * job.channels + channel;
-    for (int64_t i = 0; i < job.pixels() * job.w.source_step(); ++i) __builtin_prefetch(source + i * job.channels);
-  }
+// (Inlined: of a function that fetches and does nothing else GCC takes the call for dead.)
+inline __attribute__((always_inline)) void fetch_share(RowBelow& below) {
+  for (int64_t i = 0; i < below.source_bytes; i += kLine) __builtin_prefetch(below.source + i);
+  for (int64_t i = 0; i < below.target_bytes; i += kLine) __builtin_prefetch(below.target + i, 1);
+  below.source += below.source_bytes;
+  below.target += below.target_bytes;
 }
 
-// A tile of columns of one target row, the channel vectors [first_vector, last_vector). next: what the row below meets first.
+// A tile of columns of one target row, the channel vectors [first_vector, last_vector).
 template <class T>
 void compute_columns(const Job<T>& job, TileArguments<T>& a, int64_t tile, int64_t first_vector, int64_t last_vector, const T* source,
-                     const NewRows<T>& next, const T* initial, T* target) {
+                     RowBelow& below, const T* initial, T* target) {
   const Axis& w = job.w;
   const uint32_t every_pixel = (1u << job.pixels()) - 1;
   for (int64_t phase = 0; phase < w.phases(); ++phase) {
@@ -237,7 +227,7 @@ void compute_columns(const Job<T>& job, TileArguments<T>& a, int64_t tile, int64
       a.weights = job.weights + channel;
       a.initial = initial + channel;
       a.target = target + column * job.channels + channel;
-      if constexpr (kFetchesAhead) fetch_ahead(job, a, phase == 0 ? next : NewRows<T>{}, w.place(column) * w.source_step(), channel);
+      if constexpr (kFetchesAhead) fetch_share(below);
       (all == every_pixel ? tile_of<T, false>(job.group, vectors) : tile_of<T, true>(job.group, vectors))(a);
     }
   }
@@ -256,9 +246,10 @@ void compute_rows(const Job<T>& job, const T* source, int64_t first_row, int64_t
     for (int64_t row = first_row; row < last_row; ++row) {
       clip_rows(job, row, a);
       const T* source_row = source + h.place(row) * h.source_step() * w.source * job.channels;
-      const NewRows<T> next = kFetchesAhead ? new_rows(job, source, row + 1) : NewRows<T>{};
+      RowBelow below{};
+      if constexpr (kFetchesAhead) below = row_below(job, source, target, row, job.tiles * w.phases() * ceil_div(vectors, kTileVectors));
       for (int64_t tile = 0; tile < job.tiles; ++tile) {
-        compute_columns(job, a, tile, first_vector, first_vector + vectors, source_row, next, initial,
+        compute_columns(job, a, tile, first_vector, first_vector + vectors, source_row, below, initial,
                         target + row * w.target * job.channels);
       }
     }
