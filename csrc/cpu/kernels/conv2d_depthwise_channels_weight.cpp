@@ -12,6 +12,7 @@
 // Order: pixels of a row in registers, rows and images of a chunk in memory, then the chunks in ascending order. Chunks are a function of
 // the shape and the instruction set, never of the threads.
 #include "cpu/kernels/conv2d_depthwise.inl"
+#include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 namespace {
@@ -213,6 +214,33 @@ void fill_masks(Job<T>& job) {
   }
 }
 
+// A task reads two lines of each pixel, which no processor sees as one stream: it fetches what the next row of outputs meets first, the
+// gradients and the input rows that are new there, behind an image's last row the next image's. Only where that takes a small share of the
+// first cache, for a long row's lines, fetched all at once, wait for one another, and where a line is for two taps or more. (AVX-512: its
+// lines are four in a row. Inlined: of a function that fetches and does nothing else GCC takes the call for dead.)
+constexpr bool kFetchesAhead = kVectorBytes == 32;
+
+template <class T>
+inline __attribute__((always_inline)) void fetch_pixels(const T* first, int64_t pixels, int64_t pixel, int64_t channels) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(first + i * pixel + c);
+  }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void fetch_next_row(const Job<T>& job, const T* input, const T* grad, int64_t oh, int64_t first,
+                                                          int64_t last) {
+  constexpr int64_t kMostBytes = kFirstCacheBytes / 4;
+  const Conv2dShape& s = job.s;
+  const int64_t new_pixels = s.stride_h * s.in_w, channels = (last - first) * kLanes<T>;
+  if ((new_pixels + s.out_w) * channels * static_cast<int64_t>(sizeof(T)) > kMostBytes) return;
+  if (2 * (s.stride_h * s.stride_w + 1) > taps_of(s)) return;
+  const int64_t below = oh * s.stride_h - s.pad_top + (s.kernel_h - 1) * s.dilation_h + 1, channel = job.first_channel(first);
+  fetch_pixels(input + below * s.in_w * job.channels() + channel, new_pixels, job.channels(), channels);
+  fetch_pixels(grad + (oh + 1) * s.out_w * job.channels() + channel, s.out_w, job.channels(), channels);
+}
+
 // One output row of one image for the vectors of channels [first, last).
 template <class T>
 void add_row(const Job<T>& job, const T* input, const T* grad, int64_t oh, int64_t first, int64_t last, T* sums) {
@@ -227,6 +255,7 @@ void add_row(const Job<T>& job, const T* input, const T* grad, int64_t oh, int64
   a.tap_column = s.dilation_w * job.channels();
   a.masks = job.masks;
   a.sums_step = job.vectors() * kLanes<T>;
+  if constexpr (kFetchesAhead) fetch_next_row(job, input, grad, oh, first, last);
   for (int64_t tap_row = 0, rows; tap_row < s.kernel_h; tap_row += rows) {
     rows = smaller(job.tile_rows, s.kernel_h - tap_row);
     const int64_t ih = oh * s.stride_h - s.pad_top + tap_row * s.dilation_h;
