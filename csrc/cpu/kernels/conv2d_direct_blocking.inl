@@ -46,9 +46,11 @@ struct Blocking {
   int64_t tasks;
 };
 
-// Whether the steps of a channel and a tap row are spans: their tap columns read neighbouring elements of what is staged.
-inline bool has_spans(const Gather& g) {
-  return g.w.taps % kSpanTaps == 0 && g.w.source_step == 1 && g.w.tap_step * g.w.tap_step == 1 && !leaves_out_columns(g);
+// The neighbouring steps that are a span: tap columns that read neighbouring elements of what is staged. Pairs are those of the phases of
+// backward_input, which read backwards.
+inline int span_taps(const Gather& g) {
+  if (g.w.source_step != 1 || g.w.tap_step * g.w.tap_step != 1 || leaves_out_columns(g)) return 1;
+  return g.w.taps % 3 == 0 ? 3 : g.w.taps == 2 && g.w.tap_step < 0 ? 2 : 1;
 }
 
 template <class T>

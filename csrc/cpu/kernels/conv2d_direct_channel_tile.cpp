@@ -7,28 +7,28 @@ namespace {
 // Adds the taps of a span to the sums of kRows x kCols grid points. Each element is broadcast once for all the points that read it, and the
 // elements are gone through so that a sum gets its taps in order, in all rows at once: an addition to a sum then has others between itself
 // and the next. What the sums leave of the registers holds weights; the others stay in memory.
-template <int kSpanStep, int kVectors, int kRows, int kCols, class T>
+template <int kTaps, int kSpanStep, int kVectors, int kRows, int kCols, class T>
 inline __attribute__((always_inline)) void add_span(Vec<T> (&sum)[kRows * kCols][kVectors], const T* in, int64_t row_step,
                                                     const T* weights) {
   constexpr int kV = kLanes<T>, kHeld = kVectorRegisters - 1 - kRows * kCols * kVectors;
-  Vec<T> held[kVectors][kSpanTaps];
+  Vec<T> held[kVectors][kTaps];
 #pragma GCC unroll 6
-  for (int i = 0; i < kVectors * kSpanTaps && i < kHeld; ++i) {
-    const int v = i / kSpanTaps, t = i % kSpanTaps;
+  for (int i = 0; i < kVectors * kTaps && i < kHeld; ++i) {
+    const int v = i / kTaps, t = i % kTaps;
     held[v][t] = load(weights + (t * kVectors + v) * kV);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kCols + kSpanTaps - 1; ++i) {
+  for (int i = 0; i < kCols + kTaps - 1; ++i) {
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> x = broadcast_from(in + r * row_step + (kSpanStep > 0 ? i : kCols - 1 - i));
 #pragma GCC unroll 3
-      for (int t = 0; t < kSpanTaps; ++t) {
+      for (int t = 0; t < kTaps; ++t) {
         if (i - t < 0 || i - t >= kCols) continue;
         Vec<T>* const point = sum[r * kCols + (kSpanStep > 0 ? i - t : kCols - 1 - (i - t))];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          if (v * kSpanTaps + t < kHeld) {
+          if (v * kTaps + t < kHeld) {
             accumulate(point[v], x, held[v][t]);
           } else {
             accumulate(point[v], x, weights + (t * kVectors + v) * kV);
@@ -39,15 +39,15 @@ inline __attribute__((always_inline)) void add_span(Vec<T> (&sum)[kRows * kCols]
   }
 }
 
-template <class T, int kVectors, int kRows, int kCols, int kSpanStep>
+template <class T, int kVectors, int kRows, int kCols, int kTaps, int kSpanStep>
 __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   constexpr int kV = kLanes<T>, kPoints = kRows * kCols;
   Vec<T> sum[kPoints][kVectors] = {};
   const T* const staged = task.staged;
   const int64_t row_step = task.row_step;
-  if constexpr (kSpanStep != 0) {
-    for_steps<kVectors * kV, 1, kSpanTaps, 2 * kSpanTaps>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
-      add_span<kSpanStep, kVectors, kRows, kCols>(sum, at_offset(staged, offset), row_step, weights);
+  if constexpr (kTaps > 1) {
+    for_steps<kVectors * kV, 1, kTaps>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
+      add_span<kTaps, kSpanStep, kVectors, kRows, kCols>(sum, at_offset(staged, offset), row_step, weights);
     });
   } else {
     for_steps<kVectors * kV>(task, [&](int64_t offset, const T* weights) __attribute__((always_inline)) {
@@ -80,30 +80,31 @@ __attribute__((noinline)) void channel_tile(const TileTask<T>& task) {
   }
 }
 
-template <int kSpanStep, int kVectors, int kRows, int kCols, class T>
+template <int kTaps, int kSpanStep, int kVectors, int kRows, int kCols, class T>
 void run_cols(const TileTask<T>& task, int cols) {
-  if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols, kSpanStep>(task);
-  if constexpr (kCols > 1) run_cols<kSpanStep, kVectors, kRows, kCols - 1>(task, cols);
+  if (cols == kCols) return channel_tile<T, kVectors, kRows, kCols, kTaps, kSpanStep>(task);
+  if constexpr (kCols > 1) run_cols<kTaps, kSpanStep, kVectors, kRows, kCols - 1>(task, cols);
 }
 
-template <int kSpanStep, int kVectors, class T>
+template <int kTaps, int kSpanStep, int kVectors, class T>
 void run_rows(const TileTask<T>& task, int rows, int cols) {
   constexpr int kPoints = kAccumulators / 2;
-  rows == 1 ? run_cols<kSpanStep, kVectors, 1, kPoints>(task, cols) : run_cols<kSpanStep, kVectors, 2, kPoints / kVectors>(task, cols);
+  rows == 1 ? run_cols<kTaps, kSpanStep, kVectors, 1, kPoints>(task, cols)
+            : run_cols<kTaps, kSpanStep, kVectors, 2, kPoints / kVectors>(task, cols);
 }
 
-template <int kSpanStep, class T>
+template <int kTaps, int kSpanStep, class T>
 void run_vectors(const TileTask<T>& task, int vectors, int rows, int cols) {
-  vectors == 1 ? run_rows<kSpanStep, 1>(task, rows, cols) : run_rows<kSpanStep, 2>(task, rows, cols);
+  vectors == 1 ? run_rows<kTaps, kSpanStep, 1>(task, rows, cols) : run_rows<kTaps, kSpanStep, 2>(task, rows, cols);
 }
 
 template <class T>
 void run(const TileTask<T>& task, int vectors, int rows, int cols) {
   if constexpr (kHasSpans) {
-    if (task.span_step > 0) return run_vectors<1>(task, vectors, rows, cols);
-    if (task.span_step < 0) return run_vectors<-1>(task, vectors, rows, cols);
+    if (task.span_taps == 2) return run_vectors<2, -1>(task, vectors, rows, cols);
+    if (task.span_taps == 3) return (task.span_step > 0 ? run_vectors<3, 1, T> : run_vectors<3, -1, T>)(task, vectors, rows, cols);
   }
-  run_vectors<0>(task, vectors, rows, cols);
+  run_vectors<1, 0>(task, vectors, rows, cols);
 }
 
 }  // namespace

@@ -7,15 +7,14 @@
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 
-// With AVX2, whose 16 registers leave a step few multiply-adds for each load, 3 tap columns share what they load.
+// With AVX2, whose 16 registers leave a step few multiply-adds for each load, tap columns share what they load: 3, or a pair that reads
+// backwards.
 constexpr bool kHasSpans = kVectorRegisters == 16 && kVectorBytes == 32;
-constexpr int kSpanTaps = 3;
 
 template <bool kThere>
 struct TileSpans {
-  // Where it is not 0, steps come in spans of kSpanTaps, whose elements lie beside each other: each `span_step`, 1 or -1, from the one
-  // before.
-  int64_t span_step;
+  // Steps come in spans of `span_taps`, whose elements lie beside each other: each `span_step`, 1 or -1, from the one before.
+  int span_taps, span_step;
 };
 template <>
 struct TileSpans<false> {};
@@ -55,7 +54,6 @@ void run_pixel_tile(const TileTask<double>& task, int width, int rows, int vecto
 namespace {
 
 using cnn_ext::cpu::CNN_EXT_ISA::kHasSpans;
-using cnn_ext::cpu::CNN_EXT_ISA::kSpanTaps;
 using cnn_ext::cpu::CNN_EXT_ISA::TileTask;
 
 // What an offset of 1 element counts: with 16 registers, where each instruction of a step weighs more, its bytes, which an address takes as
