@@ -15,9 +15,9 @@ inline void fetch_at_once(const Fetch& fetch) {
   }
 }
 
-// Calls step(offset, weights) for the steps of a tile, or for spans of kSpan of them. Its first run is gone through in two parts: while there
-// is a destination to fetch, and after that, as in the other runs, what there is of the weights. Where kDestLines is 2, the line before each
-// of the destination's is fetched, too, and these steps are not taken together.
+// Calls step(offset, weights) for the steps of a tile, or for spans of kSpan of them. Its first run is gone through in two parts: while
+// there is a destination to fetch, and after that, as in the other runs, what there is of the weights. Where kDestLines is 2, the line
+// before each of the destination's is fetched, too, and these steps are not taken together.
 template <int kWidth, int kDestLines = 1, int kSpan = 1, class T, class Step>
 inline __attribute__((always_inline)) void for_steps(const TileTask<T>& task, const Step& step) {
   constexpr int kTogether = (kStepsTogether + kSpan - 1) / kSpan * kSpan;

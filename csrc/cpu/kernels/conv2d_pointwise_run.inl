@@ -200,8 +200,8 @@ class PointwiseRun {
     const int64_t first = next_group * p_.channels + next_channel_block * b_.channels;
     const int64_t tiles = larger(1, (task.unit_end - task.unit) * block.lines * Tile::tiles(block.points) / next.lines);
     const int64_t step = divide_up(channels_of(next_channel_block) * p_.source_channel, tiles * b_.channels);
-    return {source_ + p_.source_line(next.line) + first * p_.source_channel, step * b_.channels, next.lines, p_.source_image, step, 0,
-            tiles * next.lines, 0};
+    const T* const begin = source_ + p_.source_line(next.line) + first * p_.source_channel;
+    return {begin, step * b_.channels, next.lines, p_.source_image, step, 0, tiles * next.lines, 0};
   }
 
   // For the tiles of a block of channels, which fetch these channels.
@@ -247,8 +247,9 @@ class PointwiseRun {
     const bool whole_rows = of_a_row <= kLineElements;
     const int64_t piece = whole_rows ? p_.source_row : kAheadRun * kLineElements;
     const int64_t pieces = whole_rows ? rows : divide_up(rows * p_.source_row, piece);
-    return {source_ + p_.source_line(next.line) + plane + first_row * p_.source_row, planes * p_.source_channel, pieces, piece, step,
-            p_.source_channel - kAheadRun * step, pieces * divide_up(channels, planes), 0};
+    const T* const begin = source_ + p_.source_line(next.line) + plane + first_row * p_.source_row;
+    const int64_t runs = pieces * divide_up(channels, planes), next_plane = p_.source_channel - kAheadRun * step;
+    return {begin, planes * p_.source_channel, pieces, piece, step, next_plane, runs, 0};
   }
 
   // Behind the last block of a task, for the task that the same thread mostly runs next.
@@ -373,7 +374,8 @@ class PointwiseRun {
         fetch_out(tile, dest + (begin + distance) * p_.dest_point, points, outputs, channel_block);
         Tile::run(tile, width, points);
       }
-      if (!Tile::kPointsInLanes && writes_sums && !p_.dest_has_gaps) write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);
+      if (!Tile::kPointsInLanes && writes_sums && !p_.dest_has_gaps)
+        write_planes(sums, Tile::kMaxWidth, block.points, outputs, dest, p_.dest_channel);
     }
     if constexpr (Tile::kPointsInLanes && kClosesGaps) {
       if (writes_sums) write_planes_with_gaps(block, sums - block.lines * block.points, first, outputs);
