@@ -11,14 +11,13 @@ from collections.abc import Hashable
 
 import torch
 
-from benchmarks.harness import Call, Comparison, Effort
+from benchmarks.harness import LEAST_ROUNDS, Call, Comparison, Effort
 
 CAPTURED_CALLS = 10  # in one graph, fewer where they last long
 CAPTURED_SECONDS = 1e-3
 REPLAYS = 2  # timed in a row, after one that warms the caches up
 FLUSHED_CALLS = 3
 FLUSHED_CACHES = 16  # so many times the size of the level 2 cache is overwritten: longer than a call takes to queue
-LEAST_ROUNDS = 3
 
 
 class CudaTimer:

@@ -15,6 +15,8 @@ WINDOW_SECONDS = 0.15  # rounds are judged for foreign load together, in windows
 FOREIGN_SHARE = 0.10  # of all cores: more than this for others, and a window is rejected
 SLOW_SECONDS = 1.0  # a call that takes longer, and longer than the comparison may, counts once, the first time
 LONG_SECONDS = 0.02  # after a longer sample the next contender is called once untimed: its threads slept
+LEAST_ROUNDS = 3  # one round is one moment of the machine: a comparison of long calls goes on for so many, ...
+LEAST_ROUNDS_SECONDS = 10.0  # ... on a CPU unless it took so long
 PATIENCE = 3  # a comparison under foreign load may take this many times its budget
 
 Call = Callable[[], object]
@@ -26,7 +28,7 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one comparison goes on: until ``repeats`` rounds were accepted, or ``seconds`` are over."""
+    """How long one comparison goes on: until ``repeats`` rounds were accepted, or a few and ``seconds`` are over."""
 
     repeats: int = 15
     seconds: float = 0.8
@@ -134,8 +136,7 @@ def compare(contenders: dict[Hashable, Call], timer: CpuTimer, peak: Callable[[]
     quiet, loaded = Comparison({name: [] for name in contenders}), Comparison({name: [] for name in contenders})
     start = time.perf_counter()
     while quiet.accepted < effort.repeats:
-        elapsed = time.perf_counter() - start
-        if elapsed > effort.seconds * (1 if quiet.accepted else PATIENCE):
+        if _is_over(quiet, time.perf_counter() - start, effort):
             break
         window, share = _window(contenders, calls, timer, peak)
         _merge(quiet if share <= FOREIGN_SHARE else loaded, window)
@@ -143,6 +144,13 @@ def compare(contenders: dict[Hashable, Call], timer: CpuTimer, peak: Callable[[]
     result.accepted, result.rejected = quiet.accepted, loaded.accepted
     result.seconds |= slow
     return result
+
+
+def _is_over(quiet: Comparison, elapsed: float, effort: Effort) -> bool:
+    if quiet.accepted == 0:
+        return elapsed > effort.seconds * PATIENCE
+    limit = effort.seconds if quiet.accepted >= LEAST_ROUNDS else max(effort.seconds, LEAST_ROUNDS_SECONDS)
+    return elapsed > limit
 
 
 def _calls_per_sample(call: Call, timer: CpuTimer) -> int:

@@ -1,10 +1,12 @@
 """Comparisons with a contender that takes long: bounded, and said so."""
 
+import time
+
 import torch
 
-from benchmarks import conv2d
+from benchmarks import conv2d, harness
 from benchmarks.cases import conv2d_cases
-from benchmarks.harness import Effort, compare
+from benchmarks.harness import CpuTimer, Effort, compare
 from benchmarks.options import Bench
 
 
@@ -42,6 +44,17 @@ def test_after_a_long_sample_the_next_contender_is_called_once_untimed():
     compare({"long": contender("long"), "fast": contender("fast")}, Timer(), lambda: 1.0, Effort(1, 0.1))
     rounds = timed.count("long") - 2  # without the first call and the one that says how many make a sample
     assert untimed.count("fast") == rounds and untimed.count("long") == 0
+
+
+def test_long_calls_are_compared_in_a_few_rounds_for_a_limited_time(monkeypatch):
+    def rounds() -> int:
+        longer_than_a_window = {"a": lambda: time.sleep(0.1), "b": lambda: time.sleep(0.1)}
+        return len(compare(longer_than_a_window, CpuTimer(), lambda: 1.0, Effort(15, 0.01)).seconds["a"])
+
+    monkeypatch.setattr(harness, "FOREIGN_SHARE", 1.0)
+    assert rounds() == harness.LEAST_ROUNDS
+    monkeypatch.setattr(harness, "LEAST_ROUNDS_SECONDS", 0.1)
+    assert rounds() == 1
 
 
 def test_where_torch_is_slow_a_layer_is_measured_on_fewer_samples():
