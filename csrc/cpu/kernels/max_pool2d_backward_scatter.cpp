@@ -235,6 +235,9 @@ bool accepts(const Pool2dShape& s) {
   }
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
   if (s.layout == Layout::nhwc) return 4 * taps_of(s) * s.out_h * s.out_w > kStepsOfFourOutputs * lanes * s.in_h * s.in_w;
+  if constexpr (kHasPairs) {
+    if (gathers_pairs(s)) return false;
+  }
   return s.stride_w > 2 || 5 * taps_of(s) * output_vectors_of(s, lanes) > kStepsOfFiveOutputs * s.out_h * s.out_w;
 }
 
