@@ -31,6 +31,7 @@ namespace cnn_ext::cpu {
   SPECIAL(conv2d_backward_input_winograd)            \
   SPECIAL(conv2d_forward_grouped)                    \
   SPECIAL(conv2d_backward_input_grouped)             \
+  AVX2(conv2d_forward_short_sums)                    \
   SPECIAL(conv2d_forward_pixels)                     \
   SPECIAL(conv2d_backward_input_shares)              \
   SPECIAL(conv2d_backward_input_pixels)              \
