@@ -15,7 +15,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 endif()
 
 # Sources of rows for 16 registers of 32 bytes, which nothing but avx2 has.
-set(CNN_EXT_AVX2_KERNELS conv2d_backward_weight_planes conv2d_depthwise_rows conv2d_short_sums max_pool2d_backward_in_place)
+set(CNN_EXT_AVX2_KERNELS conv2d_backward_weight_planes conv2d_depthwise_rows conv2d_pointwise_weight conv2d_short_sums
+    max_pool2d_backward_in_place)
 
 # GCC's passes that took a quarter of the time and gave the kernels nothing: their loops are unrolled and their registers chosen by hand, so that
 # there are no jumps to thread, no ranges to narrow, no common expressions to find and no order of instructions to improve.

@@ -38,6 +38,7 @@ namespace cnn_ext::cpu {
   ROW(conv2d_forward_direct)                         \
   ROW(conv2d_backward_input_direct)                  \
   SPECIAL(conv2d_backward_weight_winograd)           \
+  AVX2(conv2d_backward_weight_pointwise)             \
   SPECIAL(conv2d_backward_weight_taps)               \
   AVX2(conv2d_backward_weight_planes)                \
   ROW(conv2d_backward_weight_direct)                 \

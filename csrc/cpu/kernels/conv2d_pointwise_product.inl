@@ -1,5 +1,6 @@
 // A 1x1 convolution without padding is a product of matrices: for every point, outputs = weights x channels. forward and backward_input
-// are the same product with input and output exchanged and the weights transposed.
+// are the same product with input and output exchanged and the weights transposed. So is a layer whose kernel covers its whole input: its
+// input is one point, with every element of a sample for a channel.
 //
 // Points lie on lines of equal distances: a whole image, or all images where channels are innermost, and a row where a stride leaves
 // gaps. backward_input of a strided layer writes the points that forward reads; the others of grad_input are zero.
@@ -44,6 +45,19 @@ inline bool is_pointwise(const Conv2dShape& s) {
          fits(s.in_w, s.out_w, s.stride_w);
 }
 
+// Whether the kernel sees the whole input, once and without padding, and both lie in the same order.
+inline bool covers_input(const Conv2dShape& s) {
+  return s.groups == 1 && s.out_h == 1 && s.out_w == 1 && s.kernel_h == s.in_h && s.kernel_w == s.in_w && s.pad_top == 0 &&
+         s.pad_left == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.layout == s.weight_layout;
+}
+
+// The same layer, where its kernel covers its input, as a 1x1 convolution of one pixel.
+inline Conv2dShape on_one_pixel(Conv2dShape s) {
+  s.in_channels *= s.in_h * s.in_w;
+  s.in_h = s.in_w = s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 1;
+  return s;
+}
+
 constexpr int64_t kWholePlane = 256;  // points of a planar map that is not cut, so that it lies in one piece
 
 // Whether a stride leaves gaps between the points that are read of planes. With 16 registers these are copied without the gaps, and all
@@ -80,7 +94,8 @@ inline void join_lines(Product& p) {
   }
 }
 
-inline Product make_product(Conv2dDirection direction, const Conv2dShape& s) {
+inline Product make_product(Conv2dDirection direction, const Conv2dShape& shape) {
+  const Conv2dShape s = covers_input(shape) ? on_one_pixel(shape) : shape;
   const bool nchw = s.layout == Layout::nchw, forward = direction == Conv2dDirection::forward;
   const int64_t group_in = s.in_channels / s.groups, group_out = s.out_channels / s.groups;
   const int64_t in_pixel = nchw ? 1 : s.in_channels, in_channel = nchw ? s.in_h * s.in_w : 1;

@@ -54,9 +54,8 @@ bool is_served_best(const Product& p) {
   return p.groups == 1 || 2 * p.outputs > kLanes<T> || prefers_point_lanes<T>(p);
 }
 
-template <class T, Conv2dDirection kDirection>
-Plan plan_product(const Conv2dShape& s, int threads) {
-  const Product p = make_product(kDirection, s);
+template <class T>
+Plan plan_product(const Product& p, int threads) {
   const auto plan = [&](auto tile) -> Plan {
     using Tile = decltype(tile);
     if (p.is_empty()) return {Tile::kMaxWidth, Tile::kMaxPoints, 0, 0};
@@ -66,8 +65,17 @@ Plan plan_product(const Conv2dShape& s, int threads) {
   return prefers_point_lanes<T>(p) ? plan(PointLanes<T>{}) : plan(OutputLanes<T>{});
 }
 
+template <class T>
+void run_product(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads) {
+  if (prefers_point_lanes<T>(p)) {
+    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
+  } else {
+    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
+  }
+}
+
 template <class T, Conv2dDirection kDirection>
-Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+Outcome run_layer(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
   constexpr bool forward = kDirection == Conv2dDirection::forward;
   const Product p = make_product(kDirection, s);
   const T* source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output);
@@ -76,12 +84,7 @@ Outcome run_product(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed p
   T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
   const bool writes_gaps = p.writes_planes() && (kClosesGaps || !prefers_point_lanes<T>(p)) && !p.is_empty();
   if (p.dest_has_gaps && !writes_gaps) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
-  if (p.is_empty()) return Outcome::done;
-  if (prefers_point_lanes<T>(p)) {
-    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
-  } else {
-    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
-  }
+  if (!p.is_empty()) run_product<T>(p, source, weight, bias, dest, packed, workspace, threads);
   return Outcome::done;
 }
 
@@ -97,16 +100,17 @@ PackedForm product_form(const Product& p) {
 template <Conv2dDirection kDirection>
 struct PointwiseRow {
   static bool accepts(const Conv2dShape& s) {
-    if (!is_pointwise(s)) return false;
+    if (!is_pointwise(s) && !covers_input(s)) return false;
     if (s.dtype == cnn_ext::DType::float32) return is_served_best<float>(make_product(kDirection, s));
     return s.dtype == cnn_ext::DType::float64 && is_served_best<double>(make_product(kDirection, s));
   }
   static Plan plan(const Conv2dShape& s, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? plan_product<float, kDirection>(s, threads) : plan_product<double, kDirection>(s, threads);
+    const Product p = make_product(kDirection, s);
+    return s.dtype == cnn_ext::DType::float32 ? plan_product<float>(p, threads) : plan_product<double>(p, threads);
   }
   static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
-    return s.dtype == cnn_ext::DType::float32 ? run_product<float, kDirection>(s, buffers, packed, workspace, threads)
-                                              : run_product<double, kDirection>(s, buffers, packed, workspace, threads);
+    return s.dtype == cnn_ext::DType::float32 ? run_layer<float, kDirection>(s, buffers, packed, workspace, threads)
+                                              : run_layer<double, kDirection>(s, buffers, packed, workspace, threads);
   }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
     return run_packed(s, buffers, {}, workspace, threads);
