@@ -61,8 +61,7 @@ struct Units {
 
   int64_t first(int64_t unit) const { return unit * steps / count * step; }
   int64_t width(int64_t unit) const { return first(unit + 1) - first(unit); }
-  // The grid points of a tile of the unit that has the most of them.
-  int64_t tile_points() const { return channel_lanes ? kSums / (steps / count) : kPlaneVectors * kLanes<float>; }
+  int64_t tile_points(int64_t unit) const { return channel_lanes ? kSums / (width(unit) / step) : kPlaneVectors * kLanes<float>; }
   RunTiles tiles(int64_t unit) const {
     return channel_lanes ? tiles_of_points<kMostVectors>(width(unit) / step) : tiles_of_planes<kMostPlanes>(width(unit));
   }
@@ -89,6 +88,9 @@ struct Job {
     return staged_layout<float>(g, g.channels, block_rows, g.w.count).image_pitch * static_cast<int64_t>(sizeof(float));
   }
   int64_t tasks() const { return g.batch * row_blocks; }
+  // The rows of an image that are a task's.
+  int64_t first_row(int64_t task) const { return task % row_blocks * g.h.count / row_blocks; }
+  int64_t rows_of(int64_t task) const { return (task % row_blocks + 1) * g.h.count / row_blocks - first_row(task); }
   size_t workspace_bytes(int threads) const { return static_cast<size_t>(workers + threads * worker_bytes); }
 
   Gather g;
@@ -135,13 +137,13 @@ class ShortSums {
 
   void run_task(int worker, int64_t task) const {
     const Gather& g = job_.g;
-    const int64_t image = task / job_.row_blocks, block = task % job_.row_blocks;
-    const int64_t first = block * g.h.count / job_.row_blocks, end = (block + 1) * g.h.count / job_.row_blocks;
+    const int64_t image = task / job_.row_blocks, first = job_.first_row(task), end = first + job_.rows_of(task);
     const StageTask staging{image, 0, g.channels, end - first, first * g.h.source_step + g.h.source_first, g.w.source_first};
     stage(g, job_.layout, staging, source_, static_cast<float*>(nullptr), staged(worker));
+    const float* const next = task + 1 < job_.tasks() ? source_of(task + 1) : nullptr;
     const auto run_row = [&](int64_t unit, int64_t y) {
       const float* const row = staged(worker) + (y - first) * g.h.source_step * job_.layout.row_pitch;
-      run_unit(unit, row, output_ + image * g.dest.n + y * g.dest.h);
+      run_unit(unit, row, output_ + image * g.dest.n + y * g.dest.h, source_ahead(next, unit, y - first));
     };
     // A row of all channels is written as it lies in channels_last; planes are written a few at a time.
     const int64_t units = job_.units.count;
@@ -156,8 +158,28 @@ class ShortSums {
     }
   }
 
+  // The first row that a task reads.
+  const float* source_of(int64_t task) const {
+    const Gather& g = job_.g;
+    const int64_t y = clamp(job_.first_row(task) * g.h.source_step + g.h.source_first, 0, g.h.source_size);
+    return source_.data + task / job_.row_blocks * g.source.n + y * g.source.h;
+  }
+
+  // What a row of tiles fetches of the rows behind `next`: as many as the next row of grid points is further on. Of all channels, a part for
+  // each unit, where they are innermost; else each of the first units has a channel.
+  Fetch source_ahead(const float* next, int64_t unit, int64_t row) const {
+    const Gather& g = job_.g;
+    const Units& units = job_.units;
+    const bool channels_inner = g.source.c == 1;
+    if (next == nullptr || (!channels_inner && unit >= g.channels)) return fetch_nothing(weights());
+    const int64_t rows = g.h.source_step * g.source.h, part = channels_inner ? divide_up(rows, units.count) : rows;
+    const float* const at = next + row * rows + unit * (channels_inner ? part : g.source.c);
+    const int64_t steps = divide_up(g.w.count, units.tile_points(unit)) * larger(1, g.terms() / kTermsTogether);
+    return {reinterpret_cast<const char*>(at), divide_up(part * static_cast<int64_t>(sizeof(float)), steps), steps};
+  }
+
   // A row of grid points of a unit. out: of the row's first output channel.
-  void run_unit(int64_t unit, const float* staged_row, float* out) const {
+  void run_unit(int64_t unit, const float* staged_row, float* out, const Fetch& source) const {
     const Gather& g = job_.g;
     const Units& units = job_.units;
     const int64_t channel = units.first(unit);
@@ -166,7 +188,8 @@ class ShortSums {
     row.staged = staged_row, row.points = g.w.count;
     row.offsets = reinterpret_cast<const int32_t*>(memory_ + job_.offsets), row.terms = g.terms();
     row.out = out + channel * g.dest.c, row.pitch = units.channel_lanes ? g.dest.w : g.dest.c;
-    row.ahead = units.channel_lanes ? kPointTilesAhead * units.tile_points() * row.pitch : g.dest.h;
+    row.ahead = units.channel_lanes ? kPointTilesAhead * units.tile_points(unit) * row.pitch : g.dest.h;
+    row.source = source;
     units.tiles(unit)(row);
   }
 
@@ -185,13 +208,13 @@ bool accepts(const Conv2dShape& s) {
   if (terms == 0 || terms > most || s.out_channels < kFewestOutputs) return false;
   const Units units(s);
   if (s.out_channels % units.step != 0) return false;
-  const int64_t points = units.tile_points();
+  const int64_t points = units.tile_points(0);
   return s.out_w >= points && 4 * s.out_w >= 3 * divide_up(s.out_w, points) * points;
 }
 
 Plan plan(const Conv2dShape& s, int threads) {
   const Job job(s, threads);
-  return {job.units.width(0), job.units.tile_points(), job.tasks(), job.workspace_bytes(threads)};
+  return {job.units.width(0), job.units.tile_points(0), job.tasks(), job.workspace_bytes(threads)};
 }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {

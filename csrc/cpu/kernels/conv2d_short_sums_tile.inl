@@ -1,6 +1,7 @@
 // A row of register tiles of sums with few terms, in one call: what a tile does beside its multiply-adds would take as long as they do.
 #pragma once
 
+#include "cpu/kernels/conv2d_direct_ahead.inl"
 #include "cpu/simd/vec.h"
 
 namespace {
@@ -17,6 +18,7 @@ struct TileRow {
   int64_t pitch;      // from item to item: from grid point to grid point, or from channel to channel
   int64_t points;     // at least a tile of them
   int64_t ahead;      // elements from what a tile writes to what it fetches
+  Fetch source;       // what will be staged next: a line with every kTermsTogether terms
 };
 
 constexpr int kTermsTogether = 3;  // kernels of 3 columns or 3 channels leave no rest
@@ -65,6 +67,7 @@ __attribute__((noinline)) void run_tiles(const TileRow& row) {
   constexpr int kV = kLanes<float>, kWidth = kChannelLanes ? kVectors * kV : kItems, kPoints = kChannelLanes ? kItems : kVectors * kV;
   const int32_t* const end = row.offsets + row.terms;
   const int64_t last = row.points - kPoints, pitch = row.pitch;
+  const char* source = row.source.at;
   for (int64_t x = 0; x < row.points; x += kPoints) {
     const int64_t first = x < last ? x : last;
     float* const out = row.out + first * (kChannelLanes ? pitch : 1);
@@ -78,7 +81,11 @@ __attribute__((noinline)) void run_tiles(const TileRow& row) {
       weights += kWidth;
     };
     const int32_t* offset = row.offsets;
-    for (; offset + kTermsTogether <= end; offset += kTermsTogether) add(offset[0]), add(offset[1]), add(offset[2]);
+    for (; offset + kTermsTogether <= end; offset += kTermsTogether) {
+      add(offset[0]), add(offset[1]), add(offset[2]);
+      __builtin_prefetch(source, 0, 2);
+      source += row.source.step;
+    }
     for (; offset < end; ++offset) add(*offset);
 #pragma GCC unroll 12
     for (int i = 0; i < kItems; ++i) {
