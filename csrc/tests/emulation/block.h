@@ -48,7 +48,7 @@ int block_threads();
 int lane();
 
 // Every lane of the warp gives `bytes` bytes and gets all lanes' in turn. They stay until the next but one exchange.
-constexpr size_t kExchangeBytes = 32;
+constexpr size_t kExchangeBytes = 48;
 const unsigned char* exchange(const void* mine, size_t bytes);
 
 template <class T>

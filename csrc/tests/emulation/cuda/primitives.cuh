@@ -75,43 +75,45 @@ inline uint32_t to_tf32(float x) {
   return isfinite(x) ? (bits + 0x1000) & ~0x1FFFu : bits;
 }
 
+// The elements of a lane's registers, each of which holds kPerRegister of them, one after the other in depth.
+template <int kPerRegister>
 struct Fragments {
-  uint32_t a[4], b[2];
+  float a[4 * kPerRegister], b[2 * kPerRegister];
 };
 
-// D += A * B, where a(lanes, row, k) and b(lanes, k, col) find an element in the registers of the lanes.
-template <int kDepth, class A, class B>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], A element_of_a, B element_of_b) {
-  const Fragments* lanes = emulation::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-  for (int i = 0; i < 4; ++i) {
-    const int row = emulation::lane() / 4 + i / 2 * 8, col = emulation::lane() % 4 * 2 + i % 2;
-    for (int k = 0; k < kDepth; ++k) d[i] = fma(element_of_a(lanes, row, k), element_of_b(lanes, k, col), d[i]);
+// D += A * B. A lane's registers of A are of rows r and r + 8 in the first half of the depth, then of both in the second one; those of B
+// are of its column. Four lanes share out a half. value(bits): an element whose bits are the lowest.
+template <int kPerRegister, class Value>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+  Fragments<kPerRegister> mine;
+  for (int i = 0; i < 4 * kPerRegister; ++i) mine.a[i] = value(a[i / kPerRegister] >> i % kPerRegister * 16);
+  for (int i = 0; i < 2 * kPerRegister; ++i) mine.b[i] = value(b[i / kPerRegister] >> i % kPerRegister * 16);
+  const Fragments<kPerRegister>* lanes = emulation::exchange(mine);
+  const Fragments<kPerRegister>*rows = lanes + emulation::lane() / 4 * 4, *left = lanes + emulation::lane() % 4 * 8, *right = left + 4;
+  float d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+  for (int k = 0; k < 8 * kPerRegister; ++k) {
+    const int lane = k / kPerRegister % 4, half = k / kPerRegister / 4, element = half * kPerRegister + k % kPerRegister;
+    const float *a_low = rows[lane].a + half * kPerRegister + element, *a_high = a_low + kPerRegister;
+    const float b_left = left[lane].b[element], b_right = right[lane].b[element];
+    d0 = fma(*a_low, b_left, d0);
+    d1 = fma(*a_low, b_right, d1);
+    d2 = fma(*a_high, b_left, d2);
+    d3 = fma(*a_high, b_right, d3);
   }
+  d[0] = d0, d[1] = d1, d[2] = d2, d[3] = d3;
 }
 
 // The lower 13 bits of an operand are not read.
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto value = [](uint32_t bits) { return __uint_as_float(bits & ~0x1FFFu); };
-  multiply_fragments<8>(
-      d, a, b, [&](const Fragments* lanes, int row, int k) { return value(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]); },
-      [&](const Fragments* lanes, int k, int col) { return value(lanes[col * 4 + k % 4].b[k / 4]); });
-}
-
-// value: of 16 bits.
-template <class Value>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
-  const auto half = [&](uint32_t bits, int k) { return value(static_cast<uint16_t>(bits >> k % 2 * 16)); };
-  multiply_fragments<16>(
-      d, a, b, [&](const Fragments* lanes, int row, int k) { return half(lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2], k); },
-      [&](const Fragments* lanes, int k, int col) { return half(lanes[col * 4 + k % 8 / 2].b[k / 8], k); });
+  multiply_fragments<1>(d, a, b, [](uint32_t bits) { return __uint_as_float(bits & ~0x1FFFu); });
 }
 
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k16(d, a, b, [](uint16_t bits) { return __half2float(bits_as<__half>(bits)); });
+  multiply_fragments<2>(d, a, b, [](uint32_t bits) { return __half2float(bits_as<__half>(static_cast<uint16_t>(bits))); });
 }
 
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k16(d, a, b, [](uint16_t bits) { return __bfloat162float(bits_as<__nv_bfloat16>(bits)); });
+  multiply_fragments<2>(d, a, b, [](uint32_t bits) { return __bfloat162float(bits_as<__nv_bfloat16>(static_cast<uint16_t>(bits))); });
 }
 
 inline void mma_m8n8k4_f64(double& d0, double& d1, double a, double b) {
