@@ -57,11 +57,16 @@ def variants(row: Row, cases) -> Iterator[tuple]:
                     yield case, dtype, layouts
 
 
+@functools.cache
+def offsets_of(case: Pool2dCase, dtype: torch.dtype) -> torch.Tensor:
+    return reference.max_pool2d_forward(case, shared_tensors(case, dtype).input)[1].to(case.offsets_dtype)
+
+
 def operands(row: Row, case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What the row reads, and more, by keyword."""
     found = dict(vars(shared_tensors(case, dtype)))
     if row.op == "max_pool2d" and row.direction != "forward":
-        found["offsets"] = reference.max_pool2d_forward(case, found["input"])[1].to(case.offsets_dtype)
+        found["offsets"] = offsets_of(case, dtype)
     return found
 
 

@@ -111,6 +111,7 @@ def _normalised(fields: dict[str, int]) -> dict[str, int]:
     return fields | {f"stride_{axis}": 1 for axis in "hw" if fields[f"out_{axis}"] == 1}
 
 
+@functools.cache
 def conv2d_shape(
     case: Conv2dCase,
     dtype: torch.dtype,
@@ -136,6 +137,7 @@ def conv2d_shape(
     )
 
 
+@functools.cache
 def fused_shape(
     case: FusedCase, dtype: torch.dtype, layout: str, weight_layout: str, *, allow_winograd: bool = False
 ) -> _native.Conv2dReluPoolShape:
@@ -151,6 +153,7 @@ def fused_shape(
     )
 
 
+@functools.cache
 def pool2d_shape(case: Pool2dCase, dtype: torch.dtype, layout: str) -> _native.Pool2dShape:
     """The struct that the kernels are given for ``case``."""
     fields = (
@@ -176,6 +179,7 @@ def layouts_of(op: str) -> tuple:
     return CONV2D_LAYOUTS if op.startswith("conv2d") else POOL2D_LAYOUTS
 
 
+@functools.cache
 def shape_of(case, dtype: torch.dtype, layouts, *, allow_winograd: bool = False):
     """The shape of a case of any kind; ``layouts`` is an item of ``layouts_of`` its operator. ``allow_winograd`` is for
     the fused convolution: the plain one always allows it.
@@ -203,6 +207,7 @@ def choice(row: Row, shape, threads: int = 1) -> dict:
     return row.module.choose_pool2d(op, direction, shape, threads)
 
 
+@functools.cache
 def accepts(row: Row, shape) -> bool:
     """Whether ``row`` takes ``shape``."""
     if row.op == "conv2d":

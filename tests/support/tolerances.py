@@ -25,6 +25,12 @@ from tests.support.reference import Truth
 
 def tolerance(truth: Truth, dtype: torch.dtype) -> torch.Tensor:
     """The largest allowed distance from ``truth.value`` of a result computed in ``dtype``, elementwise."""
+    if dtype not in truth.tolerances:
+        truth.tolerances[dtype] = _tolerance(truth, dtype)
+    return truth.tolerances[dtype]
+
+
+def _tolerance(truth: Truth, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
     eps = info.eps + torch.finfo(torch.float64).eps
     rounded = (truth.magnitude > 0) & (truth.roundings > 0)
