@@ -37,13 +37,13 @@ Compute<T> output_at(const Conv2dShape& s, const Geometry& geo, const T* input, 
                      int64_t oh, int64_t ow) {
   const int64_t first_in = channel / geo.group_out * geo.group_in;
   double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
-  for (int64_t c = 0; c < geo.group_in; ++c) {
-    for (int64_t r = 0; r < s.kernel_h; ++r) {
-      const int64_t ih = source_position(s.padding_mode, oh * s.stride_h - s.pad_top + r * s.dilation_h, s.in_h);
-      if (ih < 0) continue;
-      for (int64_t t = 0; t < s.kernel_w; ++t) {
-        const int64_t iw = source_position(s.padding_mode, ow * s.stride_w - s.pad_left + t * s.dilation_w, s.in_w);
-        if (iw < 0) continue;
+  for (int64_t r = 0; r < s.kernel_h; ++r) {
+    const int64_t ih = source_position(s.padding_mode, oh * s.stride_h - s.pad_top + r * s.dilation_h, s.in_h);
+    if (ih < 0) continue;
+    for (int64_t t = 0; t < s.kernel_w; ++t) {
+      const int64_t iw = source_position(s.padding_mode, ow * s.stride_w - s.pad_left + t * s.dilation_w, s.in_w);
+      if (iw < 0) continue;
+      for (int64_t c = 0; c < geo.group_in; ++c) {
         sum +=
             static_cast<double>(input[at(geo.in, n, first_in + c, ih, iw)]) * static_cast<double>(weight[at(geo.weight, channel, c, r, t)]);
       }

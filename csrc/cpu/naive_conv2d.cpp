@@ -60,13 +60,13 @@ void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, int threads) {
         double sum = bias != nullptr ? static_cast<double>(bias[channel]) : 0.0;
         for_each_copy(s.padding_mode, ih, s.in_h, s.pad_top, span_h, [&](int64_t h) {
           for_each_copy(s.padding_mode, iw, s.in_w, s.pad_left, span_w, [&](int64_t w) {
-            for (int64_t k = 0; k < geo.group_out; ++k) {
-              for (int64_t r = 0; r < s.kernel_h; ++r) {
-                const int64_t oh = output_position(h, s.pad_top, r * s.dilation_h, s.stride_h, s.out_h);
-                if (oh < 0) continue;
-                for (int64_t t = 0; t < s.kernel_w; ++t) {
-                  const int64_t ow = output_position(w, s.pad_left, t * s.dilation_w, s.stride_w, s.out_w);
-                  if (ow < 0) continue;
+            for (int64_t r = 0; r < s.kernel_h; ++r) {
+              const int64_t oh = output_position(h, s.pad_top, r * s.dilation_h, s.stride_h, s.out_h);
+              if (oh < 0) continue;
+              for (int64_t t = 0; t < s.kernel_w; ++t) {
+                const int64_t ow = output_position(w, s.pad_left, t * s.dilation_w, s.stride_w, s.out_w);
+                if (ow < 0) continue;
+                for (int64_t k = 0; k < geo.group_out; ++k) {
                   sum += static_cast<double>(grad_output[at(geo.out, n, first_out + k, oh, ow)]) *
                          static_cast<double>(weight[at(geo.weight, first_out + k, c, r, t)]);
                 }
