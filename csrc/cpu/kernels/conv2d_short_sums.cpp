@@ -165,8 +165,8 @@ class ShortSums {
     return source_.data + task / job_.row_blocks * g.source.n + y * g.source.h;
   }
 
-  // What a row of tiles fetches of the rows behind `next`: as many as the next row of grid points is further on. Of all channels, a part for
-  // each unit, where they are innermost; else each of the first units has a channel.
+  // What a row of tiles fetches of the rows behind `next`: as many as the next row of grid points is further on. Of all channels, a part
+  // for each unit, where they are innermost; else each of the first units has a channel.
   Fetch source_ahead(const float* next, int64_t unit, int64_t row) const {
     const Gather& g = job_.g;
     const Units& units = job_.units;
