@@ -78,6 +78,33 @@ inline void count_blocks(const Gather& g, int64_t units, Blocking& b) {
   b.tasks = b.image_blocks * g.groups * b.row_blocks * b.col_blocks * b.unit_blocks;
 }
 
+// Elements that a block reads for a channel: of the source, whose rows begin and end within lines, and of the weights.
+template <class T>
+int64_t read_elements(const Gather& g, const Blocking& b) {
+  const StagedLayout l = staged_layout<T>(g, 1, b.rows, b.cols);
+  return l.rows * (l.row_pitch + kLineBytes / static_cast<int64_t>(sizeof(T))) + g.outputs * g.taps();
+}
+
+// Where channels are innermost, and rows of the whole width fit in such small numbers that much of the source is transposed for several
+// blocks: cuts columns, too, into the block that reads least for each of its points. Planes keep their rows, which are read and written
+// as long runs.
+template <class T, class Tile, class Fits, class WholeTiles>
+void fit_area(const Gather& g, const Fits& fits, const WholeTiles& whole_tiles, Blocking& b) {
+  const bool is_whole = b.row_pieces == g.rows.count && b.col_pieces == g.cols.count;
+  if (g.source.w == 1 || is_whole || 2 * window_of(g.h, b.rows).span <= 3 * b.rows * g.h.source_step) return;
+  Blocking best = b;
+  set_cols(g, g.cols.count, b);
+  while (true) {
+    set_rows(g, clamp(kTaskPoints / (b.cols * g.rows.step), 1, g.rows.count), b);
+    while (b.row_pieces > 1 && !fits()) set_rows(g, b.row_pieces - 1, b);
+    const int64_t pieces = b.row_pieces * b.col_pieces, best_pieces = best.row_pieces * best.col_pieces;
+    if (fits() && read_elements<T>(g, b) * best_pieces < read_elements<T>(g, best) * pieces) best = b;
+    if (b.cols <= 4 * Tile::kMaxPoints || b.col_pieces == 1) break;
+    set_cols(g, whole_tiles(ceil_div(b.col_pieces, 2)), b);
+  }
+  b = best;
+}
+
 // The largest block of grid points whose source fits, of several images where one is small.
 template <class T, class Tile>
 void fit_points(const Gather& g, int64_t most_bytes, Blocking& b) {
@@ -90,6 +117,7 @@ void fit_points(const Gather& g, int64_t most_bytes, Blocking& b) {
   set_cols(g, g.cols.count, b);
   while (b.row_pieces > 1 && !fits()) set_rows(g, ceil_div(b.row_pieces, 2), b);
   while (b.cols > 4 * Tile::kMaxPoints && !fits()) set_cols(g, whole_tiles(ceil_div(b.col_pieces, 2)), b);
+  if constexpr (kVectorRegisters == 16) fit_area<T, Tile>(g, fits, whole_tiles, b);
   if (b.row_pieces < g.rows.count || b.col_pieces < g.cols.count) return;
   b.images = smaller(g.batch, kTaskPoints);
   while (b.images > 1 && !fits()) b.images = ceil_div(b.images, 2);
