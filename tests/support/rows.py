@@ -87,6 +87,9 @@ def forced(row: Row) -> Iterator[None]:
 
 def dense(tensor: torch.Tensor, layout: str = "nchw", shift: int = 0, device: str = "cpu") -> torch.Tensor:
     """A copy of ``tensor`` that lies densely in ``layout``; a tensor without four dimensions ignores the layout."""
+    if shift == 0:
+        channels_last = tensor.dim() == 4 and layout == "nhwc"
+        return tensor.to(device).clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     copy = empty(tuple(tensor.shape), tensor.dtype, layout, shift, device)
     copy.copy_(tensor)
     return copy
