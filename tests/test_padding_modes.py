@@ -124,7 +124,7 @@ def test_rows(row, dtype):
         torch.set_num_threads(1)
     assert not problems, "\n".join(problems)
     takes = {
-        "forward": ("_naive_", "_direct_", "_pixels_"),
+        "forward": ("_naive_", "_direct_", "_pixels_", *(["_short_sums_"] if dtype == torch.float32 else [])),
         "backward_input": ("_naive_", "_folded_"),
         "backward_weight": ("_naive_", "_taps_", "_padded_"),
     }[row.direction]

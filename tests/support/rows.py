@@ -90,9 +90,7 @@ def dense(tensor: torch.Tensor, layout: str = "nchw", shift: int = 0, device: st
     if shift == 0:
         channels_last = tensor.dim() == 4 and layout == "nhwc"
         return tensor.to(device).clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    copy = empty(tuple(tensor.shape), tensor.dtype, layout, shift, device)
-    copy.copy_(tensor)
-    return copy
+    return empty(tuple(tensor.shape), tensor.dtype, layout, shift, device).copy_(tensor)
 
 
 def empty(
