@@ -148,3 +148,19 @@ def test_a_profile_names_the_operator():
 def test_meta_tensors_have_the_shape_of_the_result():
     output = cnn_ext.functional.conv2d(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta"))
     assert output.shape == (2, 4, 6, 6) and output.is_meta
+
+
+def test_memory_that_holds_the_negative_is_written_out():
+    """torch leaves the sign of ``x.conj().imag`` to be applied later; one element is dense in any layout."""
+    weight = torch.full((1, 1, 1, 1), 1 + 2j).conj().imag
+    input = torch._neg_view(torch.randn(1, 1, 4, 4))
+    assert weight.is_neg() and input.is_neg()
+    for function in (
+        lambda module: module.conv2d(input, weight),
+        lambda module: module.conv2d(torch.ones(1, 1, 4, 4), weight, torch._neg_view(torch.ones(1))),
+        lambda module: module.conv_transpose2d(input, weight),
+        lambda module: module.max_pool2d(input, 2),
+        lambda module: module.avg_pool2d(input, 2),
+        lambda module: module.adaptive_avg_pool2d(input, 3),
+    ):
+        torch.testing.assert_close(function(cnn_ext.functional), function(torch.nn.functional))

@@ -26,7 +26,8 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     """Defines an operator with one implementation for both devices and a fake one, and returns what calls it.
 
     Plain tensors that nobody observes go to the implementation directly: the dispatcher would take longer than the
-    kernel of a small problem. Hints, which the operator does not have, go there alone: they change no result.
+    kernel of a small problem. Tensors whose memory holds the negative of their values (``x.conj().imag``) do not: it
+    writes them out. Hints, which the operator does not have, go there alone: they change no result.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,7 +53,7 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
         if compiling() or modes() or transformed() or traced() or profiled():
             return dispatch(*args)
         for arg in args[:tensors]:
-            if type(arg) not in _PLAIN:
+            if type(arg) not in _PLAIN or (arg is not None and arg.is_neg()):
                 return operator(*args)
         first = args[0]
         return compute(*args, **hints) if first.is_cpu or first.is_cuda else operator(*args)
