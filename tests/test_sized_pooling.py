@@ -95,6 +95,14 @@ def saved_by(call):
     return saved
 
 
+@pytest.mark.parametrize("output_size", [2, 3])
+def test_without_channels(output_size):
+    input = torch.randn(2, 0, 4, 4, requires_grad=True)
+    output = C.adaptive_avg_pool2d(input, output_size)
+    assert output.shape == F.adaptive_avg_pool2d(input, output_size).shape
+    assert torch.autograd.grad(output.sum(), input)[0].shape == input.shape
+
+
 def test_what_is_kept():
     input = torch.randn(1, 2, 8, 6, requires_grad=True)
     assert saved_by(lambda: C.adaptive_avg_pool2d(input, 3)) == []

@@ -22,7 +22,7 @@ def adaptive_avg_pool2d(input, output_size):
     """
     output_size = adaptive_output_size("adaptive_avg_pool2d", input, output_size)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    window = _window(batched.shape[2:], output_size)
+    window = _window(batched.shape, output_size)
     if window is None:
         output = autograd.adaptive_avg_pool2d(batched, output_size)
     else:
@@ -48,7 +48,7 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     output_size = adaptive_output_size("adaptive_max_pool2d", input, output_size)
     check_bool("adaptive_max_pool2d", "return_indices", return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    window = _window(batched.shape[2:], output_size)
+    window = _window(batched.shape, output_size)
     if window is None:
         results = autograd.adaptive_max_pool2d(batched, output_size, return_indices)[: 1 + return_indices]
     else:
@@ -57,11 +57,15 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     return tuple(results) if return_indices else results[0]
 
 
-def _window(size, output_size):
-    """The window of the ordinary pooling that an adaptive one is where its sizes divide the input's; else None."""
-    if 0 in output_size or size[0] % output_size[0] != 0 or size[1] % output_size[1] != 0:
+def _window(input_size, output_size):
+    """The window of the ordinary pooling that an adaptive one is where its sizes divide the input's; else None.
+
+    An ordinary pooling refuses an input without channels, an adaptive one does not.
+    """
+    _, channels, height, width = input_size
+    if channels == 0 or 0 in output_size or height % output_size[0] != 0 or width % output_size[1] != 0:
         return None
-    kernel_size = (size[0] // output_size[0], size[1] // output_size[1])
+    kernel_size = (height // output_size[0], width // output_size[1])
     return kernel_size, kernel_size, (0, 0, 0, 0), (1, 1), False
 
 
