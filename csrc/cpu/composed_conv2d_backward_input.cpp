@@ -29,21 +29,27 @@ Conv2dShape padded_shape(const Conv2dShape& s, int64_t images) {
   return padded;
 }
 
-// What scratch holds, in numbers of the type of the sums: the gradient of the padded input and, of half types, the operands widened.
+// Numbers of a pixel of a plane: planes are channels of images (nchw), or images whose pixels have the channels.
+int64_t pixel_of(const Conv2dShape& s) { return s.layout == Layout::nchw ? 1 : s.in_channels; }
+
+// What scratch holds, in numbers of the type of the sums: for each thread a row that it folds, of half types the operands widened, and the
+// gradient of the padded input.
 struct Scratch {
-  explicit Scratch(const Conv2dShape& s) {
+  Scratch(const Conv2dShape& s, int threads) {
     const Conv2dShape padded = padded_shape(s, 1);
+    constexpr int64_t kLineNumbers = 16;  // no two threads write to one cache line
     const int64_t number = padded.dtype == DType::float64 ? 8 : 4;
     grad_input_image = padded.in_channels * padded.in_h * padded.in_w;
+    row = (padded.in_w * pixel_of(s) + kLineNumbers - 1) / kLineNumbers * kLineNumbers;
     if (is_half(s.dtype)) {
       weight = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
       grad_output_image = s.out_channels * s.out_h * s.out_w;
     }
     const int64_t image = grad_input_image + grad_output_image, fitting = kScratchBytes / (image * number);
     images = fitting < 1 ? 1 : fitting < s.batch ? fitting : s.batch;
-    bytes = (weight + images * image) * number;
+    bytes = (weight + images * image + threads * row) * number;
   }
-  int64_t weight = 0, grad_output_image = 0, grad_input_image, images, bytes;
+  int64_t row, weight = 0, grad_output_image = 0, grad_input_image, images, bytes;
 };
 
 // The values in the type of their sums: themselves, or a half type's widened into scratch.
@@ -80,16 +86,16 @@ class Fold {
         padded_(padded),
         rows_(s.padding_mode, s.in_h, s.pad_top, padded.in_h),
         columns_(s.padding_mode, s.in_w, s.pad_left, padded.in_w),
-        pixel_(s.layout == Layout::nchw ? 1 : s.in_channels) {}
+        pixel_(pixel_of(s)) {}
 
-  // All planes (channels of images, or images whose pixels have the channels) of the padded problem's batch.
-  void run(const Compute<T>* from, T* to, int threads) const {
+  // All planes of the padded problem's batch; `rows`: `row` numbers for each thread.
+  void run(const Compute<T>* from, T* to, Compute<T>* rows, int64_t row, int threads) const {
     const int64_t planes = padded_.batch * s_.in_channels / pixel_;
-    parallel_for(threads, planes, [&](int, int64_t plane) {
-      std::vector<Compute<T>> sums(static_cast<size_t>(padded_.in_w * pixel_));
+    parallel_for(threads, planes, [&](int worker, int64_t plane) {
+      Compute<T>* const sums = rows + worker * row;
       for (int64_t ih = 0; ih < s_.in_h; ++ih) {
-        add_rows(from + plane * padded_.in_h * padded_.in_w * pixel_, ih, sums.data());
-        add_columns(sums.data(), to + (plane * s_.in_h + ih) * s_.in_w * pixel_);
+        add_rows(from + plane * padded_.in_h * padded_.in_w * pixel_, ih, sums);
+        add_columns(sums, to + (plane * s_.in_h + ih) * s_.in_w * pixel_);
       }
     });
   }
@@ -123,8 +129,9 @@ class Fold {
 
 template <class T>
 void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
-  const Scratch scratch(s);
-  Compute<T>* const weight = static_cast<Compute<T>*>(workspace);
+  const Scratch scratch(s, threads);
+  Compute<T>* const rows = static_cast<Compute<T>*>(workspace);
+  Compute<T>* const weight = rows + threads * scratch.row;
   Compute<T>* const grad_output = weight + scratch.weight;
   Compute<T>* const grad_padded = grad_output + scratch.images * scratch.grad_output_image;
   const int64_t grad_output_image = s.out_channels * s.out_h * s.out_w, grad_input_image = s.in_channels * s.in_h * s.in_w;
@@ -136,13 +143,13 @@ void backward_input(const Conv2dShape& s, const Conv2dBuffers& b, void* workspac
     const T* const images = static_cast<const T*>(b.grad_output) + n * grad_output_image;
     conv.grad_output = widened(images, padded.batch * scratch.grad_output_image, grad_output, threads);
     run_conv2d_unforced(Conv2dDirection::backward_input, padded, conv, threads);
-    Fold<T>(s, padded).run(grad_padded, static_cast<T*>(b.grad_input) + n * grad_input_image, threads);
+    Fold<T>(s, padded).run(grad_padded, static_cast<T*>(b.grad_input) + n * grad_input_image, rows, scratch.row, threads);
   }
 }
 
 bool accepts(const Conv2dShape& s) { return s.padding_mode != PaddingMode::zeros; }
 
-Plan plan(const Conv2dShape& s, int) { return {1, 1, s.batch, static_cast<size_t>(Scratch(s).bytes)}; }
+Plan plan(const Conv2dShape& s, int threads) { return {1, 1, s.batch, static_cast<size_t>(Scratch(s, threads).bytes)}; }
 
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
   with_scalar(s.dtype, [&](auto scalar) { backward_input<decltype(scalar)>(s, b, workspace, threads); });
