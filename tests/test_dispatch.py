@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support.rows import (
     conv2d_shape,
     forced,
     layouts_of,
+    pool2d_shape,
     rows,
     run_conv2d,
     shape_of,
@@ -108,6 +110,17 @@ def test_a_forced_row_that_refuses_the_shape_is_a_value_error_and_nothing_runs()
     with forced(row), pytest.raises(ValueError, match=row.name):
         _native.avg_pool2d_forward(shape, torch.zeros(case.input_size), output)
     assert output.isnan().all()
+
+
+def test_windows_that_int32_cannot_measure_are_not_added_in_place():
+    """The last tap of the window lies 2**31 elements behind the first."""
+    wide = replace(case_named("resnet_stem"), channels=1 << 15, in_h=2, in_w=1 << 15, kernel_h=2, kernel_w=1 << 15)
+    wide = replace(wide, pad_top=0, pad_bottom=0, pad_left=0, pad_right=0)
+    row = rows(op="max_pool2d", direction="backward")[0]
+    assert "in_place" in choice(row, pool2d_shape(replace(wide, channels=8), torch.float32, "nhwc"))["kernel"]
+    for channels, fits in ((1 << 15, True), ((1 << 15) + 1, False)):
+        shape = pool2d_shape(replace(wide, channels=channels), torch.float32, "nhwc")
+        assert ("in_place" in choice(row, shape)["kernel"]) == fits
 
 
 @pytest.mark.parametrize("isa", SUPPORTED_ISAS)

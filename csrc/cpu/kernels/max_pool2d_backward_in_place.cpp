@@ -267,8 +267,11 @@ bool gathers_pixels(const Pool2dShape& s, int64_t lanes) {
   return 10 * gathered <= 14 * added;
 }
 
+// Whether an int32 holds the distance to a window's last tap.
+bool has_near_taps(const Pool2dShape& s) { return ((s.kernel_h - 1) * s.in_w + s.kernel_w - 1) * pixel_of(s) <= INT32_MAX; }
+
 bool accepts(const Pool2dShape& s) {
-  if (!accepts_float_and_double(s) || !every_window_meets_input(s)) return false;
+  if (!accepts_float_and_double(s) || !every_window_meets_input(s) || !has_near_taps(s)) return false;
   const int64_t lanes = s.dtype == DType::float32 ? kLanes<float> : kLanes<double>;
   return !(s.layout == Layout::nchw ? gathers_planes : gathers_pixels)(s, lanes);
 }
