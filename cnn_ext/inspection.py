@@ -13,7 +13,8 @@ import torch
 from cnn_ext import _native, policy
 from cnn_ext._arguments import conv_geometry
 from cnn_ext.ops.conv2d import prepare_backward_bias, prepare_forward
-from cnn_ext.ops.shapes import spec, taps_inside
+from cnn_ext.ops.shapes import spec
+from cnn_ext.ops.taps import taps_inside
 
 __all__ = ["Explanation", "KernelInfo", "build_info", "explain", "force_kernel", "kernels", "version"]
 

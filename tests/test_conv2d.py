@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cnn_ext
 import cnn_ext.functional as C
+from cnn_ext.ops.taps import nearest_taps
 from tests.support import reference
 from tests.support.cases import Conv2dCase, conv2d_cases
 from tests.support.tolerances import assert_close
@@ -166,3 +168,40 @@ def test_integers_of_other_kinds_are_arguments():
     wanted = C.conv2d(input, weight, stride=2, padding=1)
     assert torch.equal(C.conv2d(input, weight, stride=numpy.int64(2), padding=torch.tensor(1)), wanted)
     assert torch.equal(C.conv2d(input, weight, stride=[2], padding=[1, 1]), wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dilation", [(3000, 3000), (1, 200_000_000), (2**40, 1)], ids=str)
+def test_taps_far_apart(dilation, format):
+    """All of them but one, or one row or column, lie in the padding."""
+    input, weight = (torch.randn(size).contiguous(memory_format=format) for size in [(1, 16, 6, 5), (16, 16, 3, 3)])
+    bias, grad_output = torch.randn(16), torch.randn(1, 16, 6, 5)
+    arguments = {"padding": dilation, "dilation": dilation}
+    ours = forward_and_gradients(C.conv2d, input, weight, bias, grad_output, **arguments)
+    near = (..., *(slice(None) if step == 1 else slice(1, 2) for step in dilation))  # the taps that meet the input
+    padding = [1 if step == 1 else 0 for step in dilation]
+    wanted = forward_and_gradients(F.conv2d, input, weight[near], bias, grad_output, padding=padding)
+    assert ours[2].count_nonzero() == ours[2][near].count_nonzero()
+    ours[2] = ours[2][near]
+    for got, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_taps_brought_near_meet_the_same_inputs():
+    def met(size, outputs, kernel, stride, before, dilation):
+        positions = ((o, r, o * stride - before + r * dilation) for o in range(outputs) for r in range(kernel))
+        return [(output, tap, at) for output, tap, at in positions if 0 <= at < size]
+
+    for axis in itertools.product([1, 4], [1, 3], [2, 3, 4], [1, 2, 9], [0, 1, 5, 30, 31, 60, 100], [20, 30, 31]):
+        *others, dilation = axis
+        near_before, near_dilation = nearest_taps(*axis)
+        assert near_dilation <= dilation and near_before >= 0, axis
+        assert met(*others[:-1], near_before, near_dilation) == met(*axis), axis
+
+
+def test_windows_that_no_row_can_stage_are_left_to_the_naive_one():
+    input, weight = torch.empty(1, 16, 4000, 4000), torch.empty(16, 16, 3, 3)
+    for direction in ("forward", "backward_input"):
+        far = cnn_ext.explain(input, weight, padding=3000, dilation=3000, direction=direction)
+        near = cnn_ext.explain(input, weight, padding=300, dilation=300, direction=direction)
+        assert "naive" in far.kernel and "naive" not in near.kernel

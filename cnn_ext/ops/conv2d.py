@@ -15,6 +15,7 @@ from cnn_ext.ops.library import register
 from cnn_ext.ops.padding import NO_PADDING, fold, pad, padded_size, pads_a_copy
 from cnn_ext.ops.results import empty
 from cnn_ext.ops.shapes import TensorSpec, spec
+from cnn_ext.ops.taps import nearest_taps
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 POLICY = "bool allow_winograd=False"
@@ -42,6 +43,12 @@ def native_shape(
     overflow either.
     """
     stride, padding, dilation, groups = geometry
+    stride = [step if outputs > 1 else 1 for step, outputs in zip(stride, output_size[2:], strict=True)]
+    dilation = [step if taps > 1 else 1 for step, taps in zip(dilation, weight_size[2:], strict=True)]
+    before = padding[::2]
+    if padding_mode == "zeros":
+        axes = zip(input_size[2:], output_size[2:], weight_size[2:], stride, before, dilation, strict=True)
+        before, dilation = zip(*(nearest_taps(*axis) for axis in axes), strict=True)
     return _native.Conv2dShape(
         batch=input_size[0],
         in_channels=input_size[1],
@@ -52,12 +59,12 @@ def native_shape(
         out_w=output_size[3],
         kernel_h=weight_size[2],
         kernel_w=weight_size[3],
-        stride_h=stride[0] if output_size[2] > 1 else 1,
-        stride_w=stride[1] if output_size[3] > 1 else 1,
-        pad_top=padding[0],
-        pad_left=padding[2],
-        dilation_h=dilation[0] if weight_size[2] > 1 else 1,
-        dilation_w=dilation[1] if weight_size[3] > 1 else 1,
+        stride_h=stride[0],
+        stride_w=stride[1],
+        pad_top=before[0],
+        pad_left=before[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
         groups=groups,
         dtype=_native.DTYPES[dtype],
         layout=_layout(memory_format),

@@ -82,17 +82,6 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int, *, odd_befo
     return (rest, half) if odd_before else (half, rest)
 
 
-def taps_inside(size: int, outputs: int, kernel: int, stride: int, before: int, dilation: int) -> int:
-    """Taps of all windows along one axis that lie inside the input."""
-    count = 0
-    for tap in range(kernel):
-        first = before - tap * dilation  # inside: first <= output * stride < first + size
-        begin = max(0, -(-first // stride))
-        end = min(outputs, -(-(first + size) // stride))
-        count += max(0, end - begin)
-    return count
-
-
 def is_channels_last(tensor: TensorSpec) -> bool:
     """Whether the strides say channels_last, by torch's rule: what may be either (one channel, 1x1 planes) is not."""
     size, stride = tensor.size, tensor.stride
