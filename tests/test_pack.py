@@ -19,6 +19,7 @@ LAYERS = {
     "direct": (lambda: cnn_ext.Conv2d(16, 40, 3, padding=1), (2, 16, 9, 9)),
     "strided": (lambda: cnn_ext.Conv2d(5, 33, (3, 5), stride=2, dilation=(1, 2), bias=False), (2, 5, 15, 17)),
     "long sums": (lambda: cnn_ext.Conv2d(300, 20, 3, padding=1), (1, 300, 5, 5)),
+    "short sums": (lambda: cnn_ext.Conv2d(3, 16, 3, stride=2, padding=1), (2, 3, 12, 60)),
     "pixels": (lambda: cnn_ext.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), (2, 8, 12, 40)),
     "grouped": (lambda: cnn_ext.Conv2d(12, 40, 3, groups=2), (2, 12, 9, 9)),
     "pointwise": (lambda: cnn_ext.Conv2d(300, 70, 1), (2, 300, 5, 5)),

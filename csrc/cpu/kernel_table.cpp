@@ -66,10 +66,11 @@ namespace cnn_ext::cpu {
   ROW(conv2d_relu_max_pool2d_backward_bias_direct)
 
 // Those whose packed weight may be kept.
-#define CNN_EXT_PACKING_CONV2D_ROWS(ROW, SPECIAL) \
-  SPECIAL(conv2d_forward_pointwise_packing)       \
-  SPECIAL(conv2d_forward_grouped_packing)         \
-  SPECIAL(conv2d_forward_pixels_packing)          \
+#define CNN_EXT_PACKING_CONV2D_ROWS(ROW, SPECIAL, AVX2) \
+  SPECIAL(conv2d_forward_pointwise_packing)             \
+  SPECIAL(conv2d_forward_grouped_packing)               \
+  AVX2(conv2d_forward_short_sums_packing)               \
+  SPECIAL(conv2d_forward_pixels_packing)                \
   ROW(conv2d_forward_direct_packing)
 
 #define CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(ROW, SPECIAL) \
@@ -118,15 +119,15 @@ constexpr Isa kLeastWithSpecialRows = Isa::baseline;
 #define CNN_EXT_DECLARE_SIZED_POOL2D(row) extern const SizedPool2dKernel row;
 #define CNN_EXT_DECLARE_PACKING_CONV2D(row) extern const PackingConv2d row;
 #define CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL(row) extern const PackingConv2dReluPool row;
-#define CNN_EXT_DECLARE(isa)                                                                                                \
-  namespace isa {                                                                                                           \
-  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows, kHasAvx2Rows = Isa::isa == Isa::avx2;                 \
-  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                               \
-  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL)                         \
-  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                               \
-  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                                                   \
-  CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D, CNN_EXT_DECLARE_PACKING_CONV2D)                               \
-  CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL, CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL) \
+#define CNN_EXT_DECLARE(isa)                                                                                                  \
+  namespace isa {                                                                                                             \
+  constexpr bool kHasSpecialRows = Isa::isa >= kLeastWithSpecialRows, kHasAvx2Rows = Isa::isa == Isa::avx2;                   \
+  CNN_EXT_CONV2D_ROWS(CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D, CNN_EXT_DECLARE_CONV2D)                                 \
+  CNN_EXT_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_CONV2D_RELU_POOL, CNN_EXT_DECLARE_CONV2D_RELU_POOL)                           \
+  CNN_EXT_POOL2D_ROWS(CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D, CNN_EXT_DECLARE_POOL2D)                                 \
+  CNN_EXT_SIZED_POOL2D_ROWS(CNN_EXT_DECLARE_SIZED_POOL2D)                                                                     \
+  CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D, CNN_EXT_DECLARE_PACKING_CONV2D, CNN_EXT_DECLARE_PACKING_CONV2D) \
+  CNN_EXT_PACKING_CONV2D_RELU_POOL_ROWS(CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL, CNN_EXT_DECLARE_PACKING_CONV2D_RELU_POOL)   \
   }
 CNN_EXT_FOR_EACH_ISA(CNN_EXT_DECLARE)
 
@@ -225,10 +226,10 @@ const std::vector<const Conv2dReluPoolKernel*>& conv2d_relu_pool_kernels() {
   return table;
 }
 
-#define CNN_EXT_ADD_PACKING_CONV2D(isa)                           \
-  {                                                               \
-    using namespace isa;                                          \
-    CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL) \
+#define CNN_EXT_ADD_PACKING_CONV2D(isa)                                             \
+  {                                                                                 \
+    using namespace isa;                                                            \
+    CNN_EXT_PACKING_CONV2D_ROWS(CNN_EXT_ADD, CNN_EXT_ADD_SPECIAL, CNN_EXT_ADD_AVX2) \
   }
 #define CNN_EXT_ADD_PACKING_CONV2D_RELU_POOL(isa)                           \
   {                                                                         \

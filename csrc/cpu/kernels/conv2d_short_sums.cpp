@@ -12,6 +12,7 @@
 #include "cpu/kernels/conv2d_direct_pack.inl"
 #include "cpu/kernels/conv2d_direct_stage.inl"
 #include "cpu/kernels/conv2d_short_sums_tile.inl"
+#include "cpu/packed.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/caches.h"
 
@@ -91,6 +92,7 @@ struct Job {
   // The rows of an image that are a task's.
   int64_t first_row(int64_t task) const { return task % row_blocks * g.h.count / row_blocks; }
   int64_t rows_of(int64_t task) const { return (task % row_blocks + 1) * g.h.count / row_blocks - first_row(task); }
+  size_t packed_bytes() const { return static_cast<size_t>(bias); }
   size_t workspace_bytes(int threads) const { return static_cast<size_t>(workers + threads * worker_bytes); }
 
   Gather g;
@@ -102,13 +104,15 @@ struct Job {
 
 class ShortSums {
  public:
-  ShortSums(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads)
+  ShortSums(const Conv2dShape& s, const Conv2dBuffers& b, Packed packed, void* workspace, int threads)
       : job_(s, threads),
         source_{static_cast<const float*>(b.input), job_.g.source},
         output_(static_cast<float*>(b.output)),
         memory_(static_cast<char*>(workspace)),
+        weights_(static_cast<float*>(packed.data != nullptr ? packed.data : workspace)),
         threads_(threads) {
-    is_finite_ = pack(static_cast<const float*>(b.weight), static_cast<const float*>(b.bias));
+    is_finite_ = packed.is_ready || pack(static_cast<const float*>(b.weight));
+    copy_bias(static_cast<const float*>(b.bias));
     fill_offsets<float>(job_.g, job_.layout, job_.g.channels, reinterpret_cast<int32_t*>(memory_ + job_.offsets));
   }
 
@@ -119,20 +123,22 @@ class ShortSums {
   }
 
  private:
-  float* weights() const { return reinterpret_cast<float*>(memory_); }
   float* bias() const { return reinterpret_cast<float*>(memory_ + job_.bias); }
   float* staged(int worker) const { return reinterpret_cast<float*>(memory_ + job_.workers + worker * job_.worker_bytes); }
 
   // Whether all weights are finite.
-  bool pack(const float* weight, const float* from) const {
+  bool pack(const float* weight) const {
     const Gather& g = job_.g;
     bool finite = true;
     for (int64_t unit = 0; unit < job_.units.count; ++unit) {
       const int64_t first = job_.units.first(unit), width = job_.units.width(unit);
-      finite &= pack_unit(g, weight + first * g.weight_output, width, width, g.channels, weights() + first * g.terms());
+      finite &= pack_unit(g, weight + first * g.weight_output, width, width, g.channels, weights_ + first * g.terms());
     }
-    for (int64_t k = 0; k < g.outputs; ++k) bias()[k] = from != nullptr ? from[k] : 0.0f;
     return finite;
+  }
+
+  void copy_bias(const float* from) const {
+    for (int64_t k = 0; k < job_.g.outputs; ++k) bias()[k] = from != nullptr ? from[k] : 0.0f;
   }
 
   void run_task(int worker, int64_t task) const {
@@ -171,7 +177,7 @@ class ShortSums {
     const Gather& g = job_.g;
     const Units& units = job_.units;
     const bool channels_inner = g.source.c == 1;
-    if (next == nullptr || (!channels_inner && unit >= g.channels)) return fetch_nothing(weights());
+    if (next == nullptr || (!channels_inner && unit >= g.channels)) return fetch_nothing(weights_);
     const int64_t rows = g.h.source_step * g.source.h, part = channels_inner ? divide_up(rows, units.count) : rows;
     const float* const at = next + row * rows + unit * (channels_inner ? part : g.source.c);
     const int64_t steps = divide_up(g.w.count, units.tile_points(unit)) * larger(1, g.terms() / kTermsTogether);
@@ -184,7 +190,7 @@ class ShortSums {
     const Units& units = job_.units;
     const int64_t channel = units.first(unit);
     TileRow row{};
-    row.weights = weights() + channel * g.terms(), row.bias = bias() + channel;
+    row.weights = weights_ + channel * g.terms(), row.bias = bias() + channel;
     row.staged = staged_row, row.points = g.w.count;
     row.offsets = reinterpret_cast<const int32_t*>(memory_ + job_.offsets), row.terms = g.terms();
     row.out = out + channel * g.dest.c, row.pitch = units.channel_lanes ? g.dest.w : g.dest.c;
@@ -197,6 +203,7 @@ class ShortSums {
   const TensorSource<float> source_;
   float* const output_;
   char* const memory_;
+  float* const weights_;  // packed
   const int threads_;
   bool is_finite_;
 };
@@ -217,8 +224,18 @@ Plan plan(const Conv2dShape& s, int threads) {
   return {job.units.width(0), job.units.tile_points(0), job.tasks(), job.workspace_bytes(threads)};
 }
 
+Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+  return ShortSums(s, buffers, packed, workspace, threads).run();
+}
+
 Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
-  return ShortSums(s, buffers, workspace, threads).run();
+  return run_packed(s, buffers, {}, workspace, threads);
+}
+
+// The units depend on the layout.
+PackedForm form(const Conv2dShape& s) {
+  const Job job(s, 1);
+  return {job.packed_bytes(), job.units.channel_lanes ? 1 : 0};
 }
 
 }  // namespace
@@ -231,5 +248,7 @@ extern const Conv2dKernel conv2d_forward_short_sums = {CNN_EXT_KERNEL_NAME("conv
                                                        run,
                                                        /*adds_bias=*/false,
                                                        /*maps_padding=*/true};
+
+extern const PackingConv2d conv2d_forward_short_sums_packing = {&conv2d_forward_short_sums, form, run_packed};
 
 }  // namespace cnn_ext::cpu::CNN_EXT_ISA
