@@ -47,8 +47,9 @@ inline bool is_pointwise(const Conv2dShape& s) {
 
 // Whether the kernel sees the whole input, once and without padding, and both lie in the same order.
 inline bool covers_input(const Conv2dShape& s) {
+  const bool same_order = s.layout == s.weight_layout || s.in_channels == 1 || s.in_h * s.in_w == 1;
   return s.groups == 1 && s.out_h == 1 && s.out_w == 1 && s.kernel_h == s.in_h && s.kernel_w == s.in_w && s.pad_top == 0 &&
-         s.pad_left == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.layout == s.weight_layout;
+         s.pad_left == 0 && s.dilation_h == 1 && s.dilation_w == 1 && same_order;
 }
 
 // The same layer, where its kernel covers its input, as a 1x1 convolution of one pixel.
