@@ -101,10 +101,27 @@ def on_device(shape, device: torch.device):
     return shape if device.type == "cpu" else shape.with_tf32(_tf32_allowed())
 
 
+class NoMemoryError(RuntimeError):
+    """A tensor with elements has no memory that holds them."""
+
+
+def _address_of_nothing(tensor: torch.Tensor) -> int:
+    """0, of a tensor whose address is 0 because it has no elements."""
+    if tensor.numel() == 0:
+        return 0
+    raise NoMemoryError(
+        f"Expected a tensor with memory, but one of size {list(tensor.shape)} has none: was its storage resized to 0?"
+    )
+
+
+def _addresses(tensors: tuple[torch.Tensor | None, ...]) -> list[int]:
+    """Where tensors lie; 0 for one that is not given."""
+    return [0 if tensor is None else tensor.data_ptr() or _address_of_nothing(tensor) for tensor in tensors]
+
+
 def _run_packed(kernel: str, shape, *tensors: torch.Tensor | None, packed: PackedWeight) -> None:
     """Runs a CPU kernel on a weight that is kept packed."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    getattr(cpu, kernel)(shape, *addresses, packed, torch.get_num_threads())
+    getattr(cpu, kernel)(shape, *_addresses(tensors), packed, torch.get_num_threads())
 
 
 def _queue(tensor: torch.Tensor) -> tuple[int, int]:
@@ -118,7 +135,7 @@ def _run(kernel: str, shape, *tensors: torch.Tensor | None) -> None:
 
     Its arguments are the shape, the addresses in the binding's order, then the number of threads or the queue.
     """
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses = _addresses(tensors)
     if tensors[0].is_cpu:
         getattr(cpu, kernel)(shape, *addresses, torch.get_num_threads())
     else:
@@ -136,7 +153,7 @@ def _run_in_workspace(kernel: str, shape, *tensors: torch.Tensor | None) -> None
     the kernel that is chosen says how many bytes. CPU kernels bring their own."""
     if tensors[0].is_cpu:
         return _run(kernel, shape, *tensors)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses = _addresses(tensors)
     if functools.reduce(operator.or_, addresses) % CUDA_ALIGNMENT != 0:
         # Only views into the middle of another tensor are not aligned; results are made aligned.
         aligned = [t if t is None or t.data_ptr() % CUDA_ALIGNMENT == 0 else t.clone() for t in tensors]
@@ -147,9 +164,13 @@ def _run_in_workspace(kernel: str, shape, *tensors: torch.Tensor | None) -> None
 
 def conv2d_forward(shape, input, weight, bias, output):
     if input.is_cpu:  # as below, sooner
-        bias_address = 0 if bias is None else bias.data_ptr()  # in a name of its own: nobody else may hold the tensor
-        addresses = input.data_ptr(), weight.data_ptr(), bias_address, output.data_ptr()
-        return cpu.conv2d_forward(shape, *addresses, torch.get_num_threads())
+        places = (
+            input.data_ptr() or _address_of_nothing(input),
+            weight.data_ptr() or _address_of_nothing(weight),
+            0 if bias is None else bias.data_ptr() or _address_of_nothing(bias),
+            output.data_ptr(),
+        )
+        return cpu.conv2d_forward(shape, *places, torch.get_num_threads())
     return _run_in_workspace("conv2d_forward", shape, input, weight, bias, output)
 
 

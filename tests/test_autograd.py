@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnn_ext.functional as C
 from cnn_ext import _native
@@ -124,6 +125,63 @@ def test_conv2d_saves_and_computes_what_is_asked_for(subset, monkeypatch):
         assert (ours.grad is None) == (torchs.grad is None)
         if ours.grad is not None:  # sums of at most 40 products of a few units
             torch.testing.assert_close(ours.grad, torchs.grad, rtol=0, atol=torch.finfo(torch.float64).eps * 40 * 10)
+
+
+FUNCTIONS = {
+    "conv2d": C.conv2d,
+    "conv_transpose2d": C.conv_transpose2d,
+    "conv2d_relu_max_pool2d": lambda *tensors: C.conv2d_relu_max_pool2d(*tensors, pool_size=2),
+}
+_GRADIENTS = {  # of input, weight and bias: the operators that compute them
+    "conv2d": ("conv2d_backward_input", "conv2d_backward_weight", "conv2d_backward_bias"),
+    "conv_transpose2d": ("conv2d_forward", "conv2d_backward_weight", "conv2d_backward_bias"),
+    "conv2d_relu_max_pool2d": tuple(f"conv2d_relu_max_pool2d_backward_{of}" for of in ("input", "weight", "bias")),
+}
+
+
+class Operators(TorchDispatchMode):
+    """The names of this package's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "cnn_ext":
+            self.names.append(operator.name().removeprefix("cnn_ext::"))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "results"])
+@pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "+".join(n for n, on in zip("xwb", s, strict=True) if on))
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradients_that_a_backward_pass_leaves_out_are_not_computed(function, subset, leaves):
+    """All three require gradients; torch.autograd.grad is asked for some."""
+    tensors = [tensor if leaves else tensor * 1 for tensor in operands()]
+    output = FUNCTIONS[function](*tensors).sum()
+    every_gradient = torch.autograd.grad(output, tensors, retain_graph=True)
+    with Operators() as operators:
+        gradients = torch.autograd.grad(output, list(itertools.compress(tensors, subset)))
+    assert operators.names == list(itertools.compress(_GRADIENTS[function], subset))
+    for gradient, wanted in zip(gradients, itertools.compress(every_gradient, subset), strict=True):
+        assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("operand", [0, 1], ids=["input", "weight"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_second_gradients_that_are_left_out_are_not_computed(function, operand):
+    """A gradient penalty: one gradient of ``operand`` alone, then the gradients of its square."""
+    tensors = operands()
+    penalty = torch.autograd.grad(FUNCTIONS[function](*tensors).square().sum(), tensors[operand], create_graph=True)[0]
+    penalty = penalty.square().sum()
+    both = torch.autograd.grad(penalty, tensors[:2], retain_graph=True)
+    for i in range(2):
+        with Operators() as operators:
+            (alone,) = torch.autograd.grad(penalty, tensors[i], retain_graph=True)
+        with Operators() as operators_of_both:
+            torch.autograd.grad(penalty, tensors[:2], retain_graph=True)
+        assert torch.equal(alone, both[i])
+        assert len(operators.names) < len(operators_of_both.names)
 
 
 @pytest.mark.parametrize(("kernel_size", "dtype"), [(2, torch.uint8), (16, torch.uint8), (17, torch.int32)])

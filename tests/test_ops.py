@@ -1,5 +1,7 @@
 """The raw operators: torch's own checks of schema, fake kernel and tracing, and what their fakes say of strides."""
 
+import re
+
 import pytest
 import torch
 
@@ -148,6 +150,40 @@ def test_a_profile_names_the_operator():
 def test_meta_tensors_have_the_shape_of_the_result():
     output = cnn_ext.functional.conv2d(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta"))
     assert output.shape == (2, 4, 6, 6) and output.is_meta
+
+
+CALLS = {
+    "conv2d": lambda module, input, weight, bias: module.conv2d(input, weight, bias),
+    "conv_transpose2d": lambda module, input, weight, bias: module.conv_transpose2d(input, weight, bias),
+    "max_pool2d": lambda module, input, weight, bias: module.max_pool2d(input, 2),
+    "avg_pool2d": lambda module, input, weight, bias: module.avg_pool2d(input, 2),
+    "adaptive_avg_pool2d": lambda module, input, weight, bias: module.adaptive_avg_pool2d(input, 2),
+}
+OPERAND_SIZES = [(2, 4, 6, 6), (4, 4, 3, 3), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "operand"), [(name, operand) for name in CALLS for operand in range(1 if "pool" in name else 3)]
+)
+def test_a_tensor_without_memory_is_refused(name, operand):
+    operands = [torch.randn(size) for size in OPERAND_SIZES]
+    operands[operand].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=re.escape(f"one of size {list(OPERAND_SIZES[operand])} has none")):
+        CALLS[name](cnn_ext.functional, *operands)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_zeros_without_memory_are_zeros(name):
+    """What torch has for tangents that vanish."""
+    for operand, size in enumerate(OPERAND_SIZES):
+        operands = [torch.randn(size) for size in OPERAND_SIZES]
+        operands[operand] = torch._efficientzerotensor(size)
+        got, wanted = (CALLS[name](module, *operands) for module in (cnn_ext.functional, torch.nn.functional))
+        torch.testing.assert_close(got, wanted)
+
+
+def test_an_input_without_elements_has_no_memory():
+    assert cnn_ext.functional.conv2d(torch.empty(0, 4, 6, 6), torch.randn(4, 4, 3, 3)).shape == (0, 4, 4, 4)
 
 
 def test_memory_that_holds_the_negative_is_written_out():

@@ -6,15 +6,14 @@ are made of each other: with F(x, w), I(g, w), W(g, x) for the three,
     dI: F(v, w) to the grad_output,  W(g, v) to the weight      (v: gradient of the grad_input)
     dW: F(x, v) to the grad_output,  I(g, v) to the input       (v: gradient of the grad_weight)
 and forward mode (``jvp``) puts the tangent of one operand in its place, for each that has one.
-Each saves and computes what the inputs that require gradients ask for, nothing else; torch does not tell a Function
-which of them torch.autograd.grad(output, weight) leaves out, so that computes the input's as well. ``geometry`` is
-(stride, padding, dilation, groups), and allow_winograd where the forward of the graph was told.
+Each saves what the inputs that require gradients ask for and computes those that the backward pass wants, nothing
+else. ``geometry`` is (stride, padding, dilation, groups), and allow_winograd where the forward of the graph was told.
 """
 
 from torch.autograd import Function
 
 from cnn_ext import ops
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save, weight_form
+from cnn_ext.autograd.function import asked_gradients, bilinear_tangent, differentiable, in_layout, save, weight_form
 from cnn_ext.ops.shapes import conv2d_output_size
 
 
@@ -37,7 +36,7 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
-        input_needs, weight_needs, bias_needs, _ = ctx.needs_input_grad
+        input_needs, weight_needs, bias_needs, _ = asked_gradients(ctx)
         grad_output = in_layout(grad_output, ctx.channels_last)
         grad_input = grad_weight = grad_bias = None
         if input_needs:
@@ -73,7 +72,7 @@ class _BackwardInput(Function):
     @staticmethod
     def backward(ctx, grad):
         grad_output, weight = ctx.saved_tensors
-        grad_output_needs, weight_needs, *_ = ctx.needs_input_grad
+        grad_output_needs, weight_needs, *_ = asked_gradients(ctx)
         grad = in_layout(grad, ctx.channels_last)
         grad_grad_output = grad_weight = None
         if grad_output_needs:
@@ -108,7 +107,7 @@ class _BackwardWeight(Function):
     @staticmethod
     def backward(ctx, grad):
         grad_output, input = ctx.saved_tensors
-        grad_output_needs, input_needs, *_ = ctx.needs_input_grad
+        grad_output_needs, input_needs, *_ = asked_gradients(ctx)
         grad_grad_output = grad_input = None
         if grad_output_needs:
             grad_grad_output = conv2d(input, grad, None, ctx.geometry)

@@ -14,7 +14,15 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.conv2d import conv2d, conv2d_tangent, plus_bias
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, needs_backward, save, weight_form
+from cnn_ext.autograd.function import (
+    asked_gradients,
+    bilinear_tangent,
+    differentiable,
+    in_layout,
+    needs_backward,
+    save,
+    weight_form,
+)
 from cnn_ext.autograd.pooling import max_pool2d_gather
 from cnn_ext.ops.conv2d_relu_max_pool2d import has_pooling
 from cnn_ext.ops.shapes import MOST_FUSED_TAPS
@@ -45,7 +53,7 @@ class _Forward(Function):
         grad_input = grad_weight = grad_bias = None
         input, weight, mask = ctx.saved_tensors
         mask = mask.detach()  # an output, without pooling; its sign has no derivative
-        input_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        input_needs, weight_needs, bias_needs, *_ = asked_gradients(ctx)
         grad_output = in_layout(grad_output, ctx.channels_last)
         if input_needs:
             grad_input = _backward_input(grad_output, mask, weight, ctx.input_size, ctx.geometry, ctx.pool)
@@ -87,7 +95,7 @@ class _BackwardInput(Function):
     @staticmethod
     def backward(ctx, grad):
         grad_output, mask, weight = ctx.saved_tensors
-        grad_output_needs, _, weight_needs, *_ = ctx.needs_input_grad
+        grad_output_needs, _, weight_needs, *_ = asked_gradients(ctx)
         grad = in_layout(grad, ctx.channels_last)
         grad_grad_output = grad_weight = None
         if grad_output_needs:
@@ -130,7 +138,7 @@ class _BackwardWeight(Function):
     @staticmethod
     def backward(ctx, grad):
         grad_output, mask, input = ctx.saved_tensors
-        grad_output_needs, _, input_needs, *_ = ctx.needs_input_grad
+        grad_output_needs, _, input_needs, *_ = asked_gradients(ctx)
         grad_grad_output = grad_input = None
         if grad_output_needs:
             grad_grad_output = _pick(conv2d(input, grad, None, ctx.geometry), mask, ctx.pool)

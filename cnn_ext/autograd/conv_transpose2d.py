@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from cnn_ext import ops
 from cnn_ext.autograd.conv2d import conv2d, conv2d_backward_bias, conv2d_backward_weight, plus_bias
-from cnn_ext.autograd.function import bilinear_tangent, differentiable, in_layout, save, weight_form
+from cnn_ext.autograd.function import asked_gradients, bilinear_tangent, differentiable, in_layout, save, weight_form
 
 
 class _Forward(Function):
@@ -30,7 +30,7 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx, grad):
         input, weight = ctx.saved_tensors
-        input_needs, weight_needs, bias_needs, *_ = ctx.needs_input_grad
+        input_needs, weight_needs, bias_needs, *_ = asked_gradients(ctx)
         grad = in_layout(grad, ctx.channels_last)
         grad_input = grad_weight = grad_bias = None
         if input_needs:

@@ -107,6 +107,26 @@ def _as_traced(arg):
     return arg if isinstance(arg, torch.Tensor) else tree_map_only(torch.Tensor, int, arg)
 
 
+def asked_gradients(ctx) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` within backward, without the inputs that this backward pass leaves out, as
+    torch.autograd.grad(output, weight) leaves out the input.
+
+    Of which torch tells, outside of its transforms, only whether the node of an input runs. It refuses to tell of a
+    leaf that torch.autograd.grad is asked for: that one is wanted.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return ctx.needs_input_grad
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each input that needs a gradient
+    return tuple(is_needed and _is_asked(next(nodes)) for is_needed in ctx.needs_input_grad)
+
+
+def _is_asked(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return True
+
+
 def save(ctx, tensors: tuple, needed: tuple) -> None:
     """Keeps what backward needs of ``tensors``, None in place of others; ``jvp``, which torch calls at once if at all,
     finds them all.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from cnn_ext._native import NoMemoryError
 from cnn_ext.ops.batching import vmap_rule
 from cnn_ext.ops.onnx import TRANSLATIONS
 
@@ -26,8 +27,9 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
     """Defines an operator with one implementation for both devices and a fake one, and returns what calls it.
 
     Plain tensors that nobody observes go to the implementation directly: the dispatcher would take longer than the
-    kernel of a small problem. Tensors whose memory holds the negative of their values (``x.conj().imag``) do not: it
-    writes them out. Hints, which the operator does not have, go there alone: they change no result.
+    kernel of a small problem. Tensors whose memory holds the negative of their values (``x.conj().imag``) and zeros
+    that have no memory (tangents may) do not: it writes them out. Hints, which the operator does not have, go there
+    alone: they change no result.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,7 +57,13 @@ def register(schema: str, compute: Callable, fake: Callable) -> Callable:
         for arg in args[:tensors]:
             if type(arg) not in _PLAIN or (arg is not None and arg.is_neg()):
                 return operator(*args)
-        first = args[0]
-        return compute(*args, **hints) if first.is_cpu or first.is_cuda else operator(*args)
+        if not (args[0].is_cpu or args[0].is_cuda):
+            return operator(*args)
+        try:
+            return compute(*args, **hints)
+        except NoMemoryError:
+            if any(isinstance(arg, torch.Tensor) and arg._is_zerotensor() for arg in args):
+                return operator(*args)
+            raise
 
     return call
