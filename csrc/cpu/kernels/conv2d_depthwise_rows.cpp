@@ -1,9 +1,13 @@
-// Depthwise convolution, forward and backward_input, of nchw maps as they lie in memory, 3x3 or 5x5, with a stride of 1 or 2.
+// Depthwise convolution, forward and backward_input, of nchw maps: 3x3 and 5x5 kernels as the maps lie in memory, with a stride of 1 or 2,
+// others of up to 25 taps, any dilation and in forward any stride of rows, from a copy of their rows.
 //
-// A vector is neighbouring columns of a row. A tap is a load at a distance from the row, whatever lies there: columns outside the map are
-// masked to zeros at the map's edges, rows outside are skipped, and lanes behind a row's last target are written where the next row, which
-// is computed later, takes their place. So nothing is staged or transposed, and a task reads and writes maps one behind the other, as the
-// processor fetches them by itself. Reads beyond the tensor's ends are the exception: there the rows are copied first.
+// In place, a vector is neighbouring columns of a row. A tap is a load at a distance from the row, whatever lies there: columns outside the
+// map are masked to zeros at the map's edges, rows outside are skipped, and lanes behind a row's last target are written where the next
+// row, which is computed later, takes their place. So nothing is staged or transposed, and a task reads and writes maps one behind the
+// other, as the processor fetches them by itself. Reads beyond the tensor's ends are the exception: there the rows are copied first.
+//
+// Where more columns would have to be masked, or rows that a dilation keeps apart could not take each other's place in registers, a block's
+// rows are copied with zeros around them first (conv2d_depthwise_rows_copied.inl). That costs a quarter of the time of 3x3.
 //
 // Tiles (conv2d_depthwise_rows_tile.inl) take one or two vectors of a row and roll down the map. Wider maps take several, from right to
 // left: what a tile writes behind its rows is then computed later, too. Rows of less than 3/4 of a vector are left to the kernels with
@@ -11,7 +15,7 @@
 //
 // The zeros outside meet weights, which must be finite. A target is one chain: bias, then its sources from top to bottom and from left to
 // right.
-#include "cpu/kernels/conv2d_depthwise_rows_tile.inl"
+#include "cpu/kernels/conv2d_depthwise_rows_copied.inl"
 #include "cpu/simd/caches.h"
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
@@ -31,6 +35,9 @@ struct RowColumns {
   int64_t read_end() const { return vectors() * kLanes<float> * source_step + last; }
   int64_t source_of(int64_t lane, int64_t distance) const { return lane * source_step + distance; }
 };
+
+inline int64_t reach_h(const Conv2dShape& s) { return (s.kernel_h - 1) * s.dilation_h; }
+inline int64_t reach_w(const Conv2dShape& s) { return (s.kernel_w - 1) * s.dilation_w; }
 
 // The stride of backward_input, whose lanes have two targets each.
 inline bool has_pairs(const Conv2dShape& s, bool forward) { return !forward && s.stride_w == kPairStride; }
@@ -54,7 +61,9 @@ struct Job {
   Tile tiles[kMostVectors];                          // of one vector, of two
   int64_t vectors, tile_vectors, last_tile_vectors;  // of a row, a tile, the tile at its end
   int64_t first_source;                              // of lane 0, for a tile
-  float* scratch;                                    // per worker: a block's source
+  bool copies;                                       // blocks are copied
+  RowCopy copy;
+  float* scratch;  // per worker: a block's source
   int64_t scratch_size;
 
   int64_t source_map() const { return source_h * columns.source; }
@@ -71,7 +80,7 @@ struct RowRange {
 
 // The source rows of the map that the target rows meet.
 RowRange source_rows(const Job& job, RowRange targets) {
-  const int64_t taps = job.s.kernel_h;
+  const int64_t taps = reach_h(job.s) + 1;
   RowRange rows;
   if (has_pairs(job.s, job.forward)) {
     rows = {ceil_div(larger(0, targets.first + job.pad_top - (taps - 1)), kPairStride), (targets.last - 1 + job.pad_top) / kPairStride + 1};
@@ -100,12 +109,40 @@ void fill_masks(Job& job) {
   }
 }
 
+// No tap may reach further beyond the map than the outer ones that are masked, nor from other vectors than the outer ones.
+bool reaches_masked_columns(const RowColumns& columns, int64_t reach) {
+  const int64_t last_vector = columns.lanes - (columns.vectors() - 1) * kLanes<float>;
+  return columns.first >= -reach && columns.source_of(columns.lanes - 1, columns.last) < columns.source + reach &&
+         columns.source_of(last_vector, 0) >= reach;
+}
+
+// 3x3 and 5x5 kernels whose outer tap columns alone reach beyond the map.
+bool reads_in_place(const Conv2dShape& s, bool forward) {
+  if (s.kernel_h != s.kernel_w || (s.kernel_w != 3 && s.kernel_w != 5)) return false;
+  if (s.dilation_h != 1 || s.dilation_w != 1 || s.stride_h != s.stride_w || s.stride_w > 2) return false;
+  const int64_t reach = reach_of(static_cast<int>(s.kernel_w));
+  const RowColumns columns = columns_of(s, forward);
+  if (has_pairs(s, forward) && (s.pad_left != reach || columns.source != columns.lanes)) return false;
+  return reaches_masked_columns(columns, reach);
+}
+
+// A kernel that is no larger than the map, and rows of which a few stay near. With more taps the loads at odd addresses outnumber what a
+// channel in each lane (conv2d_depthwise.cpp) costs to transpose.
+bool can_copy(const Conv2dShape& s, bool forward) {
+  constexpr int64_t kStageBytes = 64 << 10, kMostTaps = 25;
+  if (taps_of(s) > kMostTaps) return false;
+  if (forward ? s.stride_w > 2 : s.stride_w > 1 || s.stride_h > 1) return false;
+  const int64_t source_h = forward ? s.in_h : s.out_h, source_w = forward ? s.in_w : s.out_w, h = reach_h(s), w = reach_w(s);
+  if (h > source_h || w > source_w || s.pad_top > h || s.pad_left > w) return false;
+  return (h + 1) * (source_w + 2 * w) * static_cast<int64_t>(sizeof(float)) <= kStageBytes;
+}
+
 // Blocks of rows, source and target, stay in half of the first cache; tasks are some of them, one behind the other.
 void share_out(Job& job, int threads) {
   constexpr int64_t kBlockBytes = kFirstCacheBytes / 2, kTaskBytes = 64 << 10, scalar = sizeof(float);
   const int64_t wanted = threads > 1 ? 4 * static_cast<int64_t>(threads) : 1, map_bytes = (job.source_map() + job.target_map()) * scalar;
   const int64_t wanted_blocks = larger(ceil_div(map_bytes, kBlockBytes), ceil_div(wanted, larger(1, job.maps())));
-  job.rows_per_block = larger(job.s.kernel_h, ceil_div(job.target_h, wanted_blocks));
+  job.rows_per_block = larger(reach_h(job.s) + 1, ceil_div(job.target_h, wanted_blocks));
   job.blocks_per_map = ceil_div(job.target_h, job.rows_per_block);
   const int64_t fair = job.blocks() / wanted, fitting = kTaskBytes * job.blocks_per_map / larger(1, map_bytes);
   job.blocks_per_task = larger(1, smaller(fitting, fair));
@@ -127,6 +164,36 @@ void choose_tiles(Job& job) {
   }
 }
 
+void plan_rows_in_place(Job& job) {
+  const Conv2dShape& s = job.s;
+  s.kernel_w == 3 ? choose_tiles<3>(job) : choose_tiles<5>(job);
+  fill_masks(job);
+  job.vectors = job.columns.vectors();
+  job.tile_vectors = has_pairs(s, job.forward) ? 1 : kMostVectors;
+  job.last_tile_vectors = (job.vectors - 1) % job.tile_vectors + 1;
+  job.first_source = has_pairs(s, job.forward) ? 0 : job.columns.first;
+  int64_t most_rows = 0;
+  for (int64_t row = 0; row < job.target_h; row += job.rows_per_block) {
+    most_rows = larger(most_rows, source_rows(job, {row, smaller(job.target_h, row + job.rows_per_block)}).count());
+  }
+  job.scratch_size = align_to(most_rows * job.columns.source + job.columns.read_end() - job.columns.first, 64);
+}
+
+RowCopy copy_of(const Conv2dShape& s, bool forward) {
+  RowCopy copy{};
+  copy.columns = {forward ? s.in_w : s.out_w,
+                  forward ? s.out_w : s.in_w,
+                  s.kernel_w,
+                  forward ? s.stride_w : 1,
+                  forward ? s.pad_left : reach_w(s) - s.pad_left,
+                  s.dilation_w};
+  copy.layout = strip_layout<float>(copy.columns, 1);
+  copy.kernel_h = s.kernel_h;
+  copy.stride_h = forward ? s.stride_h : 1;
+  copy.dilation_h = s.dilation_h;
+  return copy;
+}
+
 Job make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, int64_t* bytes) {
   Job job{};
   job.s = s;
@@ -134,21 +201,19 @@ Job make_job(const Conv2dShape& s, bool forward, int threads, void* workspace, i
   job.columns = columns_of(s, forward);
   job.source_h = forward ? s.in_h : s.out_h;
   job.target_h = forward ? s.out_h : s.in_h;
-  job.pad_top = forward || has_pairs(s, forward) ? s.pad_top : s.kernel_h - 1 - s.pad_top;
-  fill_masks(job);
+  job.pad_top = forward || has_pairs(s, forward) ? s.pad_top : reach_h(s) - s.pad_top;
   share_out(job, threads);
-  s.kernel_w == 3 ? choose_tiles<3>(job) : choose_tiles<5>(job);
-  job.vectors = job.columns.vectors();
-  job.tile_vectors = has_pairs(s, forward) ? 1 : kMostVectors;
-  job.last_tile_vectors = (job.vectors - 1) % job.tile_vectors + 1;
-  job.first_source = has_pairs(s, forward) ? 0 : job.columns.first;
-  int64_t most_rows = 0;
-  for (int64_t row = 0; row < job.target_h; row += job.rows_per_block) {
-    most_rows = larger(most_rows, source_rows(job, {row, smaller(job.target_h, row + job.rows_per_block)}).count());
+  job.copies = !reads_in_place(s, forward);
+  if (job.copies) {
+    job.copy = copy_of(s, forward);
+    job.scratch_size = align_to(job.copy.size(job.rows_per_block), 64);
+  } else {
+    plan_rows_in_place(job);
   }
-  job.scratch_size = align_to(most_rows * job.columns.source + job.columns.read_end() - job.columns.first, 64);
-  job.scratch = static_cast<float*>(workspace);
-  *bytes = threads * job.scratch_size * static_cast<int64_t>(sizeof(float));
+  const int64_t distances = job.copies ? align_64(taps_of(s) * static_cast<int64_t>(sizeof(int32_t))) : 0;
+  job.copy.distances = static_cast<int32_t*>(workspace);
+  job.scratch = reinterpret_cast<float*>(static_cast<char*>(workspace) + distances);
+  *bytes = distances + threads * job.scratch_size * static_cast<int64_t>(sizeof(float));
   return job;
 }
 
@@ -173,9 +238,10 @@ class Task {
     a_.pad_top = job.pad_top;
     a_.target_row = job.columns.target;
     a_.target_end = result + last / job.blocks_per_map * job.target_map() + first_row(last % job.blocks_per_map) * job.columns.target;
+    if (job.copies) clear_pixels(scratch_, job.scratch_size / kLanes<float>);
     choose_rows();
     for (int64_t block = first; block < last; ++block) {
-      compute_block();
+      job.copies ? compute_copied() : compute_in_place();
       advance();
     }
   }
@@ -209,7 +275,27 @@ class Task {
     return scratch_ - read_begin;
   }
 
-  void compute_block() {
+  void compute_copied() {
+    const RowCopy& copy = job_.copy;
+    const CopiedBlock block{source_map_, job_.source_h, a_.first_target * copy.stride_h - job_.pad_top, a_.last_target - a_.first_target,
+                            scratch_};
+    CopiedTileArguments a;
+    a.source_row = copy.stride_h * copy.layout.row;
+    a.distances = copy.distances;
+    a.taps = copy.taps();
+    a.weights = weights_ + channel_ * a.taps + (job_.forward ? 0 : a.taps - 1);
+    a.weight_step = job_.forward ? 1 : -1;
+    a.initial = bias_ != nullptr ? bias_[channel_] : 0.0f;
+    a.target = target_map_ + a_.first_target * job_.columns.target;
+    a.target_row = job_.columns.target;
+    a.target_end = a_.target_end;
+    a.next_source = source_map_ + rows_.last * job_.columns.source;
+    a.next_target = target_map_ + a_.last_target * job_.columns.target;
+    copy_rows(copy, block);
+    compute_copied_block(copy, block, a);
+  }
+
+  void compute_in_place() {
     const RowColumns& columns = job_.columns;
     const float* source = readable_source() + job_.first_source;
     a_.weights = weights_ + channel_ * taps_of(job_.s);
@@ -247,6 +333,7 @@ Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int t
   int64_t bytes;
   const Job job = make_job(s, kForward, threads, workspace, &bytes);
   if (!all_finite(static_cast<const float*>(b.weight), s.in_channels * taps_of(s))) return Outcome::not_finite;
+  if (job.copies) fill_distances(job.copy);
   parallel_for(threads, job.tasks(), [&](int worker, int64_t task) {
     const int64_t first = task * job.blocks_per_task;
     Task(job, b, first, smaller(job.blocks(), first + job.blocks_per_task), job.scratch + worker * job.scratch_size);
@@ -258,25 +345,15 @@ template <bool kForward>
 Plan plan(const Conv2dShape& s, int threads) {
   int64_t bytes;
   const Job job = make_job(s, kForward, threads, nullptr, &bytes);
-  return {1, job.tile_vectors * kLanes<float>, job.tasks(), static_cast<size_t>(bytes)};
-}
-
-// No tap may reach further beyond the map than the outer ones that are masked, nor from other vectors than the outer ones.
-bool reaches_masked_columns(const RowColumns& columns, int64_t reach) {
-  const int64_t last_vector = columns.lanes - (columns.vectors() - 1) * kLanes<float>;
-  return columns.first >= -reach && columns.source_of(columns.lanes - 1, columns.last) < columns.source + reach &&
-         columns.source_of(last_vector, 0) >= reach;
+  const int64_t vectors = job.copies ? widest_copied_tile(job.copy) : job.tile_vectors;
+  return {1, vectors * kLanes<float>, job.tasks(), static_cast<size_t>(bytes)};
 }
 
 template <bool kForward>
 bool accepts(const Conv2dShape& s) {
   if (s.dtype != DType::float32 || s.layout != Layout::nchw || s.groups < 2 || s.groups != s.in_channels) return false;
-  if (multiplier_of(s) != 1 || s.kernel_h != s.kernel_w || (s.kernel_w != 3 && s.kernel_w != 5)) return false;
-  if (s.dilation_h != 1 || s.dilation_w != 1 || s.stride_h != s.stride_w || s.stride_w > 2) return false;
-  const int64_t reach = reach_of(static_cast<int>(s.kernel_w));
-  const RowColumns columns = columns_of(s, kForward);
-  if (has_pairs(s, kForward) && (s.pad_left != reach || columns.source != columns.lanes)) return false;
-  return reaches_masked_columns(columns, reach) && 4 * columns.lanes >= 3 * kLanes<float>;
+  if (multiplier_of(s) != 1 || 4 * columns_of(s, kForward).lanes < 3 * kLanes<float>) return false;
+  return reads_in_place(s, kForward) || can_copy(s, kForward);
 }
 
 }  // namespace
