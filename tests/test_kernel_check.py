@@ -57,13 +57,18 @@ def has_row(name: str) -> bool:
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
 @pytest.mark.skipif(not has_row("conv2d_forward_direct_avx2"), reason="counts AVX2's instructions")
-@pytest.mark.parametrize(("kernel", "sums", "loads"), [(5, 12, 6 + 2), (3, 36, 8 + 3)])
-def test_the_register_tile_executes_no_more_instructions_than_its_loop_has(kernel, sums, loads, program, tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "sums", "loads", "others"), [(4, 12, 6 + 2, 12), (3, 36, 8 + 3, 12), (5, 60, 7 + 20, 18)]
+)
+def test_the_register_tile_executes_no_more_instructions_than_its_loop_has(
+    kernel, sums, loads, others, program, tmp_path
+):
     """Counted, not timed: sums that leave their registers would add two instructions to each multiply-add.
 
     A step of the tile, 2 vectors of output channels x 6 points, is 12 multiply-adds, 6 broadcasts, 2 loads; a span
-    of 3 tap columns 36 multiply-adds, 8 broadcasts, 3 loads (and 3 weights that stay in memory). Either has at most
-    12 more to count, to address and to fetch ahead.
+    of 3 tap columns 36 multiply-adds, 8 broadcasts, 3 loads (and 3 weights that stay in memory). A span of 5, of
+    4 vectors x 3 points, is 60 multiply-adds, 7 broadcasts, 20 loads. There are few others: to count, to address and
+    to fetch ahead.
     """
     batch, channels, outputs, size = 1, 64, 32, 11 + kernel
     header = Path(CASES[0]).read_text().splitlines()[0]
@@ -80,4 +85,4 @@ def test_the_register_tile_executes_no_more_instructions_than_its_loop_has(kerne
     pixels = (size - kernel + 1) ** 2
     multiply_adds = runs * batch * channels * outputs * pixels * kernel * kernel // lanes
     instructions = int(re.search(r"Collected : (\d+)", done.stderr)[1])
-    assert multiply_adds * (sums + loads) / sums <= instructions <= multiply_adds * (sums + loads + 12) / sums
+    assert multiply_adds * (sums + loads) / sums <= instructions <= multiply_adds * (sums + loads + others) / sums

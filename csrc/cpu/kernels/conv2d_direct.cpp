@@ -11,8 +11,38 @@ namespace {
 
 bool accepts(const Conv2dShape& s) { return s.dtype == DType::float32 || s.dtype == DType::float64; }
 
-using Forward = FloatingRow<ChannelTile, Conv2dDirection::forward>;
-using BackwardInput = FloatingRow<ChannelTile, Conv2dDirection::backward_input>;
+// Whether WideTile is faster than ChannelTile. It has spans of 5 and 7 taps, too, and reads less for each multiply-add; but its steps read
+// twice the weights, which shows with spans of 3, except on maps whose rows leave ChannelTile, of twice as many points, with small tiles.
+inline bool is_for_wide_tile(Conv2dDirection direction, const Conv2dShape& s) {
+  constexpr int64_t kNarrowest = 6, kWidest = 9;
+  if (s.dtype != DType::float32 || gather_count(direction, s) != 1) return false;
+  const Gather g = make_gather(direction, s, 0);
+  if (g.outputs == 0 || ceil_div(g.outputs, WideTile::kV) % WideTile::kVectors != 0) return false;
+  const int taps = span_taps<WideTile>(g);
+  return taps > 3 || (taps == 3 && g.w.count >= kNarrowest && g.w.count <= kWidest);
+}
+
+template <Conv2dDirection kDirection, bool kHasWideTile>
+struct DirectRow : FloatingRow<ChannelTile, kDirection> {};
+
+template <Conv2dDirection kDirection>
+struct DirectRow<kDirection, true> {
+  using Channel = FloatingRow<ChannelTile, kDirection>;
+  using Wide = GatherRow<float, WideTile, kDirection>;
+
+  static bool is_wide(const Conv2dShape& s) { return is_for_wide_tile(kDirection, s); }
+  static Plan plan(const Conv2dShape& s, int threads) { return (is_wide(s) ? Wide::plan : Channel::plan)(s, threads); }
+  static Outcome run(const Conv2dShape& s, const Conv2dBuffers& b, void* workspace, int threads) {
+    return (is_wide(s) ? Wide::run : Channel::run)(s, b, workspace, threads);
+  }
+  static PackedForm form(const Conv2dShape& s) { return (is_wide(s) ? Wide::form : Channel::form)(s); }
+  static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& b, Packed packed, void* workspace, int threads) {
+    return (is_wide(s) ? Wide::run_packed : Channel::run_packed)(s, b, packed, workspace, threads);
+  }
+};
+
+using Forward = DirectRow<Conv2dDirection::forward, kHasSpans>;
+using BackwardInput = DirectRow<Conv2dDirection::backward_input, kHasSpans>;
 
 }  // namespace
 

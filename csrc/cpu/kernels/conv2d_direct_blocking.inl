@@ -46,11 +46,11 @@ struct Blocking {
   int64_t tasks;
 };
 
-// The neighbouring steps that are a span: tap columns that read neighbouring elements of what is staged. Pairs are those of the phases of
-// backward_input, which read backwards.
-inline int span_taps(const Gather& g) {
+// The neighbouring steps that are a span: tap columns that read neighbouring elements of what is staged.
+template <class Tile>
+int span_taps(const Gather& g) {
   if (g.w.source_step != 1 || g.w.tap_step * g.w.tap_step != 1 || leaves_out_columns(g)) return 1;
-  return g.w.taps % 3 == 0 ? 3 : g.w.taps == 2 && g.w.tap_step < 0 ? 2 : 1;
+  return Tile::span_taps(g.w.taps, g.w.tap_step);
 }
 
 template <class T>

@@ -293,7 +293,7 @@ class GatherRun {
     const bool keeps_sums = Tile::kWritesUnits || part.reduction.blocks > 1 || interleaved || Sink::kTakesUnits;
     TileTask<T> tile{};
     tile.row_step = g.h.source_step * layout_.row_pitch;
-    if constexpr (kHasSpans) tile.span_taps = span_taps(g), tile.span_step = static_cast<int>(g.w.tap_step);
+    if constexpr (kHasSpans) tile.span_taps = span_taps<Tile>(g), tile.span_step = static_cast<int>(g.w.tap_step);
     tile.bias = channel_block == 0 ? packed_bias() + p.group * scratch_.group_bias + Tile::first(g.outputs, unit) : nullptr;
     const bool rectifies = sink.relu && channel_block + 1 == part.reduction.blocks;
     const T* const staged_channels =

@@ -7,8 +7,7 @@
 
 namespace cnn_ext::cpu::CNN_EXT_ISA {
 
-// With AVX2, whose 16 registers leave a step few multiply-adds for each load, tap columns share what they load: 3, or a pair that reads
-// backwards.
+// With AVX2, whose 16 registers leave a step few multiply-adds for each load, tap columns share what they load.
 constexpr bool kHasSpans = kVectorRegisters == 16 && kVectorBytes == 32;
 
 template <bool kThere>
@@ -41,7 +40,7 @@ struct TileTask : TileSpans<kHasSpans> {
   Fetch source_ahead, dest_ahead, weights_ahead;
 };
 
-// A tile of 1 or 2 vectors of output channels x rows * cols grid points.
+// A tile of 1 or 2 vectors of output channels x rows * cols grid points; in float32 with spans also of 4 vectors x a row of cols points.
 void run_channel_tile(const TileTask<float>& task, int vectors, int rows, int cols);
 void run_channel_tile(const TileTask<double>& task, int vectors, int rows, int cols);
 
@@ -137,11 +136,42 @@ struct ChannelTile {
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
   // The sums of a row of grid points, [column][width].
   static int64_t row_sums(int64_t width, int64_t cols) { return cols * width; }
+  // The neighbouring tap columns of a span. Pairs are those of the phases of backward_input, which read backwards.
+  static int span_taps(int64_t taps, int64_t tap_step) { return taps % 3 == 0 ? 3 : taps == 2 && tap_step < 0 ? 2 : 1; }
 
   static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, cols, width); }
 
   static void run(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) {
     cnn_ext::cpu::CNN_EXT_ISA::run_channel_tile(task, static_cast<int>(width / kV), static_cast<int>(rows), static_cast<int>(cols));
+  }
+};
+
+// WideTile has output channels in the lanes, too, in float32 with spans alone: 4 vectors of them x up to 3 grid points. The elements of 3
+// points move on through 3 registers, so that a span of any length loads each vector of weights and each element once.
+struct WideTile {
+  static constexpr int kV = kLanes<float>;
+  static constexpr int kVectors = 4;
+  static constexpr int kMaxWidth = kVectors * kV;
+  static constexpr int kMaxPoints = 3;
+  static constexpr int kSums = kMaxWidth * kMaxPoints;
+  static constexpr bool kChannelsInner = true;
+  static constexpr bool kWritesUnits = true;
+
+  static int64_t units(int64_t outputs) { return (outputs + kMaxWidth - 1) / kMaxWidth; }
+  static int64_t first(int64_t, int64_t unit) { return unit * kMaxWidth; }
+  static int64_t width(int64_t, int64_t) { return kMaxWidth; }
+
+  static int64_t rows(int64_t, int64_t, int64_t) { return 1; }
+  static int64_t body(int64_t, int64_t cols) { return cols; }
+  static int64_t tiles(int64_t cols) { return (cols + kMaxPoints - 1) / kMaxPoints; }
+  static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * cols / tiles(cols); }
+  static int64_t row_sums(int64_t width, int64_t cols) { return cols * width; }
+  static int span_taps(int64_t taps, int64_t) { return taps == 3 || taps == 5 || taps == 7 ? static_cast<int>(taps) : 1; }
+
+  static void rectify(const TileTask<float>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, cols, width); }
+
+  static void run(const TileTask<float>& task, int64_t, int64_t, int64_t cols) {
+    cnn_ext::cpu::CNN_EXT_ISA::run_channel_tile(task, kVectors, 1, static_cast<int>(cols));
   }
 };
 
@@ -172,6 +202,7 @@ struct PixelTile {
   static int64_t tile_begin(int64_t cols, int64_t tile) { return tile * kMaxPoints < cols ? tile * kMaxPoints : cols; }
   // The sums of a row of grid points, [tile][width][kMaxPoints].
   static int64_t row_sums(int64_t width, int64_t cols) { return tiles(cols) * kMaxPoints * width; }
+  static int span_taps(int64_t, int64_t) { return 1; }
 
   static void rectify(const TileTask<T>& task, int64_t width, int64_t rows, int64_t cols) { rectify_tile(task, rows, width, cols); }
 
