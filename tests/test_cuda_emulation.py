@@ -95,7 +95,7 @@ def test_every_operator_serves_more_elements_than_an_int_counts(programs):
 
 @pytest.mark.slow
 def test_every_row_over_a_sample_of_the_cases(programs):
-    check_rows(programs, every=40)
+    check_rows(programs, every=60)
 
 
 def test_an_unknown_row_or_fault_is_an_error(programs):

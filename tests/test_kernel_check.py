@@ -27,7 +27,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.everything)])
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.everything)])
 def test_every_row_of_the_table_passes(program, every):
     done = run(program, *CASES, "--every", str(every))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
