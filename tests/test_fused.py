@@ -191,6 +191,10 @@ def test_errors_name_the_argument():
         torch.ops.cnn_ext.conv2d_relu_max_pool2d_forward(
             input.detach(), weight.detach(), None, [1, 1], [9, 9, 9, 9], [1, 1], 1, [16, 16], [1, 1], False
         )
+    with pytest.raises(RuntimeError, match="Expected mask on cpu, but got mask on meta"):
+        torch.ops.cnn_ext.conv2d_relu_max_pool2d_backward_bias(
+            torch.randn(1, 4, 2, 2), torch.empty(1, 4, 2, 2, dtype=torch.uint8, device="meta"), [2, 2], [2, 2]
+        )
 
 
 def test_the_layer_is_a_conv2d_with_more_behind_it():

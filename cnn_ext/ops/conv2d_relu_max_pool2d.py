@@ -50,6 +50,7 @@ def _check_backward(grad_output: TensorSpec, mask: TensorSpec, output_size, pool
     wanted = _mask_dtype(pool, grad_output.dtype)
     if mask.dtype != wanted:
         raise RuntimeError(f"Expected mask of dtype {wanted} for pool={pool}, but got {mask.dtype}")
+    shapes.check_device("mask", mask.device, grad_output.device)
 
 
 def _no_offsets(like: torch.Tensor) -> torch.Tensor:

@@ -109,8 +109,7 @@ def _check_offsets(offsets: TensorSpec, output_size, window, device) -> None:
         raise RuntimeError(
             f"Expected offsets of dtype {wanted} for kernel_size={list(window[0])}, but got {offsets.dtype}"
         )
-    if offsets.device != device:
-        raise RuntimeError(f"Expected offsets on {device}, but got offsets on {offsets.device}")
+    shapes.check_device("offsets", offsets.device, device)
 
 
 def _plan_max_backward(grad_output: TensorSpec, offsets: TensorSpec, input_size, window):

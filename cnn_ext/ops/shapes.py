@@ -282,6 +282,12 @@ def check_size(name: str, got: Sequence[int], wanted: Sequence[int]) -> None:
         raise RuntimeError(f"Expected {name} of size {list(wanted)}, but got {name} of size {list(got)}")
 
 
+def check_device(name: str, got: torch.device, wanted: torch.device) -> None:
+    """Refuses a tensor that lies elsewhere than the others of the call."""
+    if got != wanted:
+        raise RuntimeError(f"Expected {name} on {wanted}, but got {name} on {got}")
+
+
 def _check_pool2d_arguments(kernel_size, stride, padding, dilation) -> None:
     for name, values in (
         ("kernel_size", kernel_size),

@@ -2,7 +2,7 @@
 
 import torch
 
-from cnn_ext.ops.shapes import TensorSpec, dtype_name
+from cnn_ext.ops.shapes import TensorSpec, check_device, dtype_name
 
 
 def _refuse_empty(op: str, verb: str, input_size, first_axis: int, end: str = "") -> None:
@@ -42,8 +42,7 @@ def check_unpool2d(input: TensorSpec, indices: TensorSpec) -> None:
             f"Expected shape of indices to be same as that of the input tensor ({list(input.size)}) but got indices "
             f"tensor with shape: {list(indices.size)}"
         )
-    if indices.device != input.device:
-        raise RuntimeError(f"Expected indices on {input.device}, but got indices on {indices.device}")
+    check_device("indices", indices.device, input.device)
     if len(input.size) not in (3, 4):
         raise RuntimeError(
             f"Input to max_unpooling2d should be a 3d or 4d Tensor, but got a tensor with {len(input.size)} dimensions."
