@@ -1,6 +1,7 @@
 // The functions of a 1x1 convolution's table rows: which layers they take, and with which register tile.
 #pragma once
 
+#include "cpu/kernels/conv2d_pointwise_exchanged.inl"
 #include "cpu/kernels/conv2d_pointwise_run.inl"
 
 namespace {
@@ -74,6 +75,18 @@ void run_product(const Product& p, const T* source, const T* weight, const T* bi
   }
 }
 
+// Weights that are kept packed are not exchanged: the scratch suffices for either.
+template <class T>
+Plan plan_layer(const Product& p, int threads) {
+  Plan plan = plan_product<T>(p, threads);
+  if constexpr (kExchangesOperands) {
+    if (!exchanges_operands(p)) return plan;
+    const size_t bytes = ExchangedRun<T>(p, threads).workspace_bytes();
+    if (plan.workspace_bytes < bytes) plan.workspace_bytes = bytes;
+  }
+  return plan;
+}
+
 template <class T, Conv2dDirection kDirection>
 Outcome run_layer(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
   constexpr bool forward = kDirection == Conv2dDirection::forward;
@@ -84,6 +97,12 @@ Outcome run_layer(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed pac
   T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
   const bool writes_gaps = p.writes_planes() && (kClosesGaps || !prefers_point_lanes<T>(p)) && !p.is_empty();
   if (p.dest_has_gaps && !writes_gaps) fill_zeros(dest, s.batch * s.in_channels * s.in_h * s.in_w, threads);
+  if constexpr (kExchangesOperands) {
+    if (packed.data == nullptr && exchanges_operands(p)) {
+      ExchangedRun<T>(p, threads).run(weight, source, bias, dest, workspace);
+      return Outcome::done;
+    }
+  }
   if (!p.is_empty()) run_product<T>(p, source, weight, bias, dest, packed, workspace, threads);
   return Outcome::done;
 }
@@ -106,7 +125,7 @@ struct PointwiseRow {
   }
   static Plan plan(const Conv2dShape& s, int threads) {
     const Product p = make_product(kDirection, s);
-    return s.dtype == cnn_ext::DType::float32 ? plan_product<float>(p, threads) : plan_product<double>(p, threads);
+    return s.dtype == cnn_ext::DType::float32 ? plan_layer<float>(p, threads) : plan_layer<double>(p, threads);
   }
   static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
     return s.dtype == cnn_ext::DType::float32 ? run_layer<float, kDirection>(s, buffers, packed, workspace, threads)
