@@ -1,8 +1,8 @@
 // The definition of max and average pooling and of their derivatives, as loop nests: slow, for any shape, and the truth that every other
 // row is tested against. Sums are kept in double, or in the type that
 // the dtype is computed in.
+#include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "cpu/kernel.h"
 #include "cpu/naive.h"
@@ -66,7 +66,7 @@ int64_t average_divisor(const Pool2dShape& s, int64_t oh, int64_t ow) {
 
 // Ties go to the first tap, NaNs to the last one; a window of -inf alone takes its first tap inside the input.
 template <class T, class Offset>
-void max_forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
+void max_forward(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
   parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
     const Plane<const T> input(static_cast<const T*>(b.input), input_strides(s), s, plane);
     const Plane<T> output(static_cast<T*>(b.output), output_strides(s), s, plane);
@@ -101,26 +101,27 @@ void for_each_offset(const Pool2dShape& s, void* offsets, int64_t plane, const V
   });
 }
 
-// The gradient of one input plane, to be added up before it is rounded.
+// The gradient of one input plane, to be added up before it is rounded, in a worker's part of the workspace.
 template <class T>
 struct PlaneSums {
-  explicit PlaneSums(const Pool2dShape& s) : width(s.in_w), sums(static_cast<size_t>(s.in_h * s.in_w)) {}
-  Compute<T>& at(int64_t h, int64_t w) { return sums[static_cast<size_t>(h * width + w)]; }
-  void write(const Plane<T>& to) {
-    for (size_t i = 0; i < sums.size(); ++i) {
-      to.at(static_cast<int64_t>(i) / width, static_cast<int64_t>(i) % width) = static_cast<T>(sums[i]);
-    }
+  PlaneSums(const Pool2dShape& s, void* workspace, int worker)
+      : width(s.in_w), count(s.in_h * s.in_w), sums(static_cast<Compute<T>*>(workspace) + worker * count) {
+    std::fill_n(sums, count, Compute<T>(0));
   }
-  int64_t width;
-  std::vector<Compute<T>> sums;
+  Compute<T>& at(int64_t h, int64_t w) const { return sums[h * width + w]; }
+  void write(const Plane<T>& to) const {
+    for (int64_t i = 0; i < count; ++i) to.at(i / width, i % width) = static_cast<T>(sums[i]);
+  }
+  int64_t width, count;
+  Compute<T>* sums;
 };
 
 template <class T, class Offset>
-void max_backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
-  parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
+void max_backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  parallel_for(threads, s.batch * s.channels, [&](int worker, int64_t plane) {
     const Plane<const T> grad_output(static_cast<const T*>(b.grad_output), output_strides(s), s, plane);
     const Plane<T> grad_input(static_cast<T*>(b.grad_input), input_strides(s), s, plane);
-    PlaneSums<T> sums(s);
+    const PlaneSums<T> sums(s, workspace, worker);
     for_each_offset<Offset>(s, b.offsets, plane, [&](int64_t oh, int64_t ow, int64_t ih, int64_t iw, bool inside) {
       if (inside) sums.at(ih, iw) += grad_output.at(oh, ow);
     });
@@ -129,7 +130,7 @@ void max_backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
 }
 
 template <class T, class Offset>
-void max_gather(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
+void max_gather(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
   parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
     const Plane<const T> input(static_cast<const T*>(b.input), input_strides(s), s, plane);
     const Plane<T> output(static_cast<T*>(b.output), output_strides(s), s, plane);
@@ -140,7 +141,7 @@ void max_gather(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
 }
 
 template <class T>
-void avg_forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
+void avg_forward(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {
   parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
     const Plane<const T> input(static_cast<const T*>(b.input), input_strides(s), s, plane);
     const Plane<T> output(static_cast<T*>(b.output), output_strides(s), s, plane);
@@ -154,11 +155,11 @@ void avg_forward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
 }
 
 template <class T>
-void avg_backward(const Pool2dShape& s, const Pool2dBuffers& b, int threads) {
-  parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) {
+void avg_backward(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {
+  parallel_for(threads, s.batch * s.channels, [&](int worker, int64_t plane) {
     const Plane<const T> grad_output(static_cast<const T*>(b.grad_output), output_strides(s), s, plane);
     const Plane<T> grad_input(static_cast<T*>(b.grad_input), input_strides(s), s, plane);
-    PlaneSums<T> sums(s);
+    const PlaneSums<T> sums(s, workspace, worker);
     for_each_output(s, [&](int64_t oh, int64_t ow) {
       const int64_t divisor = average_divisor(s, oh, ow);
       if (divisor == 0) return;
@@ -173,39 +174,44 @@ bool has_small_offsets(const Pool2dShape& s) { return s.kernel_h * s.kernel_w <=
 
 bool accepts(const Pool2dShape&) { return true; }
 
-Plan plan(const Pool2dShape& s, int) { return {1, 1, s.batch * s.channels, 0}; }
+Plan plan_forward(const Pool2dShape& s, int) { return {1, 1, s.batch * s.channels, 0}; }
+Plan plan_gather(const Pool2dShape& s, int threads) { return plan_forward(s, threads); }
+Plan plan_backward(const Pool2dShape& s, int threads) {
+  const int64_t sums = threads * s.in_h * s.in_w;
+  return {1, 1, s.batch * s.channels, static_cast<size_t>(sums) * sizeof(double)};
+}
 
 }  // namespace
 
 // Max pooling's functions are templates of the offsets' type, too.
-#define CNN_EXT_NAIVE_MAX_ROW(direction)                                                                 \
-  static void run_max_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) {    \
-    with_scalar(s.dtype, [&](auto scalar) {                                                              \
-      using T = decltype(scalar);                                                                        \
-      (has_small_offsets(s) ? max_##direction<T, uint8_t> : max_##direction<T, int32_t>)(s, b, threads); \
-    });                                                                                                  \
-  }                                                                                                      \
-  extern const Pool2dKernel max_pool2d_##direction = {"max_pool2d_" #direction "_naive_baseline",        \
-                                                      Isa::baseline,                                     \
-                                                      Pool2dOp::max,                                     \
-                                                      Pool2dDirection::direction,                        \
-                                                      accepts,                                           \
-                                                      plan,                                              \
+#define CNN_EXT_NAIVE_MAX_ROW(direction)                                                                            \
+  static void run_max_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) {     \
+    with_scalar(s.dtype, [&](auto scalar) {                                                                         \
+      using T = decltype(scalar);                                                                                   \
+      (has_small_offsets(s) ? max_##direction<T, uint8_t> : max_##direction<T, int32_t>)(s, b, workspace, threads); \
+    });                                                                                                             \
+  }                                                                                                                 \
+  extern const Pool2dKernel max_pool2d_##direction = {"max_pool2d_" #direction "_naive_baseline",                   \
+                                                      Isa::baseline,                                                \
+                                                      Pool2dOp::max,                                                \
+                                                      Pool2dDirection::direction,                                   \
+                                                      accepts,                                                      \
+                                                      plan_##direction,                                             \
                                                       run_max_##direction};
 CNN_EXT_NAIVE_MAX_ROW(forward)
 CNN_EXT_NAIVE_MAX_ROW(backward)
 CNN_EXT_NAIVE_MAX_ROW(gather)
 
-#define CNN_EXT_NAIVE_AVG_ROW(direction)                                                              \
-  static void run_avg_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void*, int threads) { \
-    with_scalar(s.dtype, [&](auto scalar) { avg_##direction<decltype(scalar)>(s, b, threads); });     \
-  }                                                                                                   \
-  extern const Pool2dKernel avg_pool2d_##direction = {"avg_pool2d_" #direction "_naive_baseline",     \
-                                                      Isa::baseline,                                  \
-                                                      Pool2dOp::avg,                                  \
-                                                      Pool2dDirection::direction,                     \
-                                                      accepts,                                        \
-                                                      plan,                                           \
+#define CNN_EXT_NAIVE_AVG_ROW(direction)                                                                        \
+  static void run_avg_##direction(const Pool2dShape& s, const Pool2dBuffers& b, void* workspace, int threads) { \
+    with_scalar(s.dtype, [&](auto scalar) { avg_##direction<decltype(scalar)>(s, b, workspace, threads); });    \
+  }                                                                                                             \
+  extern const Pool2dKernel avg_pool2d_##direction = {"avg_pool2d_" #direction "_naive_baseline",               \
+                                                      Isa::baseline,                                            \
+                                                      Pool2dOp::avg,                                            \
+                                                      Pool2dDirection::direction,                               \
+                                                      accepts,                                                  \
+                                                      plan_##direction,                                         \
                                                       run_avg_##direction};
 CNN_EXT_NAIVE_AVG_ROW(forward)
 CNN_EXT_NAIVE_AVG_ROW(backward)

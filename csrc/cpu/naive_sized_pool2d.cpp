@@ -1,7 +1,7 @@
 // The definition of adaptive pooling, of unpooling and of their derivatives, as loop nests: slow, for any shape, and the truth that every
 // other row is tested against. Sums are kept in double.
+#include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "cpu/naive.h"
 #include "cpu/parallel.h"
@@ -71,8 +71,9 @@ T rounded(double x) {
 
 // Ties go to the first element, NaNs to the last one.
 struct MaxForward {
+  static constexpr bool kHasSums = false;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers& b, const Planes<T>& planes) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers& b, const Planes<T>& planes, double*) {
     for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
       Compute<T> best = -std::numeric_limits<Compute<T>>::infinity();
       int64_t index = -1;
@@ -89,8 +90,9 @@ struct MaxForward {
 };
 
 struct AvgForward {
+  static constexpr bool kHasSums = false;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes, double*) {
     for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
       double sum = 0;
       for_each_tap<T>(s, oh, ow, [&](int64_t ih, int64_t iw) { sum += static_cast<double>(p.large.at(ih, iw)); });
@@ -99,51 +101,55 @@ struct AvgForward {
   }
 };
 
-// Writes `large` from sums that add(sums) fills.
+// Writes `large` from `sums`, as many as it has elements, that add() fills.
 template <class T, class Add>
-void write_sums(const SizedPool2dShape& s, const Plane<T>& large, const Add& add) {
-  std::vector<double> sums(static_cast<size_t>(s.in_h * s.in_w));
-  add(sums);
-  for (int64_t i = 0; i < s.in_h * s.in_w; ++i) large.at(i / s.in_w, i % s.in_w) = rounded<T>(sums[static_cast<size_t>(i)]);
+void write_sums(const SizedPool2dShape& s, const Plane<T>& large, double* sums, const Add& add) {
+  std::fill_n(sums, s.in_h * s.in_w, 0.0);
+  add();
+  for (int64_t i = 0; i < s.in_h * s.in_w; ++i) large.at(i / s.in_w, i % s.in_w) = rounded<T>(sums[i]);
 }
 
 struct AvgBackward {
+  static constexpr bool kHasSums = true;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes) {
-    write_sums(s, planes.large, [&](std::vector<double>& sums) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes, double* sums) {
+    write_sums(s, planes.large, sums, [&] {
       for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
         const double share = static_cast<double>(p.small.at(oh, ow)) / window_size(s, oh, ow);
-        for_each_tap<T>(s, oh, ow, [&](int64_t ih, int64_t iw) { sums[static_cast<size_t>(ih * s.in_w + iw)] += share; });
+        for_each_tap<T>(s, oh, ow, [&](int64_t ih, int64_t iw) { sums[ih * s.in_w + iw] += share; });
       });
     });
   }
 };
 
 struct UnpoolForward {
+  static constexpr bool kHasSums = true;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes) {
-    write_sums(s, planes.large, [&](std::vector<double>& values) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes, double* sums) {
+    write_sums(s, planes.large, sums, [&] {
       for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
-        values[static_cast<size_t>(p.indices.at(oh, ow))] = static_cast<double>(p.small.at(oh, ow));
+        sums[p.indices.at(oh, ow)] = static_cast<double>(p.small.at(oh, ow));
       });
     });
   }
 };
 
 struct UnpoolScatter {
+  static constexpr bool kHasSums = true;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes) {
-    write_sums(s, planes.large, [&](std::vector<double>& sums) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes, double* sums) {
+    write_sums(s, planes.large, sums, [&] {
       for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
-        sums[static_cast<size_t>(p.indices.at(oh, ow))] += static_cast<double>(p.small.at(oh, ow));
+        sums[p.indices.at(oh, ow)] += static_cast<double>(p.small.at(oh, ow));
       });
     });
   }
 };
 
 struct UnpoolGather {
+  static constexpr bool kHasSums = false;
   template <class T>
-  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes) {
+  static void of(const SizedPool2dShape& s, const SizedPool2dBuffers&, const Planes<T>& planes, double*) {
     for_each_small(s, planes, [&](const Planes<T>& p, int64_t oh, int64_t ow) {
       const int64_t index = p.indices.at(oh, ow);
       p.small.at(oh, ow) = p.large.at(index / s.in_w, index % s.in_w);
@@ -153,20 +159,28 @@ struct UnpoolGather {
 
 bool accepts(const SizedPool2dShape&) { return true; }
 
-Plan plan(const SizedPool2dShape& s, int) { return {1, 1, s.batch * s.channels, 0}; }
+int64_t sums_of(const SizedPool2dShape& s) { return s.in_h * s.in_w; }  // of a worker
+
+template <class Work>
+Plan plan(const SizedPool2dShape& s, int threads) {
+  return {1, 1, s.batch * s.channels, Work::kHasSums ? static_cast<size_t>(threads * sums_of(s)) * sizeof(double) : 0};
+}
 
 // Work::of() does one plane.
 template <class Work>
-void run(const SizedPool2dShape& s, const SizedPool2dBuffers& b, void*, int threads) {
+void run(const SizedPool2dShape& s, const SizedPool2dBuffers& b, void* workspace, int threads) {
   with_scalar(s.dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    parallel_for(threads, s.batch * s.channels, [&](int, int64_t plane) { Work::of(s, b, Planes<T>(s, b, plane)); });
+    parallel_for(threads, s.batch * s.channels, [&](int worker, int64_t plane) {
+      double* const sums = Work::kHasSums ? static_cast<double*>(workspace) + worker * sums_of(s) : nullptr;
+      Work::of(s, b, Planes<T>(s, b, plane), sums);
+    });
   });
 }
 
 template <class Work>
 constexpr SizedPool2dKernel row(const char* name, SizedPool2dOp op, SizedPool2dDirection direction) {
-  return {name, Isa::baseline, op, direction, accepts, plan, run<Work>};
+  return {name, Isa::baseline, op, direction, accepts, plan<Work>, run<Work>};
 }
 
 }  // namespace

@@ -66,18 +66,19 @@ inline void call(const cpu::Conv2dReluPoolKernel& row, Conv2dReluPoolShape s, co
 inline void call(const cuda::Conv2dReluPoolKernel& row, const Conv2dReluPoolShape& s, const Conv2dReluPoolBuffers& b, void* workspace) {
   row.run(s, b, workspace, nullptr);
 }
-inline void call(const cpu::Pool2dKernel& row, Pool2dShape s, const Pool2dBuffers& b) {
+// The naive rows of pooling, with a workspace.
+template <class Kernel, class Shape, class Buffers>
+void call_pooling(const Kernel& row, Shape s, const Buffers& b) {
   s.dtype = DType::float64;
-  row.run(s, b, nullptr, 1);
+  std::vector<double> workspace(row.plan(s, 1).workspace_bytes / sizeof(double));
+  row.run(s, b, workspace.data(), 1);
 }
+inline void call(const cpu::Pool2dKernel& row, const Pool2dShape& s, const Pool2dBuffers& b) { call_pooling(row, s, b); }
 inline void call(const cuda::Pool2dKernel& row, const Pool2dShape& s, const Pool2dBuffers& b) { row.run(s, b, nullptr); }
-inline void call(const cpu::SizedPool2dKernel& row, SizedPool2dShape s, const SizedPool2dBuffers& b) {
-  s.dtype = DType::float64;
-  row.run(s, b, nullptr, 1);
-}
+inline void call(const cpu::SizedPool2dKernel& row, const SizedPool2dShape& s, const SizedPool2dBuffers& b) { call_pooling(row, s, b); }
 inline void call(const cuda::SizedPool2dKernel& row, const SizedPool2dShape& s, const SizedPool2dBuffers& b) { row.run(s, b, nullptr); }
 
-// Bytes of the workspace; the naive rows need none.
+// Bytes of the workspace; the naive rows of convolutions need none.
 inline size_t workspace_bytes(const cpu::Conv2dKernel&, const Conv2dShape&) { return 0; }
 inline size_t workspace_bytes(const cpu::Conv2dReluPoolKernel&, const Conv2dReluPoolShape&) { return 0; }
 template <class Kernel, class Shape>
