@@ -18,6 +18,7 @@ using cnn_ext::cpu::Plan;
 
 constexpr int64_t kReductionTerms = 208;    // the weights of a tile, 26 KB, stay in the nearest cache beside the source that it reads
 constexpr int64_t kSomeLeftOutTerms = 256;  // where tiles at the edge leave out tap columns, and sum fewer
+constexpr int64_t kSpanTerms = 288;         // where 3 tap columns are a span, and what a tile costs beside its steps weighs more
 constexpr int64_t kWholeVectorTerms = 288;  // where a block is widened to whole vectors of channels
 constexpr int64_t kFewPoints = 256;         // of an image: packing is then a large part of the time
 constexpr int64_t kStagedBytes = kSecondCacheBytes / 8;  // a block's source, which stays there beside weights, sums and what is fetched
@@ -46,11 +47,15 @@ struct Blocking {
   int64_t tasks;
 };
 
-// The neighbouring steps that are a span: tap columns that read neighbouring elements of what is staged.
+// Whether tap columns read neighbouring elements of what is staged, in neighbouring steps.
+inline bool has_neighbouring_taps(const Gather& g) {
+  return g.w.source_step == 1 && g.w.tap_step * g.w.tap_step == 1 && !leaves_out_columns(g);
+}
+
+// The neighbouring steps that are a span.
 template <class Tile>
 int span_taps(const Gather& g) {
-  if (g.w.source_step != 1 || g.w.tap_step * g.w.tap_step != 1 || leaves_out_columns(g)) return 1;
-  return Tile::span_taps(g.w.taps, g.w.tap_step);
+  return has_neighbouring_taps(g) ? Tile::span_taps(g.w.taps, g.w.tap_step) : 1;
 }
 
 template <class T>
@@ -174,9 +179,23 @@ inline bool packs_vectors_of_channels(const Gather& g) {
   return g.weight_channel == 1 && g.weight_output != 1 && g.h.count * g.w.count <= kFewPoints;
 }
 
+// Whether a block of `terms` is staged for a few rows of the grid at once: planes are cut into whole rows.
+inline bool stages_rows(const Gather& g, int64_t terms) {
+  constexpr int64_t kFewRows = 4;
+  const int64_t bytes_of_channel = window_of(g.h, kFewRows).span * g.w.source_size * static_cast<int64_t>(sizeof(float));
+  return g.source.w != 1 || terms * bytes_of_channel <= g.taps() * kStagedBytes;
+}
+
+inline int64_t most_terms(const Gather& g) {
+  if constexpr (kHasSpans) {
+    if (g.w.taps == 3 && has_neighbouring_taps(g) && stages_rows(g, kSpanTerms)) return kSpanTerms;
+  }
+  return leaves_out_columns(g) ? kSomeLeftOutTerms : kReductionTerms;
+}
+
 inline Reduction reduction_of(const Gather& g) {
   constexpr int64_t kVector = kLanes<float>;
-  const int64_t most = leaves_out_columns(g) ? kSomeLeftOutTerms : kReductionTerms;
+  const int64_t most = most_terms(g);
   int64_t channels = at_least_1(ceil_div(g.channels, at_least_1(ceil_div(g.terms(), most))));
   const int64_t whole = ceil_div(channels, kVector) * kVector;
   if (packs_vectors_of_channels(g) && whole * g.taps() <= kWholeVectorTerms) channels = smaller(whole, at_least_1(g.channels));
