@@ -70,6 +70,12 @@ def scripted(name):
 _ARGUMENTS = {"conv2d": (1, 1, 2), "conv_transpose2d": (1, 1, 2)}
 
 
+def without_memory(name):
+    images = IMAGES.clone()
+    images.untyped_storage().resize_(0)
+    FUNCTIONS[name](images)
+
+
 def numpy_array(name):
     function = getattr(C, name)
     function(IMAGES.numpy(), IMAGES if "conv" in name else 2)
@@ -88,6 +94,9 @@ CASES = {
     "a sparse tensor": lambda name: FUNCTIONS[name](IMAGES.to_sparse()),
     "an MKL-DNN tensor": lambda name: FUNCTIONS[name](IMAGES.to_mkldnn()),
     "a nested tensor": lambda name: FUNCTIONS[name](torch.nested.nested_tensor([IMAGES[0], IMAGES[0]])),
+    "a tensor that torch has yet to negate": lambda name: FUNCTIONS[name](torch._neg_view(IMAGES)),
+    "zeros without memory": lambda name: FUNCTIONS[name](torch._efficientzerotensor(IMAGES.shape)),
+    "a tensor whose storage was resized to 0": without_memory,
     "a NumPy array": numpy_array,
     "torch.jit.script": lambda name: torch.jit.script(LAYERS[name]()),
     "torch.jit.trace": trace,
