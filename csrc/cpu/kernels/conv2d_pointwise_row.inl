@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_pointwise_exchanged.inl"
+#include "cpu/kernels/conv2d_pointwise_few.inl"
 #include "cpu/kernels/conv2d_pointwise_run.inl"
 
 namespace {
@@ -100,6 +101,12 @@ Outcome run_layer(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed pac
   if constexpr (kExchangesOperands) {
     if (packed.data == nullptr && exchanges_operands(p)) {
       ExchangedRun<T>(p, threads).run(weight, source, bias, dest, workspace);
+      return Outcome::done;
+    }
+  }
+  if constexpr (kServesFewPoints && !forward) {
+    if (has_few_points<T>(p)) {
+      FewPoints<T>(p, source, weight, dest, threads).run();
       return Outcome::done;
     }
   }
