@@ -1,6 +1,6 @@
 // 1x1 convolution without padding, forward and backward_input, in both layouts and, but for some planes with gaps, with strides, and
-// kernels that cover their whole input: a product of matrices whose large operands are read and written where they lie
-// (conv2d_pointwise_product.inl says how they lie).
+// kernels that cover their whole input or (channels_last, 16 registers) cut it into patches: a product of matrices whose large operands are
+// read and written where they lie (conv2d_pointwise_product.inl says how they lie).
 //
 // The weights alone are packed (_pack), once per call or, where every weight is read by one task, by that task. A register tile (_tile)
 // has outputs in its lanes, or points in planar layouts with large maps. _blocking cuts the work, _run goes through it, _row chooses.

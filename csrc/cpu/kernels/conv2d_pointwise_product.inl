@@ -52,6 +52,26 @@ inline bool covers_input(const Conv2dShape& s) {
          s.pad_left == 0 && s.dilation_h == 1 && s.dilation_w == 1 && same_order;
 }
 
+// With 16 registers: whether a layer cuts its input into patches (stride = kernel, no padding: patch embeddings and downsampling) in
+// channels_last. There a row of a patch is a run of kernel_w * in_channels elements, as are the channels of a point, in a product of its
+// own for each row of the kernel (make_patch_row_product).
+constexpr bool kHasPatchRows = kVectorRegisters < 32;
+inline bool cuts_patches(const Conv2dShape& s) {
+  return kHasPatchRows && s.groups == 1 && s.layout == Layout::nhwc && s.weight_layout == Layout::nhwc && s.kernel_h * s.kernel_w > 1 &&
+         s.stride_h == s.kernel_h && s.stride_w == s.kernel_w && s.dilation_h == 1 && s.dilation_w == 1 && s.pad_top == 0 &&
+         s.pad_left == 0 && s.in_h == s.out_h * s.kernel_h && s.in_w == s.out_w * s.kernel_w && !covers_input(s);
+}
+
+// Whether the sums of a run are added to what the destination holds. (A base, which is nothing where there are no rows of patches.)
+template <bool kMayAdd>
+struct Adding {
+  static constexpr bool adds = false;
+};
+template <>
+struct Adding<true> {
+  bool adds = false;
+};
+
 // The same layer, where its kernel covers its input, as a 1x1 convolution of one pixel.
 inline Conv2dShape on_one_pixel(Conv2dShape s) {
   s.in_channels *= s.in_h * s.in_w;
@@ -95,6 +115,15 @@ inline void join_lines(Product& p) {
   }
 }
 
+// From forward to backward_input.
+inline void exchange(Product& p) {
+  const Product f = p;
+  p.channels = f.outputs, p.outputs = f.channels;
+  p.source_image = f.dest_image, p.source_row = f.dest_row, p.source_point = f.dest_point, p.source_channel = f.dest_channel;
+  p.dest_image = f.source_image, p.dest_row = f.source_row, p.dest_point = f.source_point, p.dest_channel = f.source_channel;
+  p.weight_output = f.weight_channel, p.weight_channel = f.weight_output;
+}
+
 inline Product make_product(Conv2dDirection direction, const Conv2dShape& shape) {
   const Conv2dShape s = covers_input(shape) ? on_one_pixel(shape) : shape;
   const bool nchw = s.layout == Layout::nchw, forward = direction == Conv2dDirection::forward;
@@ -110,14 +139,27 @@ inline Product make_product(Conv2dDirection direction, const Conv2dShape& shape)
   p.dest_row = s.out_w * out_pixel, p.dest_point = out_pixel;
   p.weight_group = group_out * group_in, p.weight_output = group_in, p.weight_channel = 1;
   if (!forward) {
-    const Product f = p;
-    p.channels = f.outputs, p.outputs = f.channels;
-    p.source_image = f.dest_image, p.source_row = f.dest_row, p.source_point = f.dest_point, p.source_channel = f.dest_channel;
-    p.dest_image = f.source_image, p.dest_row = f.source_row, p.dest_point = f.source_point, p.dest_channel = f.source_channel;
-    p.weight_output = f.weight_channel, p.weight_channel = f.weight_output;
+    exchange(p);
     p.dest_has_gaps = s.out_h * s.out_w < s.in_h * s.in_w;
   }
   p.dest_map = forward ? s.out_h * s.out_w : s.in_h * s.in_w;
+  join_lines(p);
+  return p;
+}
+
+// Of a layer that cuts_patches(), what one row of the patches has to do with the output: the first one's, from whose places those of row r
+// lie r rows of the input and r runs of the weight away. In forward the sums of all rows are added up.
+inline Product make_patch_row_product(Conv2dDirection direction, const Conv2dShape& s) {
+  const int64_t run = s.kernel_w * s.in_channels;
+  Product p{};
+  p.groups = 1, p.images = s.batch, p.rows = s.out_h, p.points = s.out_w;
+  p.channels = run, p.outputs = s.out_channels;
+  p.source_image = s.in_h * s.out_w * run, p.source_row = s.kernel_h * s.out_w * run, p.source_point = run, p.source_channel = 1;
+  p.dest_image = s.out_h * s.out_w * s.out_channels, p.dest_row = s.out_w * s.out_channels, p.dest_point = s.out_channels;
+  p.dest_channel = 1;
+  p.weight_output = s.kernel_h * run, p.weight_channel = 1;
+  if (direction != Conv2dDirection::forward) exchange(p);
+  p.dest_map = direction == Conv2dDirection::forward ? s.out_h * s.out_w : s.in_h * s.in_w;
   join_lines(p);
   return p;
 }

@@ -68,11 +68,12 @@ Plan plan_product(const Product& p, int threads) {
 }
 
 template <class T>
-void run_product(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads) {
+void run_product(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads,
+                 Adding<kHasPatchRows> adding = {}) {
   if (prefers_point_lanes<T>(p)) {
-    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
+    PointwiseRun<T, PointLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads, adding).run();
   } else {
-    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads).run();
+    PointwiseRun<T, OutputLanes<T>>(p, source, weight, bias, dest, packed, workspace, threads, adding).run();
   }
 }
 
@@ -114,6 +115,15 @@ Outcome run_layer(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed pac
   return Outcome::done;
 }
 
+// Whether the rows of patches are products: each reads grad_output again (backward_input) or what the output holds (forward), which sums
+// must be long enough for. Elsewhere conv2d_patches and conv2d_direct are faster.
+inline bool patch_rows_pay(Conv2dDirection direction, const Conv2dShape& s) {
+  constexpr int64_t kFewestOutputs = 4 * kLanes<float>, kFewestSources = 32, kFewestTerms = 96;
+  const Product p = make_patch_row_product(direction, s);
+  const int64_t fewest = direction == Conv2dDirection::forward ? kFewestTerms : kFewestSources * s.kernel_h;
+  return p.outputs >= kFewestOutputs && p.channels >= fewest;
+}
+
 // Each tile packs in a form of its own.
 template <class T>
 PackedForm product_form(const Product& p) {
@@ -122,28 +132,71 @@ PackedForm product_form(const Product& p) {
   return {static_cast<size_t>(bytes), point_lanes ? 1 : 0};
 }
 
+// A product for each row of the patches; in forward those behind the first add to what the output holds.
+template <class T, Conv2dDirection kDirection>
+Outcome run_patch_rows(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+  constexpr bool forward = kDirection == Conv2dDirection::forward;
+  const Product p = make_patch_row_product(kDirection, s);
+  const int64_t in_row = s.in_w * s.in_channels, run = s.kernel_w * s.in_channels, packed_row = product_form<T>(p).bytes;
+  const T *source = static_cast<const T*>(forward ? buffers.input : buffers.grad_output), *weight = static_cast<const T*>(buffers.weight);
+  const T* bias = static_cast<const T*>(forward ? buffers.bias : nullptr);
+  T* dest = static_cast<T*>(forward ? buffers.output : buffers.grad_input);
+  for (int64_t row = 0; row < s.kernel_h && !p.is_empty(); ++row) {
+    Packed packed_weight = packed;
+    if (packed.data != nullptr) packed_weight.data = static_cast<char*>(packed.data) + row * packed_row;
+    run_product<T>(p, source, weight, bias, dest, packed_weight, workspace, threads, {forward && row > 0});
+    weight += run;
+    if constexpr (forward) {
+      source += in_row;
+    } else {
+      dest += in_row;
+    }
+  }
+  return Outcome::done;
+}
+
 // The functions of a table row.
 template <Conv2dDirection kDirection>
 struct PointwiseRow {
   static bool accepts(const Conv2dShape& s) {
+    if constexpr (kHasPatchRows) {
+      const bool is_floating = s.dtype == cnn_ext::DType::float32 || s.dtype == cnn_ext::DType::float64;
+      if (cuts_patches(s)) return is_floating && patch_rows_pay(kDirection, s);
+    }
     if (!is_pointwise(s) && !covers_input(s)) return false;
     if (s.dtype == cnn_ext::DType::float32) return is_served_best<float>(make_product(kDirection, s));
     return s.dtype == cnn_ext::DType::float64 && is_served_best<double>(make_product(kDirection, s));
   }
   static Plan plan(const Conv2dShape& s, int threads) {
-    const Product p = make_product(kDirection, s);
+    const Product p = product_of(s);
     return s.dtype == cnn_ext::DType::float32 ? plan_layer<float>(p, threads) : plan_layer<double>(p, threads);
   }
   static Outcome run_packed(const Conv2dShape& s, const Conv2dBuffers& buffers, Packed packed, void* workspace, int threads) {
+    if constexpr (kHasPatchRows) {
+      if (cuts_patches(s)) {
+        const auto run = s.dtype == cnn_ext::DType::float32 ? run_patch_rows<float, kDirection> : run_patch_rows<double, kDirection>;
+        return run(s, buffers, packed, workspace, threads);
+      }
+    }
     return s.dtype == cnn_ext::DType::float32 ? run_layer<float, kDirection>(s, buffers, packed, workspace, threads)
                                               : run_layer<double, kDirection>(s, buffers, packed, workspace, threads);
   }
   static Outcome run(const Conv2dShape& s, const Conv2dBuffers& buffers, void* workspace, int threads) {
     return run_packed(s, buffers, {}, workspace, threads);
   }
+  static Product product_of(const Conv2dShape& s) {
+    if constexpr (kHasPatchRows) {
+      if (cuts_patches(s)) return make_patch_row_product(kDirection, s);
+    }
+    return make_product(kDirection, s);
+  }
   static PackedForm form(const Conv2dShape& s) {
-    const Product p = make_product(kDirection, s);
-    return s.dtype == cnn_ext::DType::float32 ? product_form<float>(p) : product_form<double>(p);
+    const Product p = product_of(s);
+    PackedForm form = s.dtype == cnn_ext::DType::float32 ? product_form<float>(p) : product_form<double>(p);
+    if constexpr (kHasPatchRows) {
+      if (cuts_patches(s)) form.bytes *= s.kernel_h;
+    }
+    return form;
   }
 };
 

@@ -10,18 +10,18 @@ namespace {
 
 using cnn_ext::cpu::Packed;
 
-constexpr int64_t kSerialPack = 1 << 14;                     // weights
-constexpr bool kFetchesForNextTask = kVectorRegisters < 32;  // rather than for the task's own next block alone
 // Of whole planes the next block of channels rather than a part of the next planes, all of whose channels may be more than stay near.
 constexpr bool kFetchesChannelBlocks = kVectorRegisters < 32;
 
 template <class T, class Tile>
-class PointwiseRun {
+class PointwiseRun : private Adding<kHasPatchRows> {
   static constexpr int64_t kLineElements = 64 / sizeof(T);
 
  public:
-  PointwiseRun(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads)
-      : p_(p),
+  PointwiseRun(const Product& p, const T* source, const T* weight, const T* bias, T* dest, Packed packed, void* workspace, int threads,
+               Adding<kHasPatchRows> adding)
+      : Adding<kHasPatchRows>(adding),
+        p_(p),
         b_(make_pointwise_blocking<T, Tile>(p, threads)),
         scratch_(make_pointwise_scratch<T, Tile>(p, b_)),
         source_(source),
@@ -353,7 +353,7 @@ class PointwiseRun {
     }
     tile.channels = channels_of(channel_block);
     tile.source_point = source.point, tile.source_channel = source.channel;
-    tile.bias = channel_block == 0 ? bias_of(task.group, unit) : nullptr;
+    tile.bias = channel_block == 0 && !this->adds ? bias_of(task.group, unit) : nullptr;
     const int64_t sums_pitch = Tile::kPointsInLanes ? scratch_.rows_pitch : Tile::kMaxWidth;  // of points, or of outputs
     tile.pitch = !in_place ? sums_pitch : Tile::kPointsInLanes ? p_.dest_channel : p_.dest_point;
     tile.last = static_cast<int>(in_place ? (outputs - 1) % kLanes<T> + 1 : kLanes<T>);
