@@ -167,6 +167,29 @@ def test_gradients_that_a_backward_pass_leaves_out_are_not_computed(function, su
         assert torch.equal(gradient, wanted)
 
 
+def test_torch_refuses_to_tell_of_a_leaf_once_a_pass(monkeypatch):
+    """Its refusal takes as long as a small kernel: four layers must not meet it four times."""
+    will_execute, refusals = torch._C._will_engine_execute_node, []
+
+    def count(node):
+        try:
+            return will_execute(node)
+        except RuntimeError:
+            refusals.append(node)
+            raise
+
+    monkeypatch.setattr(torch._C, "_will_engine_execute_node", count)
+    layers = [(torch.randn(2, 2, 3, 3, requires_grad=True), torch.randn(2, requires_grad=True)) for _ in range(4)]
+    weights = [weight for weight, _ in layers]
+    output = input = torch.randn(1, 2, 6, 6, requires_grad=True)
+    for weight, bias in layers:
+        output = C.conv2d(output, weight, bias, padding=1)
+    for asked, places in (([input], 1), (weights, 1), ([*weights, input], 2)):
+        refusals.clear()
+        torch.autograd.grad(output.sum(), asked, retain_graph=True)
+        assert len(refusals) == places
+
+
 @pytest.mark.parametrize("operand", [0, 1], ids=["input", "weight"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_gradients_that_are_left_out_are_not_computed(function, operand):

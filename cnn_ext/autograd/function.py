@@ -5,6 +5,7 @@ mode, torch.compile and torch.func each run a variant made of these functions.
 """
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -107,23 +108,44 @@ def _as_traced(arg):
     return arg if isinstance(arg, torch.Tensor) else tree_map_only(torch.Tensor, int, arg)
 
 
+class _Pass(threading.local):
+    """The backward pass that runs in a thread, and the places, of a Function, of leaves that it was asked for."""
+
+    task = -1
+    leaves = frozenset()
+
+
+_pass = _Pass()
+
+
 def asked_gradients(ctx) -> tuple[bool, ...]:
     """``ctx.needs_input_grad`` within backward, without the inputs that this backward pass leaves out, as
     torch.autograd.grad(output, weight) leaves out the input.
 
-    Of which torch tells, outside of its transforms, only whether the node of an input runs. It refuses to tell of a
-    leaf that torch.autograd.grad is asked for: that one is wanted.
+    torch tells, outside of its transforms, whether the node of an input runs.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return ctx.needs_input_grad
+    needs = ctx.needs_input_grad
+    if sum(needs) == 1 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return needs
     nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each input that needs a gradient
-    return tuple(is_needed and _is_asked(next(nodes)) for is_needed in ctx.needs_input_grad)
+    return tuple(is_needed and _is_asked(next(nodes), (type(ctx), i)) for i, is_needed in enumerate(needs))
 
 
-def _is_asked(node) -> bool:
+def _is_asked(node, place: tuple[type, int]) -> bool:
+    """Whether the node of the input at ``place`` runs in this pass.
+
+    Of a leaf that torch.autograd.grad is asked for torch refuses to tell, which takes as long as a small kernel. So it
+    is not asked again in this pass: a later leaf at the same place, the next layer's weight say, counts as asked for.
+    """
+    task = torch._C._current_graph_task_id()
+    if _pass.task != task:
+        _pass.task, _pass.leaves = task, frozenset()
+    if place in _pass.leaves and isinstance(node, torch._C._functions.AccumulateGrad):
+        return True
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
+        _pass.leaves |= {place}
         return True
 
 
