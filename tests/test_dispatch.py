@@ -199,8 +199,9 @@ def test_the_plan_is_a_plan(row):
         assert plan["tile_pixels"] >= 1
         assert plan["tasks"] >= 0
         assert 0 <= plan["workspace_bytes"] < 1 << 28
-    if row.is_naive:
-        assert {plan["workspace_bytes"] for plan in plans} == {0}
+    if row.is_naive:  # at most a plane of sums for each thread of a pooling's gradient
+        planes = [0 if "conv2d" in row.op else plan["threads"] * shape.in_h * shape.in_w * 8 for plan in plans]
+        assert all(plan["workspace_bytes"] in (0, sums) for plan, sums in zip(plans, planes, strict=True))
 
 
 LARGE = Conv2dCase("large", 8, 16, 40, 40, 32, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 1)
